@@ -1,0 +1,1 @@
+"""nanor1: how language models are taught to reason. Start at train_zero.py."""

@@ -1,0 +1,229 @@
+"""Atomic save, verified resume.
+
+    checkpoints/step_000200/    a model folder, and beside it optimizer.safetensors, state.json and manifest.json
+    checkpoints/best.json       the step that is kept for being the best
+
+A checkpoint is written into a hidden sibling and gets its name by one rename, after every byte is on the disk. The
+manifest, written last, holds each file's SHA-256 and size: a checkpoint is used only if it still matches. So whenever
+the process, the machine or the disk gives out, the checkpoints before are whole and this one is whole or not seen.
+Nothing is pickled: tensors are safetensors, the rest is JSON (which turns tuples into lists, and keys into strings).
+
+Left out: asynchronous and sharded saving; two runs saving into one folder at once.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanor1.runlog import fsync, write_json
+
+Tensors = dict[str, torch.Tensor]
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(OSError):
+    """A checkpoint did not fit on the disk; the message names the folder, the bytes and what to do."""
+
+
+def save_checkpoint(
+    root: str | Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    tensors: Tensors,
+    state: dict,
+    keep_last: int = 2,
+    keep_best: int | None = None,
+) -> Path:
+    """Save step `step` into the folder `root` (a run's `checkpoints`), then drop all but the last few and the best one.
+
+    `write_model(folder)` writes the model's files; `tensors` and `state` are what `load_checkpoint` gives back.
+    `keep_best` is the step of the best checkpoint so far: it stays until another is named. ValueError where a tensor
+    or the state holds a nan or infinity, DiskFullError where there is no room; earlier checkpoints are then untouched.
+    """
+    assert step >= 0 and keep_last >= 1
+    root = Path(root)
+    require_finite(tensors, state, step)
+    root.mkdir(parents=True, exist_ok=True)
+    fsync(root.parent)
+    remove_leftovers(root, "tmp")
+    folder = root / f"step_{step:06d}"
+    temporary = root / f".tmp-{folder.name}-{os.getpid()}"
+    free = shutil.disk_usage(root).free
+    try:
+        write_files(temporary, step, write_model, tensors, state)
+        publish(temporary, folder)
+    except Exception as error:
+        if system_error_number(error) not in NO_ROOM:
+            raise
+        needed = max(folder_bytes(temporary), sum(tensor.nbytes for tensor in tensors.values()))
+        raise DiskFullError(
+            f"no room for {folder}: it needs more than {needed:,} bytes and {free:,} were free ({error}); earlier "
+            f"checkpoints are whole: free some space or keep fewer checkpoints, then resume the run"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep_best is not None:
+        write_json(root / "best.json", {"step": keep_best})
+    prune(root, step, keep_last)
+    return folder
+
+
+def latest_checkpoint(root: str | Path, report: Callable[[str], None] = print) -> Path | None:
+    """The newest whole checkpoint below `root`, or None; damaged ones are reported and passed over."""
+    for folder in reversed(checkpoint_folders(Path(root))):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        report(f"warning: passing over the damaged checkpoint {folder}: {damage}")
+    return None
+
+
+def best_step(root: str | Path) -> int | None:
+    """The step last saved as `keep_best`, or None."""
+    path = Path(root) / "best.json"
+    return json.loads(path.read_text(encoding="utf-8"))["step"] if path.exists() else None
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Tensors, dict]:
+    """The tensors (in CPU memory) and the state of a checkpoint; ValueError where a file is missing or damaged."""
+    folder = Path(folder)
+    damage = find_damage(folder)
+    if damage is not None:
+        raise ValueError(f"{folder} is not a whole checkpoint: {damage}; resume from an earlier one")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return load_file(folder / "optimizer.safetensors"), state
+
+
+def random_state() -> tuple[Tensors, dict]:
+    """The state of Python's generator (as JSON) and of torch's on the CPU and each GPU (as tensors, uint8)."""
+    version, words, gauss = random.getstate()
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"python": [version, list(words), gauss]}
+
+
+def set_random_state(tensors: Tensors, state: dict) -> None:
+    """Put back what `random_state` gave; `tensors` may hold others too. GPUs that this machine lacks are left out."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(tensors["random.cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"random.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
+
+
+def require_finite(tensors: Tensors, state: dict, step: int) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"step {step} is not saved: {name} holds a nan or infinity; resume from an earlier one")
+    try:
+        json.dumps(state, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"step {step} is not saved: its state is not JSON: {error}") from error
+
+
+def write_files(folder: Path, step: int, write_model: Callable[[Path], None], tensors: Tensors, state: dict) -> None:
+    """Write everything and wait for the disk; the manifest comes last."""
+    folder.mkdir()
+    write_model(folder)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "optimizer.safetensors"
+    )
+    write_json(folder / "state.json", state)
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        fsync(path)
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in paths if path.is_file()}
+    write_json(folder / "manifest.json", {"step": step, "files": files})
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a finished checkpoint its name; one already there (of a run resumed from before it) stays until then."""
+    if folder.exists():
+        os.rename(folder, folder.with_name(f".old-{folder.name}-{os.getpid()}"))
+    os.rename(temporary, folder)
+    fsync(folder.parent)
+
+
+def prune(root: Path, step: int, keep_last: int) -> None:
+    """Keep the last checkpoints up to `step` and the best one; later ones are of a past that this run has given up."""
+    remove_leftovers(root, "old")
+    folders = checkpoint_folders(root)
+    kept = {step_of(folder) for folder in folders if step_of(folder) <= step}
+    kept = {*sorted(kept)[-keep_last:], best_step(root)}
+    for folder in folders:
+        if step_of(folder) not in kept:
+            # Hidden first, so that a half-removed checkpoint is never met under its name.
+            doomed = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def remove_leftovers(root: Path, kind: str) -> None:
+    """Remove the hidden folders of saves that did not finish: this process's own, and those of dead processes."""
+    for folder in root.glob(f".{kind}-step_*"):
+        process = int(folder.name.rpartition("-")[2])
+        if process == os.getpid() or not is_alive(process):
+            shutil.rmtree(folder)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process, but a live one
+    return True
+
+
+def step_of(folder: Path) -> int:
+    return int(re.search(r"step_(\d+)", folder.name)[1])
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Oldest first; with those put aside by `publish`, should the process have died between its two renames."""
+    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+-\d+", path.name)]
+    return sorted(folders, key=lambda path: (step_of(path), path.name))
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why this is not a whole checkpoint, or None where every file has the size and hash it was saved with."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["step"] != step_of(folder):
+            return f"its manifest is of step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            if digest(folder / name) != expected:
+                return f"{name} is not what was saved"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json is broken: {error}"
+    return None
+
+
+def digest(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def system_error_number(error: Exception) -> int | None:
+    """The errno of a system error; safetensors raises errors of its own and says it in words: "... (os error 28)"."""
+    in_words = re.search(r"\(os error (\d+)\)", str(error))
+    return int(in_words[1]) if in_words else getattr(error, "errno", None)

@@ -1,0 +1,258 @@
+"""A frozen dataclass becomes a command line, and a config.json.
+
+Every field is an option: `max_new_tokens: int` is set by `--max-new-tokens 5` or `--max-new-tokens=5`; a bool by
+`--compile`, `--no-compile` or `--compile=false`; a tuple or list by `0.9,0.95`, or by JSON (`["a,b","c"]`) where an
+item holds a comma; an Optional is emptied by `none`. Field metadata: `help`; `group`, the heading of this field and of
+those after it; `positional`, for a value that needs no option name. `--config FILE.json` starts from the arguments of
+another run. What wins, weakest first: the default, the preset, the file, the flags; a preset named by a flag beats the
+file. Left out: nested configurations, subcommands, abbreviated names. Source: the standard library only.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+import types
+import typing
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+T = typing.TypeVar("T")
+Values = dict[str, object]
+BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+PACKAGE = Path(__file__).resolve().parent
+
+
+def fail(message: str) -> typing.NoReturn:
+    """Print `error: message` to stderr and exit with 2; NANOR1_DEBUG=1 shows the traceback first."""
+    if os.environ.get("NANOR1_DEBUG") == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError raised by nanor1 or its scripts into `fail`; also a decorator, `@user_errors()`.
+
+    The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        folder = Path(frame.f_code.co_filename).resolve().parent
+        if folder not in (PACKAGE, PACKAGE.parent) and frame.f_globals.get("__name__") != "__main__":
+            raise
+        fail(str(error))
+
+
+def parse_args(
+    Config: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    presets: dict[str, Values] | None = None,
+) -> tuple[T, frozenset[str]]:
+    """Read the command line (default: sys.argv[1:]) into a Config; what the user got wrong ends the program by `fail`.
+
+    Returns the config and the names of the fields set by flags or by `--config`. `presets` maps the value of a field
+    named `preset` to what it sets. The config's own `validate()`, if there is one, may raise ValueError.
+    """
+    assert "config" not in (field.name for field in fields(Config)), "--config FILE.json takes that name"
+    try:
+        flags = read_flags(Config, sys.argv[1:] if argv is None else argv, description)
+        path = flags.pop("config", None)
+        stored = {} if path is None else read_values(Config, load_arguments(path), path)
+        config, given = build(Config, stored | flags, "on the command line"), frozenset(stored | flags)
+        if presets is not None and config.preset is not None:
+            if config.preset not in presets:
+                raise ValueError(f"--preset: expected {'|'.join(presets)}, got {config.preset!r}")
+            kept = frozenset(flags) if "preset" in flags else given
+            config = apply_preset(config, kept, presets[config.preset])
+        return validated(config), given
+    except ValueError as error:
+        fail(str(error))
+
+
+def apply_preset(config: T, given: frozenset[str], preset: Values) -> T:
+    """Set the fields that `preset` names, except those the user gave."""
+    return dataclasses.replace(config, **{name: value for name, value in preset.items() if name not in given})
+
+
+def to_json(config: object) -> Values:
+    """The fields as JSON keeps them: a tuple is a list."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def from_json(Config: type[T], values: Values, source: str = "config.json") -> T:
+    """Build a Config from parsed JSON; ValueError names `source` and the key that is unknown, missing or mistyped."""
+    return validated(build(Config, read_values(Config, values, source), f"in {source}"))
+
+
+def load_arguments(path: str | Path) -> Values:
+    """The arguments that a JSON file holds: a run's config.json, or a plain object of field names and values."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path} as JSON: {error}") from error
+    arguments = content.get("arguments", content) if isinstance(content, dict) else content
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path} must hold a JSON object of field names and values")
+    return arguments
+
+
+def read_values(Config: type, values: Values, source: str) -> Values:
+    kinds = typing.get_type_hints(Config)
+    for name in values:
+        if name not in kinds:
+            raise ValueError(f"unknown key {name!r} in {source}{suggestion(name, kinds)}")
+    return {name: read_value(value, kinds[name], f"{source}: {name}") for name, value in values.items()}
+
+
+def build(Config: type[T], values: Values, where: str) -> T:
+    for field in fields(Config):
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{option_name(field.name)} is required: no value {where}")
+    return Config(**values)
+
+
+def validated(config: T) -> T:
+    getattr(config, "validate", lambda: None)()
+    return config
+
+
+def read_value(value: object, kind: object, where: str, is_text: bool = False) -> object:
+    """A JSON value, or a command line's text, as the field holds it; ValueError says `where` and what was expected."""
+    try:
+        return convert(value, kind, is_text)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: expected {describe(kind)}, got {value!r}") from error
+
+
+def convert(value: object, kind: object, is_text: bool) -> object:
+    """Empty an Optional and convert the items of a tuple or list; `convert_one` does the rest."""
+    inner = without_none(kind)
+    origin, parts = typing.get_origin(inner), typing.get_args(inner)
+    if inner is not kind and (value is None or is_text and value.lower() == "none"):
+        return None
+    if origin not in (tuple, list):
+        return convert_one(value, inner, is_text)
+    if is_text and value.startswith("["):
+        return convert(json.loads(value), inner, is_text=False)
+    if is_text:
+        value = value.split(",") if value else []
+    if not isinstance(value, list):
+        raise ValueError(value)
+    any_length = origin is list or parts[-1] is Ellipsis
+    kinds = [parts[0]] * len(value) if any_length else parts
+    return origin(convert(item, item_kind, is_text) for item, item_kind in zip(value, kinds, strict=True))
+
+
+def convert_one(value: object, kind: object, is_text: bool) -> object:
+    if typing.get_origin(kind) is typing.Literal:
+        for choice in typing.get_args(kind):
+            if str(choice) == value if is_text else (type(choice), choice) == (type(value), value):
+                return choice
+    elif is_text:
+        value = BOOL_WORDS.get(value.lower(), value) if kind is bool else kind(value)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ValueError(value)
+
+
+def without_none(kind: object) -> object:
+    """The type inside an Optional; any other type as it is."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    inner = [part for part in typing.get_args(kind) if part is not type(None)]
+    assert len(inner) == 1, f"a field cannot have the type {kind}"
+    return inner[0]
+
+
+def describe(kind: object) -> str:
+    """A type as help and errors show it: `int`, `float,float`, `str,...`, `zero|r1`, `int|none`."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, parts))
+    if origin in (tuple, list):
+        return ",".join("..." if part is Ellipsis else describe(part) for part in parts) + ",..." * (origin is list)
+    return kind.__name__ if without_none(kind) is kind else f"{describe(without_none(kind))}|none"
+
+
+def read_flags(Config: type, argv: Sequence[str], description: str) -> Values:
+    """The fields that the command line sets; `--help` prints the help text and exits with 0."""
+    kinds = {"config": str} | typing.get_type_hints(Config)
+    positional = deque(field.name for field in fields(Config) if field.metadata.get("positional"))
+    tokens, values = deque(argv), {}
+    while tokens:
+        token = tokens.popleft()
+        if token in ("-h", "--help"):
+            print(help_text(Config, description))
+            raise SystemExit(0)
+        if re.match(r"--\w|-[A-Za-z][\w-]*$", token):
+            name, values[name] = read_option(token, tokens, kinds)
+        elif positional:
+            name = positional.popleft()
+            values[name] = read_value(token, kinds[name], name, is_text=True)
+        else:
+            raise ValueError(f"unexpected argument {token!r}; a value follows its option, as in --name value")
+    return values
+
+
+def read_option(token: str, following: deque[str], kinds: dict[str, object]) -> tuple[str, object]:
+    """The field and value of `--name=value`, `--no-name`, or `--name value`, whose value it takes off `following`."""
+    flag, has_value, text = token.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    negated = name.removeprefix("no_")
+    if name not in kinds and not has_value and without_none(kinds.get(negated)) is bool:
+        return negated, False
+    if name not in kinds:
+        raise ValueError(f"unknown option {flag}{suggestion(flag, map(option_name, kinds))}")
+    if not has_value:
+        upcoming = following[0] if following else "--"
+        if without_none(kinds[name]) is bool and upcoming.lower() not in ("true", "false"):
+            return name, True
+        if upcoming.startswith("--"):
+            raise ValueError(f"{flag} needs a value: {describe(kinds[name])}")
+        text = following.popleft()
+    return name, read_value(text, kinds[name], flag, is_text=True)
+
+
+def option_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(word, known, n=1, cutoff=0.6))
+
+
+def help_text(Config: type, description: str) -> str:
+    """What `--help` prints: usage, description, then every option under its group, with its type and default."""
+    kinds = typing.get_type_hints(Config)
+    positional = [f"[{field.name.upper()}] " for field in fields(Config) if field.metadata.get("positional")]
+    lines = [f"usage: {Path(sys.argv[0]).name} {''.join(positional)}[--option value ...]", "", description.strip()]
+    for index, field in enumerate(fields(Config)):
+        if index == 0 or "group" in field.metadata:
+            lines += ["", field.metadata.get("group", "options")]
+        name, kind = option_name(field.name), kinds[field.name]
+        left = f"{name}, --no-{name[2:]}" if kind is bool else f"{name} {describe(kind)}"
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        note = "required" if default is MISSING else f"default: {default}"
+        lines.append(two_columns(left, f"{field.metadata.get('help', '')} ({note})"))
+    return "\n".join([*lines, two_columns("--config FILE.json", "start from the arguments of a run's config.json")])
+
+
+def two_columns(left: str, right: str) -> str:
+    return textwrap.fill(right.strip(), 110, initial_indent=f"  {left:<28}  ", subsequent_indent=" " * 32)

@@ -1,0 +1,289 @@
+"""The command line and config.json of a frozen dataclass."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanor1.config import apply_preset, from_json, load_arguments, parse_args, to_json, user_errors
+
+
+@dataclass(frozen=True)
+class Options:
+    prompt: str = field(default="", metadata={"positional": True, "help": "what to ask"})
+    steps: int = field(default=200, metadata={"help": "optimizer steps", "group": "training"})
+    learning_rate: float = 1e-6
+    compile: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    layers: tuple[int, ...] = ()
+    names: list[str] = field(default_factory=list)
+    top_k: Optional[int] = None  # noqa: UP045 (both spellings must work)
+    folder: str | None = None
+    level: Literal[1, 2] = 1
+    preset: Literal["zero", "r1"] | None = None
+
+    def validate(self):
+        if self.steps > 1_000_000:
+            raise ValueError(f"--steps is {self.steps}, and must be at most 1000000")
+
+
+def parse(*argv: str, **keywords) -> Options:
+    return parse_args(Options, argv, **keywords)[0]
+
+
+def error_of(capsys, *argv: str, **keywords) -> str:
+    """The one line on stderr with which parsing ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv, **keywords)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err.removeprefix("error: ").strip()
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+options = st.builds(
+    Options,
+    prompt=st.text(),
+    steps=st.integers(max_value=1_000_000),
+    learning_rate=finite,
+    compile=st.booleans(),
+    betas=st.tuples(finite, finite),
+    layers=st.lists(st.integers()).map(tuple),
+    names=st.lists(st.text()),
+    top_k=st.none() | st.integers(),
+    folder=st.none() | st.text().filter(lambda text: text.lower() != "none"),
+    level=st.sampled_from([1, 2]),
+    preset=st.sampled_from([None, "zero", "r1"]),
+)
+
+
+def as_argv(config: Options) -> list[str]:
+    values = dataclasses.asdict(config)
+    texts = {k: json.dumps(v) if isinstance(v, (tuple, list)) else str(v) for k, v in values.items()}
+    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+
+
+@given(options)
+def test_every_config_survives_the_command_line(config):
+    parsed, given_names = parse_args(Options, as_argv(config))
+    assert parsed == config
+    assert given_names == {field.name for field in dataclasses.fields(Options)}
+
+
+@given(options)
+def test_every_config_survives_json(config):
+    assert from_json(Options, json.loads(json.dumps(to_json(config), allow_nan=False))) == config
+
+
+@given(st.lists(st.text() | st.sampled_from(["--steps", "--steps=1", "--no-compile", "-h", "--", "-1", "--config"])))
+def test_any_command_line_is_read_or_refused_with_exit_code_0_or_2(argv):
+    try:
+        assert isinstance(parse(*argv), Options)
+    except SystemExit as stop:
+        assert stop.code in (0, 2)
+
+
+def test_values_follow_their_option_or_an_equals_sign():
+    config = parse("--steps", "1_000", "--learning-rate=-1e-6", "--betas", "0.5,1", "--names", "a,b", "--top-k", "none")
+    assert (config.steps, config.learning_rate, config.betas) == (1000, -1e-6, (0.5, 1.0))
+    assert config.names == ["a", "b"] and config.top_k is None
+    assert parse("--layers=").layers == () and parse("--layers", "3,4").layers == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--compile"], True),
+        (["--no-compile"], False),
+        (["--compile=false"], False),
+        (["--compile", "true", "hello"], True),
+        (["--compile", "hello"], True),
+        (["--compile", "--no-compile"], False),
+    ],
+)
+def test_a_bool_is_set_by_its_name_its_negation_or_a_word(flags, expected):
+    assert parse(*flags).compile is expected
+
+
+def test_a_positional_field_needs_no_option_name():
+    assert parse("Why is -1 < 0?", "--steps", "3").prompt == "Why is -1 < 0?"
+    assert parse("-3 + 4 = ?").prompt == "-3 + 4 = ?"
+
+
+def test_a_second_positional_value_is_refused(capsys):
+    assert "unexpected argument 'two'" in error_of(capsys, "one", "two")
+
+
+def test_an_unknown_option_names_the_closest_known_one(capsys):
+    assert error_of(capsys, "--stpes", "3") == "unknown option --stpes; did you mean --steps?"
+    assert error_of(capsys, "-steps", "3") == "unknown option -steps; did you mean --steps?"
+    assert error_of(capsys, "--zzzzzz=3") == "unknown option --zzzzzz"
+    assert error_of(capsys, "--step", "3").startswith("unknown option --step;")  # no abbreviations
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "2.5"], "--steps: expected int, got '2.5'"),
+        (["--steps", "true"], "--steps: expected int, got 'true'"),
+        (["--learning-rate", "nan"], "--learning-rate: expected float, got 'nan'"),
+        (["--learning-rate", "1e999"], "--learning-rate: expected float, got '1e999'"),
+        (["--compile=maybe"], "--compile: expected bool, got 'maybe'"),
+        (["--betas", "0.9"], "--betas: expected float,float, got '0.9'"),
+        (["--layers", "1,x"], "--layers: expected int,..., got '1,x'"),
+        (["--names", '["a"'], "--names: expected str,..., got '[\"a\"'"),
+        (["--top-k", "many"], "--top-k: expected int|none, got 'many'"),
+        (["--level", "3"], "--level: expected 1|2, got '3'"),
+        (["--preset", "r2"], "--preset: expected zero|r1|none, got 'r2'"),
+        (["--steps"], "--steps needs a value: int"),
+        (["--steps", "--compile"], "--steps needs a value: int"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_field_value_and_type(capsys, argv, message):
+    assert error_of(capsys, *argv) == message
+
+
+def test_validate_reports_like_any_other_error(capsys):
+    assert error_of(capsys, "--steps", "1000001") == "--steps is 1000001, and must be at most 1000000"
+    with pytest.raises(ValueError, match="at most 1000000"):
+        from_json(Options, {"steps": 1_000_001})
+
+
+def test_a_field_without_default_is_required(capsys):
+    @dataclass(frozen=True)
+    class Needy:
+        model: str
+
+    assert parse_args(Needy, ["--model", "m"])[0].model == "m"
+    with pytest.raises(SystemExit):
+        parse_args(Needy, [])
+    assert capsys.readouterr().err == "error: --model is required: no value on the command line\n"
+
+
+def test_flags_override_the_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"arguments": {"steps": 5, "betas": [0.1, 0.2]}, "commit": "abc"}))
+    config, names = parse_args(Options, ["--steps", "7", f"--config={path}"])
+    assert (config.steps, config.betas, names) == (7, (0.1, 0.2), {"steps", "betas"})
+    assert load_arguments(path) == {"steps": 5, "betas": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"stpes": 5}', "unknown key 'stpes' in FILE; did you mean steps?"),
+        ('{"steps": 5.0}', "FILE: steps: expected int, got 5.0"),
+        ('{"steps": true}', "FILE: steps: expected int, got True"),
+        ('{"learning_rate": NaN}', "FILE: learning_rate: expected float, got nan"),
+        ('{"learning_rate": "1e-6"}', "FILE: learning_rate: expected float, got '1e-6'"),
+        ('{"betas": [1]}', "FILE: betas: expected float,float, got [1]"),
+        ('{"betas": "1,2"}', "FILE: betas: expected float,float, got '1,2'"),
+        ('{"level": true}', "FILE: level: expected 1|2, got True"),
+        ("[1]", "FILE must hold a JSON object of field names and values"),
+        ('{"steps": ', "cannot read FILE as JSON: Expecting value: line 1 column 11 (char 10)"),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_the_key(tmp_path, capsys, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert error_of(capsys, "--config", str(path)) == message.replace("FILE", str(path))
+
+
+def test_a_missing_config_file_is_named(tmp_path, capsys):
+    assert str(tmp_path / "none.json") in error_of(capsys, "--config", str(tmp_path / "none.json"))
+
+
+PRESETS = {"zero": {"steps": 10, "learning_rate": 0.5}, "r1": {"steps": 20}}
+
+
+def test_a_preset_sets_only_what_the_user_did_not():
+    config = parse("--preset", "zero", "--steps", "3", presets=PRESETS)
+    assert (config.steps, config.learning_rate) == (3, 0.5)
+    assert apply_preset(Options(steps=3), frozenset({"steps"}), PRESETS["zero"]) == Options(steps=3, learning_rate=0.5)
+    assert parse("--steps", "3", presets=PRESETS) == Options(steps=3)
+
+
+def test_a_stored_run_is_reproduced_and_a_preset_flag_beats_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    run = parse("--preset", "zero", "--learning-rate", "0.25", presets=PRESETS)
+    path.write_text(json.dumps(to_json(run)))
+    assert parse("--config", str(path), presets=PRESETS) == run
+    changed = parse("--config", str(path), "--preset", "r1", presets=PRESETS)
+    assert changed == dataclasses.replace(run, preset="r1", steps=20)
+
+
+def test_a_preset_is_validated_together_with_the_flags(capsys):
+    too_many = {"zero": {"steps": 2_000_000}}
+    assert parse("--preset", "zero", "--steps", "1", presets=too_many).steps == 1
+    assert "2000000" in error_of(capsys, "--preset", "zero", presets=too_many)
+    assert "expected zero, got 'r1'" in error_of(capsys, "--preset", "r1", presets=too_many)
+
+
+def test_help_shows_groups_types_defaults_and_stops(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", description="Ask a model.")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "Ask a model." in text and "[PROMPT]" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines.index("training") + 1 == lines.index("--steps int optimizer steps (default: 200)")
+    assert "--learning-rate float (default: 1e-06)" in lines
+    assert "--compile, --no-compile (default: False)" in lines
+    assert max(map(len, text.splitlines())) <= 120
+
+
+SCRIPT = """
+from nanor1.config import from_json, load_arguments, user_errors
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Options:
+    steps: int = 1
+
+@user_errors()
+def main():
+    {body}
+
+main()
+"""
+
+
+def run_script(body: str) -> tuple[int, str]:
+    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("from_json(Options, {'stpes': 1})", "error: unknown key 'stpes' in config.json; did you mean steps?\n"),
+        ("raise ValueError('prompt is 4100 tokens')", "error: prompt is 4100 tokens\n"),
+        ("open('/no/such/file')", "error: [Errno 2] No such file or directory: '/no/such/file'\n"),
+    ],
+)
+def test_user_errors_end_a_script_with_one_sentence(body, message):
+    assert run_script(body) == (2, message)
+
+
+@pytest.mark.parametrize(
+    "body", ["assert False, 'broken'", "import json; json.loads('{')", "{}['missing']", "import ast; ast.parse('(')"]
+)
+def test_bugs_keep_their_traceback(body):
+    code, stderr = run_script(body)
+    assert code == 1 and stderr.startswith("Traceback")
+
+
+def test_debug_shows_the_traceback_of_a_user_error(monkeypatch, capsys):
+    monkeypatch.setenv("NANOR1_DEBUG", "1")
+    with pytest.raises(SystemExit), user_errors():
+        from_json(Options, {"stpes": 1})
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith(
+        "\nerror: unknown key 'stpes' in config.json; did you mean steps?\n"
+    )
