@@ -1,0 +1,428 @@
+"""Text to token ids and back, from a Hugging Face `tokenizer.json`; chat templates; miniature vocabularies.
+
+Two kinds of vocabulary are read and written, and nothing else: byte-level BPE (GPT-2, SmolLM2, Llama 3, Qwen2, Qwen3,
+DeepSeek-R1-Distill) and words split on whitespace (the miniature models). tiktoken does the merging. The text is cut
+into pieces by the `regex` package that tiktoken depends on rather than by tiktoken, because tiktoken's own splitter
+overflows its stack on a megabyte of spaces, cannot cut in two stages (SmolLM2), and panics on a byte without a token.
+
+Left out: SentencePiece (Unigram, byte fallback), WordPiece, padding, truncation, offsets, clean-up of spaces in
+decoding, and post-processors: `encode` adds no beginning-of-text, whatever the file says (see `adds_bos`). Added tokens
+are looked for before normalisation, whatever their `normalized` flag says. Characters newer than the reference's
+Unicode tables may come out differently: combining marks from 2018 on (order in NFC), letters from 2025 on (pieces).
+
+Sources: the file format is that of https://github.com/huggingface/tokenizers; byte-level BPE is Radford et al. 2019,
+"Language Models are Unsupervised Multitask Learners", section 2.2.
+"""
+
+import codecs
+import functools
+import itertools
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import regex
+import tiktoken
+
+# Kept byte for byte between loading and saving; the first two must exist. config.json belongs to the model.
+_REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
+_OPTIONAL_FILES = ("special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+
+_END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text: contractions, letters, digits, the rest (each with one space before), whitespace.
+_GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """The vocabulary of a model folder: `encode`, `decode`, stop tokens and chat template.
+
+    Attributes: `vocab_size` (largest id + 1: sample no id at or above it), `eos_id`, `bos_id`, `pad_id` (None where
+    absent), `stop_ids` (sorted; generation ends on any), `special_ids`, `adds_bos` (the model expects `bos_id` before
+    plain text), `chat_template` (None where absent).
+
+    >>> words = Tokenizer.from_words(["1", "+", "2", "="])
+    >>> words.encode("1 + 2 ="), words.decode([0, 1, 2, 3, words.eos_id])
+    ([0, 1, 2, 3], '1 + 2 = <|endoftext|>')
+    """
+
+    def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
+        """Build from the bytes of the files of a folder; `from_pretrained` is the usual way in."""
+        self._files = files
+        parsed = {name: _parse_json(text, name) for name, text in files.items() if name.endswith(".json")}
+        tokenizer, config = (parsed[name] for name in _REQUIRED_FILES)
+        added = tokenizer.get("added_tokens") or []
+        self._model = _vocabulary(tokenizer, {token["content"] for token in added})
+        self._token_bytes = self._model.token_bytes | {token["id"]: token["content"].encode() for token in added}
+        self._id_of_bytes = {token: i for i, token in self._token_bytes.items()}
+        self._every_added = _AddedTokens(added)
+        self._ordinary_added = _AddedTokens([token for token in added if not token["special"]])
+        self.special_ids = frozenset(token["id"] for token in added if token["special"])
+        self.vocab_size = max(self._token_bytes) + 1
+
+        self._special_texts = _special_texts(parsed.get("special_tokens_map.json", {}) | config)
+        self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos_token", "eos_token", "pad_token"))
+        generation_config = parsed.get("generation_config.json", {})
+        stop_ids = {*_id_list(generation_config.get("eos_token_id")), *_id_list(self.eos_id)}
+        self.stop_ids = tuple(sorted(stop_ids or _id_list((model_config or {}).get("eos_token_id"))))
+        self.adds_bos = bool(config.get("add_bos_token")) or _template_starts_special(tokenizer.get("post_processor"))
+        template_file = files.get("chat_template.jinja")
+        self.chat_template = template_file.decode() if template_file else config.get("chat_template")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Load the tokenizer of a Hugging Face model folder; ValueError says which file is missing or unsupported."""
+        folder = Path(folder)
+        present = [name for name in _REQUIRED_FILES + _OPTIONAL_FILES if (folder / name).is_file()]
+        if missing := [name for name in _REQUIRED_FILES if name not in present]:
+            needed = " and ".join(_REQUIRED_FILES)
+            raise ValueError(
+                f"{folder} has no {missing[0]}: give a folder with {needed} (SentencePiece is unsupported)"
+            )
+        try:
+            files = {name: (folder / name).read_bytes() for name in present}
+            config_path = folder / "config.json"
+            model_config = _parse_json(config_path.read_bytes(), "config.json") if config_path.is_file() else None
+            return cls(files, model_config)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the tokenizer of {folder}: {error}") from error
+
+    @classmethod
+    def from_words(
+        cls,
+        words: Iterable[str],
+        *,
+        specials: Sequence[str] = (),
+        eos: str = _END_OF_TEXT,
+        pad: str | None = None,
+        chat_template: str | None = None,
+    ) -> "Tokenizer":
+        """A vocabulary of whitespace-separated words: ids follow the order of `words`, then eos, pad and `specials`.
+
+        Raises ValueError for a repeated word or one with whitespace in it; `encode` does for an unknown word.
+        """
+        words = list(words)
+        if bad := [word for word in words if word.split() != [word]]:
+            raise ValueError(f"{bad[0]!r} cannot be one word of a vocabulary: words are split on whitespace")
+        model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
+        parts = {"pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None, "model": model}
+        return cls(_new_files(parts, words, specials=specials, eos=eos, pad=pad, chat_template=chat_template))
+
+    @classmethod
+    def from_bytes(cls, **options: object) -> "Tokenizer":
+        """The 256 bytes, each its own id, then the special tokens of `options`, which are those of `from_words`."""
+        characters = sorted(_byte_of_character().items(), key=lambda item: item[1])
+        model = {"type": "BPE", "vocab": dict(characters), "merges": []}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        parts = {"pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+        return cls(_new_files(parts, list(model["vocab"]), **options))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files this tokenizer was loaded from, unchanged, into `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written in it become their ids only where `allow_special`.
+
+        Added tokens that are not special (Qwen3's `<think>`) always become their ids, as in the reference.
+        """
+        ids = []
+        for plain, added_id in (self._every_added if allow_special else self._ordinary_added).split(text):
+            ids += self._model.encode(plain)
+            if added_id is not None:
+                ids.append(added_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValueError for an id without a token."""
+        kept = (i for i in ids if not (skip_special and i in self.special_ids))
+        return self._model.separator.join(map(self._bytes_of, kept)).decode(errors="replace")
+
+    def stream(self, skip_special: bool = False) -> "StreamDecoder":
+        """An incremental decoder: push ids one at a time, print what comes back."""
+        return StreamDecoder(self, skip_special)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the one token that decodes to exactly `text`, or None."""
+        return self._id_of_bytes.get(text.encode())
+
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt: bool = False, **template_arguments: object
+    ) -> str:
+        """Render `messages` ({"role", "content"} each) as the model was taught; encode it with `allow_special=True`.
+
+        A special token written inside a message is then one too, as in the reference: strip untrusted text first.
+        Raises ValueError where the folder has no template or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template: pass plain text, or add chat_template.jinja")
+        variables = {"tools": None, "documents": None} | self._special_texts | template_arguments
+        try:
+            return self._compiled_template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+    @functools.cached_property
+    def _compiled_template(self) -> jinja2.Template:
+        return _template_environment().from_string(self.chat_template)
+
+    def _special_id(self, name: str) -> int | None:
+        text = self._special_texts.get(name)
+        if text is not None and self.token_id(text) is None:
+            raise ValueError(f"tokenizer_config.json names {text!r} as {name}, which tokenizer.json does not hold")
+        return None if text is None else self.token_id(text)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if token_id not in self._token_bytes:
+            raise ValueError(f"{token_id} is no token id: the vocabulary has ids from 0 to {self.vocab_size - 1}")
+        return self._token_bytes[token_id]
+
+
+class StreamDecoder:
+    """Text as its ids arrive: a character split over tokens is held back until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._separator = b""
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes, often all of its own, sometimes none."""
+        if token_id in self._skipped:
+            return ""
+        text = self._utf8.decode(self._separator + self._tokenizer._bytes_of(token_id))
+        self._separator = self._tokenizer._model.separator
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, as U+FFFD; the decoder is then as new."""
+        self._separator = b""
+        return self._utf8.decode(b"", final=True)
+
+
+class _AddedTokens:
+    """Finds added tokens in text, each with its flags: eats whitespace left or right, stands alone as a word."""
+
+    def __init__(self, tokens: list[dict]):
+        longest_first = sorted(tokens, key=lambda token: -len(token["content"]))
+        self._ids = [token["id"] for token in longest_first]
+        self._pattern = re.compile("|".join(map(self._token_pattern, longest_first)))
+
+    @staticmethod
+    def _token_pattern(token: dict) -> str:
+        left = (r"\s*" if token.get("lstrip") else "") + (r"(?<!\w)" if token.get("single_word") else "")
+        right = (r"(?!\w)" if token.get("single_word") else "") + (r"\s*" if token.get("rstrip") else "")
+        return f"{left}({re.escape(token['content'])}){right}"
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Pairs of plain text and the added token after it; the last pair has none."""
+        start = 0
+        for match in self._pattern.finditer(text) if self._ids else ():
+            yield text[start : match.start()], self._ids[match.lastindex - 1]
+            start = match.end()
+        yield text[start:], None
+
+
+class _ByteLevelModel:
+    """Byte-level BPE: normalise, cut into pieces, merge bytes within each piece."""
+
+    separator = b""
+
+    def __init__(self, tokenizer: dict, added_texts: set[str]):
+        model = tokenizer["model"]
+        for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise ValueError(
+                    f"tokenizer.json sets {option}={model[option]!r}; only plain byte-level BPE is supported"
+                )
+        self._forms = _normal_forms(tokenizer.get("normalizer"))
+        self._splitters = _splitters(tokenizer.get("pre_tokenizer"))
+        self.token_bytes = _bytes_of_tokens({t: i for t, i in model["vocab"].items() if t not in added_texts})
+        ranks = {token: i for i, token in self.token_bytes.items()}
+        _check_ids_are_ranks(model, {i for token, i in ranks.items() if len(token) > 1})
+        # SmolLM2 has no token for 21 bytes. The reference drops them from a piece before it merges.
+        self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        if self._missing and model.get("unk_token"):
+            raise ValueError(f"bytes {self._missing!r} have no token and would become {model['unk_token']!r}")
+        self._bpe = tiktoken.Encoding("", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+        self._piece_ids = functools.lru_cache(maxsize=2**16)(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        for form in self._forms:
+            text = unicodedata.normalize(form, text)
+        pieces = [text]
+        for splitter in self._splitters:
+            pieces = [part for piece in pieces for part in splitter.split(piece) if part]
+        return list(itertools.chain.from_iterable(map(self._piece_ids, pieces)))
+
+    def _merge(self, piece: str) -> list[int]:
+        piece_bytes = piece.encode().translate(None, self._missing)
+        # tiktoken's public methods take no bytes, and what is left of a dropped byte's character is no text.
+        return self._bpe._encode_single_piece(piece_bytes) if piece_bytes else []
+
+
+class _WordLevelModel:
+    """One id a word; words are split on whitespace and joined with single spaces."""
+
+    separator = b" "
+
+    def __init__(self, tokenizer: dict, added_texts: set[str]):
+        if tokenizer.get("normalizer") or (tokenizer.get("pre_tokenizer") or {}).get("type") != "WhitespaceSplit":
+            raise ValueError("a WordLevel model is supported with pre-tokenizer WhitespaceSplit and no normalizer only")
+        self._ids = {text: i for text, i in tokenizer["model"]["vocab"].items() if text not in added_texts}
+        self.token_bytes = {i: text.encode() for text, i in self._ids.items()}
+
+    def encode(self, text: str) -> list[int]:
+        words = text.split()
+        if unknown := [word for word in words if word not in self._ids]:
+            raise ValueError(f"the word {unknown[0]!r} is not in this vocabulary of {len(self._ids)} words")
+        return [self._ids[word] for word in words]
+
+
+def _vocabulary(tokenizer: dict, added_texts: set[str]) -> _ByteLevelModel | _WordLevelModel:
+    model = tokenizer.get("model") or {}
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # GPT-2's first file names no type
+    kinds = {"BPE": _ByteLevelModel, "WordLevel": _WordLevelModel}
+    if kind not in kinds:
+        raise ValueError(f"tokenizer.json holds a {kind} model; supported are {' and '.join(kinds)} (byte-level)")
+    return kinds[kind](tokenizer, added_texts)
+
+
+def _check_ids_are_ranks(model: dict, long_token_ids: set[int]) -> None:
+    """tiktoken merges by token id, the file by order of its merges: refuse a file where the two could differ.
+
+    They agree in all supported families: each merge makes a token of a higher id than the merge before, or (Llama 3,
+    which lists every pair that makes a token) the same, and each token of several bytes is made by a merge.
+    """
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    made = [model["vocab"].get("".join(pair), -1) for pair in pairs]
+    if any(later < earlier for earlier, later in itertools.pairwise(made)) or not set(made) >= long_token_ids:
+        raise ValueError("the order of merges in tokenizer.json is not that of the token ids, which tiktoken needs")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a printable byte stands for itself, the n-th other one is written as U+0100 + n."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
+    alphabet = _byte_of_character()
+    try:
+        return {i: bytes(alphabet[c] for c in token) for token, i in vocab.items()}
+    except KeyError as error:
+        raise ValueError(f"tokenizer.json is not byte-level: a token holds the character {error}") from error
+
+
+def _normal_forms(normalizer: dict | None) -> list[str]:
+    """Unicode normal forms to apply in order, for instance ["NFC"] (Qwen)."""
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if unsupported := [step["type"] for step in steps if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD")]:
+        raise ValueError(f"tokenizer.json has the normalizer {unsupported[0]}; only Unicode normal forms are supported")
+    return [step["type"] for step in steps]
+
+
+def _splitters(pre_tokenizer: dict | None) -> list[regex.Pattern]:
+    """One pattern a pre-tokenization stage; each cuts the pieces of the stage before it."""
+    stages = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    if not stages or stages[-1].get("type") != "ByteLevel":
+        raise ValueError("tokenizer.json is not byte-level: its pre-tokenizer does not end in ByteLevel")
+    patterns = [pattern for stage in stages if (pattern := _stage_pattern(stage)) is not None]
+    # The one group makes split() return the matches too, beside the text between them.
+    return [regex.compile(f"({pattern})") for pattern in patterns]
+
+
+def _stage_pattern(stage: dict) -> str | None:
+    match stage:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return _GPT2_PIECES if stage.get("use_regex", True) else None
+        case {"type": "Digits"}:
+            return r"\p{N}" if stage["individual_digits"] else r"\p{N}+"
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return pattern
+    raise ValueError(f"tokenizer.json has an unsupported pre-tokenizer: {stage}")
+
+
+def _parse_json(content: bytes, name: str) -> dict:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error}); download it again") from error
+
+
+def _special_texts(config: dict) -> dict[str, str]:
+    """bos_token, eos_token and so on as text; older files hold each as text, newer ones as an object with flags."""
+    tokens = {name: token for name, token in config.items() if name.endswith("_token") and token}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _id_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+
+def _template_starts_special(post_processor: dict | None) -> bool:
+    """Whether the reference would put a special token before plain text (Llama 3: beginning-of-text)."""
+    steps = post_processor.get("processors", [post_processor]) if post_processor else []
+    return any(step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0] for step in steps)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks a template's assistant text for loss masks; here it only has to render its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _template_environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda time_format: datetime.now().strftime(time_format)
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _new_files(
+    parts: dict,
+    taken: list[str],
+    *,
+    specials: Sequence[str] = (),
+    eos: str = _END_OF_TEXT,
+    pad: str | None = None,
+    chat_template: str | None = None,
+) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of a new vocabulary, its special tokens numbered after `taken`."""
+    special_texts = list(dict.fromkeys([eos, *([] if pad is None else [pad]), *specials]))
+    texts = [*taken, *special_texts]
+    if repeated := [text for text, count in Counter(texts).items() if count > 1]:
+        raise ValueError(f"{repeated[0]!r} is in the vocabulary twice: every word and special token needs its own id")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": len(taken) + n, "content": text} | flags for n, text in enumerate(special_texts)]
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos}
+    config |= {} if pad is None else {"pad_token": pad}
+    config |= {} if chat_template is None else {"chat_template": chat_template}
+    contents = {"tokenizer.json": tokenizer | {"post_processor": None} | parts, "tokenizer_config.json": config}
+    return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in contents.items()}
