@@ -1,0 +1,415 @@
+"""Problems to solve: countdown and arithmetic are generated; GSM8K, MATH and countdown sets are read from JSON lines.
+
+A task gives training problems for a step (stateless: the same seed and step give the same problems, so a resumed run
+sees what the interrupted one would have seen) and a fixed held-out set that training can never meet. What is held out
+is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept.
+
+Left out: downloading, few-shot prompts, judging (rewards.py; only the countdown checker lives here).
+
+Sources: countdown as TinyZero plays it, GSM8K (arXiv:2110.14168), MATH (arXiv:2103.03874), the base model's
+conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
+"""
+
+import ast
+import hashlib
+import json
+import operator
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+from nanor1.grading import extract_answer
+
+MAX_DRAWS = 20_000  # for one problem; if none fits, the parameters are at fault
+BOXED_TASKS = ("gsm8k", "math")  # a chat model writes these answers in \boxed{}, as it was trained to
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What to solve and how to judge it: `prompt` is the bare question, `answer` the gold answer as text.
+
+    `numbers` are the numbers given (countdown, arithmetic), `target` the value to reach (countdown only).
+    """
+
+    prompt: str
+    answer: str
+    task: str
+    numbers: tuple[int, ...] = ()
+    target: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A source of problems: `sample(n, seed, step)` for training, `held_out(n, seed=0)` for evaluation; both pure."""
+
+    name: str
+    sample: Callable[[int, int, int], list[Problem]]
+    held_out: Callable[..., list[Problem]]
+
+
+# How a task comes by problems: a random draw (its None: draw again) and the reading of a JSON line; None: not so.
+Draw = Callable[[random.Random], Problem | None]
+File = str | Path
+Source = tuple[Draw | None, Callable[[dict], Problem] | None]
+
+
+def make_task(
+    name: str, *, data: File | None = None, eval_data: File | None = None, held_out_share=0.1, **parameters
+) -> Task:
+    """Build the task called `name`: "countdown", "arithmetic", "gsm8k" or "math".
+
+    Problems come from the JSON-lines file `data`, or are generated. The held-out ones come from the file `eval_data`
+    (training then skips its instances), or a hash holds out a share of all instances. The other parameters are those
+    of `countdown` and `arithmetic` below. Raises ValueError for what a user can get wrong.
+
+        make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
+    """
+    sources = {
+        "countdown": countdown,
+        "arithmetic": arithmetic,
+        "gsm8k": lambda: (None, gsm8k_problem),
+        "math": lambda: (None, math_problem),
+    }
+    if name not in sources:
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(sources)}")
+    draw, to_problem = sources[name](**parameters)
+    if not to_problem and (data or eval_data):
+        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
+    if not draw and not data:
+        raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
+    evaluation = read_problems(eval_data, to_problem) if eval_data else []
+    rule = _held_out_rule(evaluation, held_out_share)
+    if data:
+        return _listed_task(name, read_problems(data, to_problem), evaluation, rule)
+    held_out = partial(_held_out_listed, evaluation) if evaluation else partial(_held_out_drawn, draw, rule)
+    return Task(name, partial(_sample_drawn, draw, rule), held_out)
+
+
+def _listed_task(name: str, problems: list[Problem], evaluation: list[Problem], rule) -> Task:
+    train = [problem for problem in problems if not rule(problem)]
+    evaluation = evaluation or [problem for problem in problems if rule(problem)]
+    if not train or not evaluation:
+        raise ValueError(
+            f"{name}: {len(train)} of {len(problems)} problems are left to train on, {len(evaluation)} to evaluate on; "
+            "give more data, or an eval_data file of other problems"
+        )
+    return Task(name, partial(_sample_listed, train), partial(_held_out_listed, evaluation))
+
+
+# ---- what is held out
+
+
+def instance_key(problem: Problem) -> str:
+    """What makes two problems the same instance: their multiset of numbers where they have one, else the text.
+
+    Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
+    """
+    return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
+
+
+def is_held_out(problem: Problem, share: float) -> bool:
+    """Whether the problem's instance falls, by a hash that never changes, into the held-out `share` (0 to 1)."""
+    digest = hashlib.sha256(instance_key(problem).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _held_out_rule(evaluation: list[Problem], share: float) -> Callable[[Problem], bool]:
+    if not 0 < share < 1:
+        raise ValueError(f"held_out_share is {share}; it must lie between 0 and 1")
+    keys = frozenset(map(instance_key, evaluation))
+    return (lambda problem: instance_key(problem) in keys) if keys else partial(is_held_out, share=share)
+
+
+# ---- two kinds of source: drawn at random, or listed in a file
+
+
+def _draw_where(draw: Draw, rng: random.Random, accept: Callable[[Problem], bool]) -> Problem:
+    for _ in range(MAX_DRAWS):
+        problem = draw(rng)
+        if problem is not None and accept(problem):
+            return problem
+    raise ValueError(f"no further problem in {MAX_DRAWS} draws")
+
+
+def _sample_drawn(draw: Draw, rule, n: int, seed: int, step: int) -> list[Problem]:
+    rng = random.Random(f"sample {seed} {step}")
+    try:
+        return [_draw_where(draw, rng, lambda problem: not rule(problem)) for _ in range(n)]
+    except ValueError as error:
+        raise ValueError(f"{error} to train on; widen the ranges of numbers and results") from error
+
+
+def _held_out_drawn(draw: Draw, rule, n: int, seed: int = 0) -> list[Problem]:
+    """`n` different held-out problems: no two share both the numbers and the answer."""
+    rng = random.Random(f"held out {seed}")
+    found: dict[tuple[str, str], Problem] = {}
+    try:
+        while len(found) < n:
+            problem = _draw_where(draw, rng, lambda p: rule(p) and (instance_key(p), p.answer) not in found)
+            found[instance_key(problem), problem.answer] = problem
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
+        ) from error
+    return list(found.values())
+
+
+def _sample_listed(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
+    """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
+    sampled: list[Problem] = []
+    while len(sampled) < n:
+        epoch, start = divmod(step * n + len(sampled), len(problems))
+        order = list(range(len(problems)))
+        random.Random(f"epoch {seed} {epoch}").shuffle(order)
+        sampled += [problems[i] for i in order[start : start + n - len(sampled)]]
+    return sampled
+
+
+def _held_out_listed(problems: list[Problem], n: int, seed: int = 0) -> list[Problem]:
+    if n > len(problems):
+        raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
+    return _sample_listed(problems, n, seed, 0)
+
+
+# ---- generated: numbers and operators drawn at random, kept where the running value stays in range
+
+_FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+def fold(numbers: list[int], operators: list[str], max_result: int) -> int | None:
+    """Work `((n0 op n1) op n2) ...` from left to right; None where a result is no integer or leaves 0..max_result.
+
+    >>> fold([8, 2, 3], ["/", "*"], 24)
+    12
+    """
+    value = numbers[0]
+    for sign, number in zip(operators, numbers[1:], strict=True):
+        if sign == "/" and (number == 0 or value % number):
+            return None
+        value = _FOLD[sign](value, number)
+        if not 0 <= value <= max_result:
+            return None
+    return value
+
+
+def countdown(
+    n_numbers="3to4", max_number=99, operators="+-*/", max_result=1000, min_target=10, max_target=99, wording="words"
+) -> Source:
+    """Reach `target` from `n_numbers` (3, 4 or "3to4") numbers in 1..max_number, each used once.
+
+    Solvable as drawn: the target is worked out from the numbers, every result an integer in 0..max_result. Read from
+    a file: `nums`, `target`. `wording` as in `countdown_problem`.
+    """
+    counts = {"3": (3,), "4": (4,), "3to4": (3, 4)}.get(str(n_numbers))
+    if counts is None:
+        raise ValueError(f"n_numbers is {n_numbers!r}; choose 3, 4 or '3to4'")
+    _check_choices(operators, "+-*/", wording)
+
+    def draw(rng: random.Random) -> Problem | None:
+        numbers = [rng.randint(1, max_number) for _ in range(rng.choice(counts))]
+        target = fold(numbers, rng.choices(operators, k=len(numbers) - 1), max_result)
+        if target is None or not min_target <= target <= max_target:
+            return None
+        rng.shuffle(numbers)  # the order drawn would give the solution away
+        return countdown_problem(tuple(numbers), target, operators, wording)
+
+    def to_problem(row: dict) -> Problem:
+        nums, target = row.get("nums"), row.get("target")
+        if type(target) is not int or not isinstance(nums, list) or {type(number) for number in nums} != {int}:
+            raise ValueError(
+                f"expected 'nums': [integers] and 'target': integer, found {nums!r:.60} and {target!r:.60}"
+            )
+        return countdown_problem(tuple(nums), target, operators, wording)
+
+    return draw, to_problem
+
+
+def countdown_problem(numbers: tuple[int, ...], target: int, operators="+-*/", wording="words") -> Problem:
+    """The countdown problem told in "words", or in "symbols" separated by blanks: `3 7 12 target 22 :`."""
+    prompt = f"{' '.join(map(str, numbers))} target {target} :"
+    if wording == "words":
+        prompt = (
+            f"Combine the numbers {', '.join(map(str, numbers))} into an expression with the value {target}. Use every "
+            f"number exactly once, and only {' '.join(operators)} and parentheses. The answer is the expression alone, "
+            "for example (1 + 2) * 3."
+        )
+    return Problem(prompt, str(target), "countdown", numbers, target)
+
+
+def arithmetic(n_terms=2, max_term=99, max_value=9801, operators="+-*", wording="words") -> Source:
+    """`t0 op t1 op ...` with terms in 1..max_term and every running value in 0..max_value.
+
+    `wording`: "words" (`What is 47 + 85?`) or "symbols" (`47 + 85 =`). The miniature: n_terms=6, max_term=9,
+    max_value=40, operators="+-", wording="symbols".
+    """
+    if n_terms < 2:
+        raise ValueError(f"n_terms is {n_terms}; it takes at least 2 terms")
+    # With three terms or more a product would bind tighter than the left-to-right running value.
+    _check_choices(operators, "+-*" if n_terms == 2 else "+-", wording)
+
+    def draw(rng: random.Random) -> Problem | None:
+        terms = [rng.randint(1, max_term) for _ in range(n_terms)]
+        signs = rng.choices(operators, k=n_terms - 1)
+        value = fold(terms, signs, max_value)
+        question = " ".join(f"{sign} {term}" for sign, term in zip(["", *signs], terms, strict=True)).strip()
+        prompt = f"What is {question}?" if wording == "words" else f"{question} ="
+        return None if value is None else Problem(prompt, str(value), "arithmetic", tuple(terms))
+
+    return draw, None
+
+
+def _check_choices(operators: str, allowed: str, wording: str) -> None:
+    if not operators or not set(operators) <= set(allowed):
+        raise ValueError(f"operators is {operators!r}; choose some of {allowed!r} here")
+    if wording not in ("words", "symbols"):
+        raise ValueError(f"wording is {wording!r}; choose 'words' or 'symbols'")
+
+
+# ---- read from JSON lines
+
+
+def read_problems(path: File, to_problem: Callable[[dict], Problem]) -> list[Problem]:
+    """Read one problem a line (blank lines skipped); ValueError names the file, the line and what is expected."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines") from error
+    problems = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                problems.append(to_problem(_json_object(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not problems:
+        raise ValueError(f"{path} holds no problem; expected JSON lines, one object a line")
+    return problems
+
+
+def _json_object(line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise ValueError(f"expected one JSON object on the line, found no valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _text_field(row: dict, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a non-empty text {name!r}, found {value!r:.60} (fields: {', '.join(row)})")
+    return value.strip()
+
+
+def gsm8k_problem(row: dict) -> Problem:
+    """A line of GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
+    question, (_, mark, gold) = _text_field(row, "question"), _text_field(row, "answer").rpartition("####")
+    gold = gold.replace(",", "").strip()
+    if not mark or not gold:
+        raise ValueError(f"expected an 'answer' that ends in '#### NUMBER', found {row['answer'][-40:]!r}")
+    return Problem(question, gold, "gsm8k")
+
+
+def math_problem(row: dict) -> Problem:
+    r"""A line of MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
+    question = _text_field(row, "problem")
+    if "answer" in row:
+        answer = row["answer"]
+        return Problem(question, str(answer) if type(answer) in (int, float) else _text_field(row, "answer"), "math")
+    solution = _text_field(row, "solution")
+    at = solution.rfind("\\boxed")
+    gold = extract_answer(solution[at:]) if at >= 0 else None
+    if not gold:
+        raise ValueError(r"expected an 'answer', or a 'solution' with its result in \boxed{...}; found neither")
+    return Problem(question, gold, "math")
+
+
+# ---- prompts
+
+R1_ZERO_TEMPLATE = (
+    "A conversation between User and Assistant. User asks, and Assistant first thinks the matter through in its mind, "
+    "between <think> and </think>, and then gives User the answer, between <answer> and </answer>: <think> the "
+    "thinking goes here </think> <answer> the answer goes here </answer>.\nUser: {prompt}\nAssistant: <think>"
+)
+CHAT_INSTRUCTION = "Think first, between <think> and </think>. Then write the final answer {where}."
+
+
+def format_prompt(problem: Problem, template: str) -> str | list[dict[str, str]]:
+    """Dress the question for a model: text, or for "chat" the messages for Tokenizer.apply_chat_template.
+
+    "r1-zero": a base model's conversation that ends in an opened `<think>` (DeepSeek-R1, Table 1, in other words).
+    "chat": one user message, the question and how to write the answer. "bare": the question alone.
+    """
+    if template == "bare":
+        return problem.prompt
+    if template == "r1-zero":
+        return R1_ZERO_TEMPLATE.replace("{prompt}", problem.prompt)  # not str.format: LaTeX is full of braces
+    if template == "chat":
+        where = "in \\boxed{}" if problem.task in BOXED_TASKS else "alone between <answer> and </answer>"
+        return [{"role": "user", "content": f"{problem.prompt}\n\n{CHAT_INSTRUCTION.replace('{where}', where)}"}]
+    raise ValueError(f"unknown template {template!r}; choose 'r1-zero', 'chat' or 'bare'")
+
+
+def prefilled(prompt_text: str) -> str:
+    """What the prompt already wrote of the response: rewards judge `prefilled(prompt_text) + completion`.
+
+    >>> prefilled("Assistant: <think>")
+    '<think>'
+    """
+    return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
+
+
+# ---- the countdown checker
+
+_EXPRESSION = re.compile(r"[-+*/() 0-9]{1,256}")
+_NUMBER = re.compile(r"[0-9]+")
+_MAX_DEPTH = 64
+_BINARY = {
+    ast.Add: ("+", operator.add),
+    ast.Sub: ("-", operator.sub),
+    ast.Mult: ("*", operator.mul),
+    ast.Div: ("/", Fraction),  # exact: with floats and a tolerance 300001 / 300000 would pass for 1
+}
+
+
+def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: int, operators: str = "+-*/") -> bool:
+    """Whether the expression uses each given number exactly once and has exactly the value `target`.
+
+    One line of integers, + - * / (or the `operators` given), signs and parentheses; at most 256 characters between
+    the outer blanks and 64 levels. Everything else is False, and no text raises. Refused by choice: an equals sign,
+    a number left out, leading zeros (05), 2(3), LaTeX, other scripts' digits and operators, 5000 parentheses.
+
+    >>> check_countdown("5 * (5 - 1 / 5)", [1, 5, 5, 5], 24)
+    True
+    """
+    expression = equation.strip()
+    # Length, characters and numbers are settled before the parser sees anything: that keeps rubbish cheap.
+    if not _EXPRESSION.fullmatch(expression):
+        return False
+    if sorted(map(int, _NUMBER.findall(expression))) != sorted(nums):
+        return False
+    try:
+        return _value(ast.parse(expression, mode="eval").body, operators, _MAX_DEPTH) == target
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return False
+
+
+def _value(node: ast.expr, operators: str, depth: int) -> int | Fraction:
+    """The exact value of a parsed expression; ValueError for any node that countdown does not know."""
+    if depth == 0:
+        raise ValueError("nested too deep")
+    if isinstance(node, ast.Constant):
+        return node.value  # an int: letters, dots and quotes never reached the parser
+    if isinstance(node, ast.UnaryOp):
+        value = _value(node.operand, operators, depth - 1)
+        return -value if isinstance(node.op, ast.USub) else value  # ~ and not never reached the parser
+    sign, combine = _BINARY.get(type(getattr(node, "op", None)), ("", None))
+    if not sign or sign not in operators:
+        raise ValueError("not an expression of the allowed operators")
+    return combine(_value(node.left, operators, depth - 1), _value(node.right, operators, depth - 1))
