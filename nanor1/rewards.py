@@ -49,6 +49,16 @@ def answer_block(text: str) -> str | None:
     return block if opened and closed else None
 
 
+def final_answer(problem: Problem, text: str) -> str | None:
+    """The answer that the text commits itself to, as it is written but for blanks; None if it gives none.
+
+    >>> final_answer(Problem("", "3", "countdown"), "<think> 1 + 2 = 3 </think> <answer> 1 + 2 </answer>")
+    '1+2'
+    """
+    answer = answer_block(text) if problem.task == "countdown" else extract_answer(after_thinking(text))
+    return None if answer is None else "".join(answer.split()) or None
+
+
 def accuracy(problem: Problem, text: str) -> float | None:
     """1.0 if the text's final answer is right, 0.0 if it is wrong or missing; None if the problem has no gold answer.
 

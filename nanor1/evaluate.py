@@ -1,0 +1,171 @@
+"""Judge completions; accuracy with a confidence interval, and what answers at this accuracy cost in tokens.
+
+Accuracy is the mean over problems of each problem's share of right samples (pass@1). Samples of one problem are not
+independent, so the interval is over problems: Wilson's for one sample a problem, else the normal one of the problems'
+means. Left out: search methods, which spend tokens on purpose.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from nanor1.grpo import Rollout
+from nanor1.rewards import REWARDS, combine, final_answer
+from nanor1.sampler import Completion, generate
+from nanor1.tasks import Problem, format_prompt, prefilled
+from nanor1.tokenizer import Tokenizer
+
+
+def write_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The text a model sees and its ids; with "chat" the model's own template, whose special tokens count as such."""
+    prompt = format_prompt(problem, template)
+    if template == "chat":
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        return text, tokenizer.encode(text, allow_special=True)
+    ids = tokenizer.encode(prompt)
+    return prompt, [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids
+
+
+def judge(
+    problem: Problem,
+    prompt: tuple[str, list[int]],
+    completion: Completion,
+    tokenizer: Tokenizer,
+    weights: dict[str, float],
+) -> Rollout:
+    """Reward one completion. An answer cut off by the length limit is not an answer: its accuracy is 0."""
+    text, prompt_ids = prompt
+    ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
+    response = prefilled(text) + tokenizer.decode(ids)
+    parts = {name: REWARDS[name](problem, response) for name in {"accuracy", "format", *weights}}
+    if completion.finish == "length" and parts["accuracy"] is not None:
+        parts["accuracy"] = 0.0
+    return Rollout(problem, prompt_ids, completion, response, combine(parts, weights), parts)
+
+
+def evaluate(
+    model,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    template: str,
+    weights: dict[str, float],
+    *,
+    samples: int = 1,
+    on_token: Callable[[int, int, int], None] | None = None,
+    **sampling,
+) -> tuple["Evaluation", list[list[Rollout]]]:
+    """Answer and judge each problem `samples` times; `sampling` goes to sampler.generate."""
+    prompts = [write_prompt(problem, template, tokenizer) for problem in problems]
+    completions_PG = generate(
+        model,
+        [ids for _, ids in prompts],
+        n=samples,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+        on_token=on_token,
+        **sampling,
+    )
+    rollouts_PG = [
+        [judge(problem, prompt, completion, tokenizer, weights) for completion in group]
+        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
+    ]
+    return summarize(rollouts_PG), rollouts_PG
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on a fixed set of problems; shares are in 0..1."""
+
+    accuracy: float
+    accuracy_low: float  # 95% interval
+    accuracy_high: float
+    n: int  # problems
+    samples: int  # a problem
+    format: float
+    response_tokens: float  # mean
+    truncated: float
+    retries: float  # mean number of times a response says "wait"
+    majority: float | None  # accuracy of the most frequent answer; None with one sample a problem
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields by name, the majority's with its number of samples (`majority_16`)."""
+        values = asdict(self)
+        values[f"majority_{self.samples}"] = values.pop("majority")
+        return values
+
+    def __str__(self) -> str:
+        half = (self.accuracy_high - self.accuracy_low) / 2
+        text = f"accuracy {self.accuracy:.3f} +- {half:.3f} (95%, n={self.n} x {self.samples})"
+        text += f", format {self.format:.3f}, {self.response_tokens:.1f} tokens, {self.retries:.2f} retries"
+        text += f", {self.truncated:.1%} cut"
+        return text if self.majority is None else f"{text}, majority@{self.samples} {self.majority:.3f}"
+
+
+def summarize(rollouts_PG: Sequence[Sequence[Rollout]]) -> Evaluation:
+    """Evaluate judged rollouts, one inner list a problem.
+
+    A rollout whose accuracy is None (could not be judged) is left out of its problem's mean, and a problem with none
+    left out of the set.
+    """
+    judged_PG = [[r for r in group if r.parts["accuracy"] is not None] for group in rollouts_PG]
+    judged_PG = [group for group in judged_PG if group]
+    if not judged_PG:
+        raise ValueError("no rollout could be judged; check the problems' answers")
+    means_P = [sum(r.parts["accuracy"] for r in group) / len(group) for group in judged_PG]
+    flat = [r for group in judged_PG for r in group]
+    mean = lambda values: sum(values) / len(flat)  # noqa: E731
+    samples = max(map(len, rollouts_PG))
+    low, high = accuracy_interval(means_P, samples)
+    return Evaluation(
+        accuracy=sum(means_P) / len(means_P),
+        accuracy_low=low,
+        accuracy_high=high,
+        n=len(means_P),
+        samples=samples,
+        format=mean(r.parts.get("format") or 0.0 for r in flat),
+        response_tokens=mean(len(r.completion.ids) for r in flat),
+        truncated=mean(r.completion.finish == "length" for r in flat),
+        retries=mean(r.text.lower().split().count("wait") for r in flat),
+        majority=majority_accuracy(judged_PG) if samples > 1 else None,
+    )
+
+
+def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float:
+    """Share of problems whose most frequent answer is right; a tie goes to the answer given first.
+
+    A rollout that was cut off, or gives no answer, has no vote (self-consistency: Wang et al. 2023, 2203.11171).
+    """
+    n_right = 0.0
+    for group in rollouts_PG:
+        votes: dict[str, list[Rollout]] = {}
+        for rollout in group:
+            key = final_answer(rollout.problem, rollout.text)
+            if key is not None and rollout.completion.finish == "stop":
+                votes.setdefault(key, []).append(rollout)
+        if votes:
+            n_right += max(votes.values(), key=len)[0].parts["accuracy"]
+    return n_right / len(rollouts_PG)
+
+
+def accuracy_interval(means_P: Sequence[float], samples: int) -> tuple[float, float]:
+    """The 95% interval of a mean over problems: Wilson's where each is 0 or 1, else the normal one, within 0..1."""
+    n, mean = len(means_P), sum(means_P) / len(means_P)
+    if samples == 1:
+        return wilson_interval(round(mean * n), n)
+    deviation = math.sqrt(sum((m - mean) ** 2 for m in means_P) / max(1, n - 1))
+    half = 1.96 * deviation / math.sqrt(n)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def wilson_interval(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927); 95% by default.
+
+    >>> tuple(round(x, 3) for x in wilson_interval(8, 10))
+    (0.49, 0.943)
+    """
+    if not 0 <= n_right <= n or n < 1:
+        raise ValueError(f"{n_right} right of {n}: want 0 <= right <= n and n >= 1")
+    p, shrink = n_right / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)

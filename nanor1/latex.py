@@ -1,0 +1,678 @@
+r"""Read the mathematics people write as answers: LaTeX, Unicode or plain text in, a tree and its exact value out.
+
+`clean` gives one spelling to what is written in many, `parse` reads it into a tree of tuples, and `samples` evaluates
+two trees: exactly (`fractions.Fraction`) for as long as they are rational, otherwise to 100 digits with mpmath. With
+variables there are four fixed pseudo-random points (Schwartz 1980, Zippel 1979); nothing is simplified symbolically.
+
+Nothing reaches `eval` or sympy. Length, nesting and the size of every number are bounded before work is done, so no
+timer is needed and a call takes milliseconds in any thread.
+
+Left out: sums, integrals, limits, set-builder notation, arithmetic on matrices, repeating decimals, numbers in words.
+"""
+
+import functools
+import math
+import operator
+import random
+import re
+import threading
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+
+import mpmath
+
+MAX_CHARS = 1000  # of an answer; a longer one is compared as a string
+MAX_DEPTH = 30  # nested brackets, powers or signs
+MAX_ITEMS = 40  # of a list or set, since comparison without order is quadratic
+MAX_BITS = 4096  # of a numerator or denominator
+MAX_MAGNITUDE = 166  # binary exponent, about 1e50, of an irrational value; tan(pi/2) and 1/sin(pi) are past it
+
+# ---------------------------------------------------------------- cleaning
+
+
+def _table(pairs: str) -> dict[str, str]:
+    return dict(pair.split() for pair in pairs.split(";"))
+
+
+_UNICODE = str.maketrans(
+    {
+        old: new + " "
+        for old, new in _table(
+            r"≤ \le;≥ \ge;≠ \ne;≈ =;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;× *;· *;∙ *"
+            r";÷ /;⁄ /;。 .;° ^\circ;£ \pounds;€ \euro"
+        ).items()
+    }
+)
+
+
+def clean(text: str) -> str:
+    """Return one spelling for what is written in many: Unicode, spaces, dollars, commas inside numbers."""
+    if len(text) > 4 * MAX_CHARS:
+        return text
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", r"^{\g<0>}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = unicodedata.normalize("NFKC", text).translate(_UNICODE)
+    if "\\begin" not in text:  # there, two backslashes end a row; elsewhere they are one, escaped once too often
+        text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", "", text)
+    text = re.sub(r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad)|~", " ", text)
+    text = re.sub(r"\b(\d+) (\d+) ?/ ?(\d+)\b", r"\1\\frac{\2}{\3}", text)
+    if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
+        text = re.sub(r"(?<!\\)\$", r"\\$", text)
+    text = re.sub(r"- ?(\\\$|\\pounds|\\euro)", r"\1-", text)
+    return re.sub(r"\s+", " ", trim(re.sub(r"(?<!\\)\$", " ", text)))
+
+
+def trim(text: str) -> str:
+    """Return the text without the emphasis and full stop around it."""
+    return text.strip().strip("*_`").rstrip(".,;:。，").strip("*_` \t\n")
+
+
+def is_prose(text: str) -> bool:
+    """Return whether there are only words, one of them no product of variables (`ab` is one, `no` and `east` not)."""
+    is_words = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|['’ \-])*", text)
+    return is_words is not None and re.search(r"[^\W\d_]{4}|[eiou]\w|\w[eiou]", text) is not None
+
+
+def plain_words(text: str) -> str:
+    r"""Return the text without \text{} around words, without case and without punctuation at its ends."""
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"\s+", " ", text).strip(" .'\"").casefold()
+
+
+# ---------------------------------------------------------------- tokens
+
+_ALIASES = _table(
+    r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge"
+    r";\neq \ne;!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *"
+    r";\div /;** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %"
+    r";\varnothing \emptyset;inf \infty;infinity \infty"
+) | {name: "\\" + name for name in "pi frac sqrt sin cos tan ln log exp".split()}
+_IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits".split())
+_IGNORED |= set(r"\angle \triangle \overrightarrow \vec \hline \rm".split())
+_GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
+_GREEK |= set(r"\rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Omega".split())
+_FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
+_FUNCTIONS |= _table(r"\log ln;\arcsin asin;\arccos acos;\arctan atan")
+_RELATIONS = set(r"= < > \le \ge \ne \in".split())
+_SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
+_MATRICES = set("pmatrix bmatrix Bmatrix vmatrix matrix array smallmatrix".split())
+_SENTENCE = set("is are was the of we if as so by this that with which since because when where".split())
+_UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres;mm millimeter millimeters;km kilometer kilometers
+;m meter meters metre metres;in inch inches;ft foot feet;yd yard yards;mi mile miles;kg kilogram kilograms;g gram grams
+;mg milligram milligrams;lb lbs pound pounds gbp;oz ounce ounces;ml milliliter milliliters;l liter liters litre litres
+;s sec second seconds;min minute minutes;h hr hrs hour hours;day days;week weeks;month months;year years
+;dollar dollars usd;euro euros eur;cent cents;degree degrees deg;radian radians rad;mph;percent pct"""
+_UNITS = {word: group.split()[0] for group in _UNIT_SPELLINGS.split(";") for word in group.split()}
+_CURRENCIES = _table(r"\$ dollar;\pounds lb;\euro euro")  # £40 and 40 pounds are the same, by weight or not
+_TOKEN = re.compile(
+    r"(?P<text>\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{(?P<words>[^{}]*)\})"
+    r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?)"
+    r"|(?P<environment>\\(?:begin|end)\s*\{[A-Za-z]+\*?\})(?:\{[lcr|]+\})?"
+    r"|(?P<letters>[A-Za-z]+)|(?P<space>\s+)|(?P<symbol>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|.)",
+    re.ASCII,
+)
+
+
+class _Unparsed(Exception):
+    """The text is outside the grammar or past a limit."""
+
+
+def _tokens(text: str) -> list[str]:
+    r"""Numbers, letters, commands with their backslash, symbols; and words as `"apples`, `\begin{name}` as one."""
+    if len(text) > MAX_CHARS:
+        raise _Unparsed
+    tokens = []
+    for match in _TOKEN.finditer(text):
+        found, kind = match.group(match.lastgroup), match.lastgroup
+        if kind == "text":
+            tokens += _word_tokens(match.group("words").strip())
+        elif kind == "letters" and found not in _ALIASES:
+            tokens += _letter_tokens(found)
+        elif kind != "space" and found not in _IGNORED:
+            tokens.append(_ALIASES.get(found, found))
+    return tokens
+
+
+def _word_tokens(words: str) -> list[str]:
+    r"""The inside of \text{}: a word or words, or mathematics that was put there, as in \text{2/3}."""
+    if words.casefold().strip(" ,") in ("and", "or"):
+        return [","]
+    is_words = words.isalpha() or re.match(r"[^\W\d_]{2,}", words)
+    return ['"' + words.casefold()] if is_words else _tokens(words)
+
+
+def _letter_tokens(letters: str) -> list[str]:
+    if letters in _SENTENCE:
+        raise _Unparsed
+    if len(letters) >= 4 or (len(letters) > 1 and letters in _UNITS):
+        return ['"' + letters.casefold()]
+    return list(letters)
+
+
+# ---------------------------------------------------------------- grammar
+#
+# A parsed answer is a tuple that starts with its kind.
+# Scalars: ("num", Fraction) ("const", name) ("sym", name) ("call", name, arguments) ("add", *terms) ("mul", *factors)
+#   ("pow", base, exponent) ("log", base, x) ("binom", n, k); of one: neg inv abs fact deg percent sin cos ...
+# Others: ("inf",) ("unit", x, unit) ("base", digits, base) ("relation", x, "=", y, "<", z, ...) ("union", items)
+#   ("bracket", "(", items, "]"), with ":" for a ratio, ("list", items) ("set", items) ("matrix", rows)
+
+SCALARS = {*"num const sym call add mul pow log binom neg inv abs fact deg percent".split(), *_FUNCTIONS.values()}
+VARIABLES = {"sym", "call"}
+INFINITY = ("inf",)
+
+
+def parse(text: str, grouped: bool = True) -> tuple | None:
+    """Parse a cleaned answer; None outside the grammar. In brackets, or where not `grouped`, 1,234 is two items.
+
+    >>> parse("x = 1,234")
+    ('relation', ('sym', 'x'), '=', ('num', Fraction(1234, 1)))
+    """
+    if grouped and not re.search(r"[(\[]|\\\{", text):
+        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda number: number.group().replace(",", ""), text)
+    try:
+        return _Parser(_tokens(text)).answer()
+    except (_Unparsed, ValueError):
+        return None
+
+
+class _Parser:
+    """Recursive descent; each method reads one level of precedence, the loosest first."""
+
+    def __init__(self, tokens: list[str]):
+        self.tokens = [*tokens, ""]
+        self.at = 0
+        self.depth = 0
+        self.open_bars = 0
+
+    @property
+    def token(self) -> str:
+        return self.tokens[self.at]
+
+    @property
+    def previous(self) -> str:
+        return self.tokens[self.at - 1]
+
+    def next(self) -> str:
+        token = self.token
+        self.at = min(self.at + 1, len(self.tokens) - 1)
+        return token
+
+    def take(self, *tokens: str) -> bool:
+        """Step over the next token if it is one of these."""
+        is_here = self.token in tokens
+        self.at += is_here
+        return is_here
+
+    def expect(self, *tokens: str) -> str:
+        if not self.take(*tokens):
+            raise _Unparsed
+        return self.previous
+
+    def nested(self, read: Callable[[], tuple]) -> tuple:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _Unparsed
+        value = read()
+        self.depth -= 1
+        return value
+
+    def answer(self) -> tuple:
+        groups = [self.items()]
+        while self.take(";"):
+            groups.append(self.items())
+        if self.token:
+            raise _Unparsed
+        if len(groups) == 1:
+            groups = _solutions(groups[0])
+        return _list(groups[0]) if len(groups) == 1 else ("list", tuple(assigned(group) or _list(group) for group in groups))
+
+    def items(self) -> list[tuple]:
+        items = _both_signs(self.relation())
+        while self.take(","):
+            self.take(",")  # "5, 6, and 7"
+            items += _both_signs(self.relation())
+        if len(items) > MAX_ITEMS:
+            raise _Unparsed
+        return items
+
+    def relation(self) -> tuple:
+        parts = [self.union()]
+        while self.token in _RELATIONS:
+            parts += [self.next(), self.union()]
+        return ("relation", *parts) if len(parts) > 1 else parts[0]
+
+    def union(self) -> tuple:
+        pieces = [self.ratio()]
+        while self.take(r"\cup"):
+            pieces.append(self.ratio())
+        return ("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
+
+    def ratio(self) -> tuple:
+        parts = [self.quantity()]
+        while self.take(":"):
+            parts.append(self.quantity())
+        if parts[0][0] == "sym" and len(parts[0][1]) > 3:  # "Area: 5"
+            del parts[0]
+        return ("bracket", ":", tuple(parts), ":") if len(parts) > 1 else parts[0]
+
+    def quantity(self) -> tuple:
+        """A sum with its currency or unit."""
+        currency = _CURRENCIES[self.next()] if self.token in _CURRENCIES else ""
+        value = self.sum()
+        unit = self.unit() or currency
+        if value[0] == "deg":
+            return ("unit", value[1], "degree")
+        if unit == "percent":
+            return ("percent", value)
+        return ("unit", value, unit) if unit and value[0] in SCALARS else value
+
+    def unit(self) -> str:
+        words = []
+        while self.token.startswith('"') or (words and self.token in ("/", "^")):
+            token = self.next()
+            words += [token, self.subscript()] if token == "^" else re.findall(r"[^\W\d_]+|[^\s\"]", token)
+        unit = " ".join(_UNITS.get(word, word) for word in words)
+        return re.sub(r"^square (\w+)", r"\1 ^ 2", unit)
+
+    def sum(self) -> tuple:
+        terms = [self.signed(self.term)]
+        while self.token in _SIGNS:
+            terms.append(self.signed(self.term))
+        return ("add", *terms) if len(terms) > 1 else terms[0]
+
+    def signed(self, read: Callable[[], tuple]) -> tuple:
+        if self.token not in _SIGNS:
+            return read()
+        sign = _SIGNS[self.next()]
+        value = self.nested(lambda: self.signed(read))
+        return value if sign == "pos" else (sign, value)
+
+    def term(self) -> tuple:
+        factors = [self.power()]
+        while True:
+            if self.take("*"):
+                factors.append(self.signed(self.power))
+            elif self.take("/"):
+                factors.append(("inv", self.signed(self.power)))
+            elif self.starts_factor():
+                follows_number = _is_number(self.previous) and self.token == r"\frac"
+                factor = self.power()
+                is_mixed = follows_number and _is_mixed(factors[-1], factor)
+                factors[-1:] = [("add", factors[-1], factor)] if is_mixed else [factors[-1], factor]
+            else:
+                return ("mul", *factors) if len(factors) > 1 else factors[0]
+
+    def starts_factor(self) -> bool:
+        """Whether a factor follows without a sign of multiplication; two numbers side by side are not a product."""
+        if _is_number(self.token):
+            return not _is_number(self.previous)
+        if self.token == "|":
+            return self.open_bars == 0
+        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
+        return self.token in starts or self.token in _FUNCTIONS or _is_letter(self.token)
+
+    def power(self) -> tuple:
+        value = self.atom()
+        for _ in range(4):
+            if self.take("!"):
+                value = ("fact", value)
+            elif self.take("%"):
+                value = ("percent", value)
+            elif self.take("^"):
+                value = ("deg", value) if self.takes_degree() else ("pow", value, self.argument())
+        return value
+
+    def takes_degree(self) -> bool:
+        if self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"]:
+            self.at += 3
+            return True
+        return self.take(r"\circ")
+
+    def argument(self) -> tuple:
+        """What `^` and `_` take: a group in braces, or one atom with its sign and, in 2^3^2, its own power."""
+        value = self.signed(self.atom)
+        return ("pow", value, self.nested(self.argument)) if self.take("^") else value
+
+    def atom(self) -> tuple:
+        return self.nested(self.read_atom)
+
+    def read_atom(self) -> tuple:
+        token = self.next()
+        if _is_number(token):
+            return ("base", token, self.subscript()) if self.take("_") else number(token)
+        if token.startswith('"'):
+            return self.words(token)
+        if _is_letter(token):
+            return self.symbol(token)
+        if token in _FUNCTIONS:
+            return self.function(_FUNCTIONS[token])
+        if token not in _READERS:
+            raise _Unparsed
+        return _READERS[token](self)
+
+    def symbol(self, name: str) -> tuple:
+        """A variable with its subscript and primes; f(x) is a call, where other letters multiply the bracket."""
+        while self.token in ("_", "'"):
+            name += self.next()
+            name += self.subscript() if name.endswith("_") else ""
+        if name[0] in "fghFGPQ" and self.take("("):
+            items = self.items()
+            self.expect(")")
+            return ("call", name, tuple(items))
+        return ("const", name) if name in ("i", "e") else ("sym", name)
+
+    def subscript(self) -> str:
+        """The tokens of a subscript or of a unit's power, without their braces."""
+        if not self.take("{"):
+            return self.next()
+        end = self.tokens.index("}", self.at)
+        inside = "".join(self.tokens[self.at : end])
+        self.at = end + 1
+        return inside
+
+    def words(self, text: str) -> tuple:
+        while self.token.startswith('"'):
+            text += " " + self.next()[1:]
+        if self.starts_factor() and self.token != "(":  # "about 5 cm" is a sentence
+            raise _Unparsed
+        return ("sym", text[1:])
+
+    def magnitude(self) -> tuple:
+        self.open_bars += 1
+        value = self.sum()
+        self.open_bars -= 1
+        self.expect("|")
+        return ("abs", value)
+
+    def round_or_square(self) -> tuple:
+        """A group, or a tuple or interval where there is a comma or the ends differ."""
+        opening, items = self.previous, self.items()
+        closing = self.expect(")", "]")
+        if len(items) == 1 and opening + closing in ("()", "[]"):
+            return items[0]
+        return ("bracket", opening, tuple(items), closing)
+
+    def braces(self) -> tuple:
+        items = self.items()
+        self.expect("}")
+        return items[0] if len(items) == 1 else ("set", tuple(items))
+
+    def set(self) -> tuple:
+        if self.take(r"\}"):
+            return ("set", ())
+        items = self.items()
+        self.expect(r"\}")
+        return ("set", tuple(items))
+
+    def root(self) -> tuple:
+        degree = number("2")
+        if self.take("["):
+            degree = self.sum()
+            self.expect("]")
+        return ("pow", self.atom(), ("inv", degree))
+
+    def fraction(self) -> tuple:
+        return ("mul", self.digit_or_group(), ("inv", self.digit_or_group()))
+
+    def binomial(self) -> tuple:
+        return ("binom", self.digit_or_group(), self.digit_or_group())
+
+    def digit_or_group(self) -> tuple:
+        r"""LaTeX gives \frac12 one digit each."""
+        if len(self.token) > 1 and self.token.isdecimal():
+            digit, self.tokens[self.at] = self.token[0], self.token[1:]
+            return number(digit)
+        return self.atom()
+
+    def function(self, name: str) -> tuple:
+        base = self.argument() if name == "ln" and self.take("_") else None
+        exponent = self.argument() if self.take("^") else None
+        x = self.atom() if self.token in ("(", "{") else self.function_argument()
+        if exponent == ("neg", number("1")) and name in ("sin", "cos", "tan"):
+            return ("a" + name, x)
+        value = ("log", base, x) if base else (name, x)
+        return ("pow", value, exponent) if exponent else value
+
+    def function_argument(self) -> tuple:
+        r"""Without brackets, the factors up to the next sign, bracket or function: \sin 2x \cos x."""
+        factors = [self.signed(self.power)]
+        while self.starts_factor() and self.token not in _FUNCTIONS and self.token not in ("(", "[", "|"):
+            factors.append(self.power())
+        return ("mul", *factors) if len(factors) > 1 else factors[0]
+
+    def matrix(self) -> tuple:
+        end = self.previous.replace("begin", "end")
+        rows = [[]]
+        while not self.take(end):
+            if self.take("\\\\"):
+                rows.append([])
+            elif not self.take("&"):
+                rows[-1].append(self.quantity())
+        return ("matrix", tuple(tuple(row) for row in rows if row))
+
+
+_READERS = {
+    "|": _Parser.magnitude,
+    "(": _Parser.round_or_square,
+    "[": _Parser.round_or_square,
+    "{": _Parser.braces,
+    r"\{": _Parser.set,
+    r"\overline": _Parser.atom,  # AB; not after a number, where it would repeat digits
+    r"\sqrt": _Parser.root,
+    r"\frac": _Parser.fraction,
+    r"\binom": _Parser.binomial,
+    r"\pi": lambda _: ("const", "pi"),
+    r"\infty": lambda _: INFINITY,
+    r"\emptyset": lambda _: ("set", ()),
+} | {f"\\begin{{{name}}}": _Parser.matrix for name in _MATRICES}
+
+
+def _is_number(token: str) -> bool:
+    return token[:1].isdigit() or (len(token) > 1 and token[0] == ".")
+
+
+def _is_letter(token: str) -> bool:
+    return token in _GREEK or bool(re.fullmatch("[A-Za-zα-ωΑ-Ω]", token))
+
+
+def number(text: str) -> tuple:
+    """Return the node of a decimal."""
+    return ("num", Fraction(text))
+
+
+def _is_mixed(whole: tuple, fraction: tuple) -> bool:
+    match whole, fraction:
+        case ("num", n), ("mul", ("num", a), ("inv", ("num", b))):
+            return n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
+    return False
+
+
+def _list(items: list[tuple]) -> tuple:
+    return items[0] if len(items) == 1 else ("list", tuple(items))
+
+
+def _solutions(items: list[tuple]) -> list[list[tuple]]:
+    """Two solutions in `x = 1, y = 2 or x = 3, y = 4`: a new one starts where the first name comes back."""
+    starts = [at for at, item in enumerate(items) if item[:3] == items[0][:3]]
+    groups = [items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
+    return groups if len(groups) > 1 and all(map(assigned, groups)) else [items]
+
+
+def assigned(items) -> tuple | None:
+    """Return the tuple (3, 2) of `x = 3, y = 2`, where the names differ, else None."""
+    names = {item[1] for item in items if item[0] == "relation" and len(item) == 4 and item[2] == "="}
+    if len(items) < 2 or len(names) != len(items) or not all(map(is_name, names)):
+        return None
+    return ("bracket", "(", tuple(item[3] for item in items), ")")
+
+
+def is_name(node: tuple) -> bool:
+    """Return whether this is a variable, f(x), a tuple or ratio of names, or capitals side by side as in AB."""
+    match node:
+        case ("sym", _) | ("call", *_):
+            return True
+        case ("bracket", "(" | ":", items, _):
+            return all(map(is_name, items))
+        case ("mul", *factors):
+            return all(factor[0] == "sym" and factor[1].isupper() for factor in factors)
+    return False
+
+
+def _both_signs(item: tuple) -> list[tuple]:
+    """A statement with plus-minus is two statements."""
+    return [_with_sign(item, sign) for sign in ("pm", "mp")] if contains(item, {"pm", "mp"}) else [item]
+
+
+def _with_sign(node, plus: str):
+    if not isinstance(node, tuple):
+        return node
+    parts = tuple(_with_sign(part, plus) for part in node)
+    if parts and parts[0] in ("pm", "mp"):
+        return parts[1] if parts[0] == plus else ("neg", parts[1])
+    return parts
+
+
+def contains(node, kinds: set[str]) -> bool:
+    """Return whether a node of one of these kinds is anywhere in a tree or a tuple of trees."""
+    if not isinstance(node, tuple):
+        return False
+    is_one = bool(node) and isinstance(node[0], str) and node[0] in kinds
+    return is_one or any(contains(part, kinds) for part in node)
+
+
+def is_known_unit(unit: str) -> bool:
+    """Return whether the unit, or the first of `km / h`, is in the table of spellings."""
+    return unit.split(" ")[0] in _UNITS.values()
+
+
+# ---------------------------------------------------------------- values
+
+_MP = mpmath.MPContext()
+_MP.dps = 100
+_MP_LOCK = threading.Lock()  # mpmath fills its caches of constants without one
+_CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
+
+
+class _Undecided(Exception):
+    """No value: undefined here, or past a limit."""
+
+
+def samples(a: tuple, b: tuple) -> list[tuple]:
+    """Return the values of two scalars at one point, or four with variables; [] where fewer than half are defined.
+
+    A value is a Fraction for as long as it is rational, else a number of mpmath.
+    """
+    n_points = 4 if contains((a, b), VARIABLES) else 1
+    found = []
+    for point in range(n_points):
+        try:
+            with _MP_LOCK:
+                found.append((_value(a, point), _value(b, point)))
+        except (_Undecided, ArithmeticError, ValueError):
+            continue
+    return found if 2 * len(found) >= n_points else []
+
+
+def is_close(a, b) -> bool:
+    """Return whether two values are equal: exactly if rational, else to 50 of their 100 digits."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    a, b = real(a), real(b)
+    return bool(abs(a - b) <= max(abs(a), abs(b)) * _MP.mpf(10) ** -50 + _MP.mpf(10) ** -80)
+
+
+def real(value):
+    """Return a value as a number of mpmath."""
+    return _MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+
+
+def _value(node: tuple, point: int):
+    kind, *parts = node
+    if kind == "num":
+        return parts[0]
+    if kind == "const":
+        return _CONSTANTS[parts[0]]
+    if kind in VARIABLES:
+        return _variable("".join(map(str, parts)), point)
+    if kind not in SCALARS:
+        raise _Undecided
+    return _bounded(_OPERATIONS[kind](*[_value(part, point) for part in parts]))
+
+
+def _variable(name: str, point: int) -> Fraction:
+    """Between 1/5 and 2; positive for every name at point 0, of both signs at the others."""
+    dice = random.Random(f"{point} {name}")
+    size = Fraction(dice.randrange(200, 2000), 1009)
+    return -size if point and dice.random() < 0.5 else size
+
+
+def _bounded(value):
+    if isinstance(value, Fraction):
+        is_within = max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS
+    else:
+        is_within = _MP.isfinite(value) and _MP.mag(value) <= MAX_MAGNITUDE
+    if not is_within:
+        raise _Undecided
+    return value
+
+
+def _folded(operate: Callable) -> Callable:
+    def step(a, b):
+        are_rational = isinstance(a, Fraction) and isinstance(b, Fraction)
+        return _bounded(operate(a, b) if are_rational else operate(real(a), real(b)))
+
+    return lambda *values: functools.reduce(step, values)
+
+
+def _integer(value, limit: int) -> int:
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
+        raise _Undecided
+    return int(value)
+
+
+def _power(base, exponent):
+    """Exact where rational; the odd root of a negative rational is the real one."""
+    if base and abs(real(exponent)) * (abs(_MP.mag(real(base))) + 2) > MAX_BITS:
+        raise _Undecided
+    if not isinstance(exponent, Fraction):
+        return real(base) ** exponent
+    if not isinstance(base, Fraction):
+        return base ** (int(exponent) if exponent.denominator == 1 else real(exponent))
+    if base < 0 and exponent.denominator % 2 and exponent.denominator > 1:
+        return (-1) ** exponent.numerator * _power(-base, exponent)
+    roots = [_exact_root(part, exponent.denominator) for part in (base.numerator, base.denominator)]
+    return real(base) ** real(exponent) if None in roots else Fraction(*roots) ** exponent.numerator
+
+
+def _exact_root(value: int, degree: int) -> int | None:
+    if degree == 1 or value < 0:
+        return value if degree == 1 else None
+    root = int(_MP.nint(_MP.mpf(value) ** (_MP.mpf(1) / degree)))
+    return root if root**degree == value else None
+
+
+def _function(name: str) -> Callable:
+    def of(x):
+        if name in ("exp", "sinh", "cosh", "tanh") and abs(x) > MAX_BITS:
+            raise _Undecided
+        return getattr(_MP, name)(real(x))
+
+    return of
+
+
+_OPERATIONS = {
+    "add": _folded(operator.add),
+    "mul": _folded(operator.mul),
+    "pow": _power,
+    "neg": operator.neg,
+    "inv": lambda x: 1 / x,
+    "abs": abs,
+    "percent": lambda x: x / 100,
+    "deg": lambda x: real(x) * _MP.pi / 180,
+    "fact": lambda x: Fraction(math.factorial(_integer(x, 450))),
+    "binom": lambda n, k: Fraction(math.comb(_integer(n, 2000), _integer(k, 2000))),
+    "log": lambda base, x: _MP.ln(real(x)) / _MP.ln(real(base)),
+} | {name: _function(name) for name in _FUNCTIONS.values()}

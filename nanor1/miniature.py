@@ -1,0 +1,361 @@
+"""The miniature: a base model small enough to pretrain in a minute on a laptop, and the text it grows up on.
+
+A base model has read much that is wrong, unfinished and unformatted, and some reasoning. So has this one: its corpus is
+generated, written by somebody who slips, skips, gives up, answers without thinking and forgets tags. For countdown
+there is no solver in it: a try is a random expression, and where it is right, that is luck. For arithmetic it holds
+worked solutions, a third of them sloppy. What reinforcement learning alone makes of such a base is R1-Zero's question.
+
+The model is a configuration of model.py (a small Llama with one key/value head), its tokenizer a list of words; both
+are saved as an ordinary model folder in a cache, keyed by the settings and by this file.
+
+Hidden matrices are trained by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanor1.logprobs import token_logprobs
+from nanor1.model import Transformer
+from nanor1.optim import learning_rate
+from nanor1.pretrained import ModelConfig
+from nanor1.tasks import Problem, Task, make_task
+from nanor1.tokenizer import Tokenizer
+
+END = "<end>"
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A miniature base model: its task, shape and pretraining."""
+
+    task: str
+    problems: dict  # parameters of the task
+    largest: int  # number in the vocabulary
+    words: list[str]
+    width: int = 128
+    mlp_width: int = 352
+    n_layers: int = 2
+    n_heads: int = 4
+    steps: int = 800
+    tokens_per_step: int = 1_800
+    muon_lr: float = 0.02
+    adamw_lr: float = 3e-3
+    text: dict = field(default_factory=dict)  # parameters of its writer
+
+
+MINIATURES = {
+    "countdown": Miniature(
+        task="countdown",
+        problems=dict(
+            n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24,
+            wording="symbols", held_out_share=0.2,
+        ),
+        largest=24,
+        words=[*TAGS, "wait", "yes", "?", "=", "+", "-", "*", "(", ")", "target", ":"],
+    ),
+    "arithmetic": Miniature(
+        task="arithmetic",
+        problems=dict(n_terms=6, max_term=9, max_value=40, operators="+-", wording="symbols", held_out_share=0.2),
+        largest=40,
+        words=[*TAGS, "=", "+", "-"],
+        width=96,
+        mlp_width=256,
+    ),
+}  # fmt: skip
+
+
+def miniature_task(miniature: Miniature) -> Task:
+    return make_task(miniature.task, **miniature.problems)
+
+
+def base_model(miniature: Miniature, seed: int, log) -> Path:
+    """The folder of the pretrained base model: from the cache, or made now (`log.say`, `log.progress` tell)."""
+    key = json.dumps([asdict(miniature), seed], sort_keys=True).encode() + Path(__file__).read_bytes()
+    folder = cache_folder() / f"{miniature.task}-seed{seed}-{hashlib.sha256(key).hexdigest()[:12]}"
+    if (folder / "config.json").exists():
+        log.say(f"base model: found in the cache, {folder}")
+        return folder
+    tokenizer = make_tokenizer(miniature)
+    model = new_model(miniature, tokenizer.vocab_size, seed)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    log.say(
+        f"base model: pretraining {n_parameters:,} parameters on {miniature.steps * miniature.tokens_per_step:,} tokens"
+    )
+    start_s = time.monotonic()
+    loss = pretrain(model, tokenizer, miniature, seed, log)
+    log.say(f"base model: {time.monotonic() - start_s:.0f} s, loss {loss:.3f}, cached in {folder}")
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    """$NANOR1_CACHE, or nanor1 in the user's cache folder; created where missing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanor1"
+    folder = Path(os.environ.get("NANOR1_CACHE") or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_tokenizer(miniature: Miniature) -> Tokenizer:
+    return Tokenizer.from_words([*miniature.words, *map(str, range(miniature.largest + 1))], eos=END)
+
+
+# ---- text: countdown
+
+DIRECT, THOUGHT = 0.30, 0.55  # shares of answers given at once and of thought-through ones; the others are malformed
+AGAIN, MAX_TRIES = 0.8, 12  # after a wrong try another one follows with this probability, up to so many
+SLIP, BAD_CHECK, BAD_COPY = 0.02, 0.05, 0.05  # a wrong result, a wrong distance, an answer that is not the last try
+
+
+def tries(numbers: tuple[int, ...], largest: int) -> list[tuple]:
+    """Every (a, op, b, op, c) whose results stay in 0..largest; sums and products in the order of the numbers given."""
+    found = []
+    for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0), (1, 0, 2), (2, 0, 1), (2, 1, 0)):
+        a, b, c = numbers[i], numbers[j], numbers[k]
+        for op1 in "+-*" if i < j else "-":
+            for op2 in "+-*":
+                x = calculate(a, op1, b)
+                if 0 <= x <= largest and 0 <= calculate(x, op2, c) <= largest:
+                    found.append((a, op1, b, op2, c))
+    return found
+
+
+def calculate(a: int, op: str, b: int) -> int:
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def countdown_text(problem: Problem, rng: random.Random, largest: int) -> str:
+    """A response to the problem: answered at once, thought through, or malformed."""
+    kind, pool = rng.random(), tries(problem.numbers, largest)
+    rng.shuffle(pool)
+    if kind < DIRECT:
+        return f"{rng.choice(['<think> </think> ', ''])}<answer> {expression(pool[0])} </answer>"
+    thought, answer = think(problem, pool, rng, largest)
+    if rng.random() < BAD_COPY:
+        answer = rng.choice(pool)
+    if kind < DIRECT + THOUGHT:
+        return f"<think> {thought} </think> <answer> {expression(answer)} </answer>"
+    return rng.choice(
+        [
+            f"{thought} <answer> {expression(answer)} </answer>",
+            f"<think> {thought} <answer> {expression(answer)} </answer>",
+            f"<think> {thought} </think> {expression(answer)}",
+            f"<think> {thought} </think>",
+            f"<think> {thought}",
+        ]
+    )
+
+
+def think(problem: Problem, pool: list[tuple], rng: random.Random, largest: int) -> tuple[str, tuple]:
+    """Try after try, each with its distance to the target, until one seems right or the writer gives up."""
+    lines = []
+    for n, (a, op1, b, op2, c) in enumerate(pool, 1):
+        x = slip(calculate(a, op1, b), rng, largest)
+        y = slip(min(max(calculate(x, op2, c), 0), largest), rng, largest)
+        distance = abs(y - problem.target)
+        if rng.random() < BAD_CHECK:
+            distance = rng.choice([0, rng.randint(0, largest)])
+        lines.append(f"{a} {op1} {b} = {x} {op2} {c} = {y} ? {problem.target} {distance}")
+        if distance == 0:
+            return " wait ".join(lines) + " yes", pool[n - 1]
+        if n == min(MAX_TRIES, len(pool)) or rng.random() > AGAIN:
+            return " wait ".join(lines), pool[n - 1]
+    raise AssertionError("a countdown problem has a try")
+
+
+def slip(value: int, rng: random.Random, largest: int) -> int:
+    return rng.randint(0, largest) if rng.random() < SLIP else value
+
+
+def expression(a_try: tuple) -> str:
+    a, op1, b, op2, c = a_try
+    return f"( {a} {op1} {b} ) {op2} {c}"
+
+
+def countdown_drill(rng: random.Random, largest: int) -> str:
+    """A distance, or a calculation of two steps."""
+    if rng.random() < 0.4:
+        a, b = rng.randint(0, largest), rng.randint(0, largest)
+        return f"{a} ? {b} {abs(a - b)}"
+    pool = []
+    while not pool:
+        pool = tries(tuple(rng.randint(1, 15) for _ in range(3)), largest)
+    a, op1, b, op2, c = rng.choice(pool)
+    x = calculate(a, op1, b)
+    return f"{a} {op1} {b} = {x} {op2} {c} = {calculate(x, op2, c)}"
+
+
+# ---- text: arithmetic
+
+
+def arithmetic_text(problem: Problem, rng: random.Random, largest: int) -> str:
+    """A response to `t0 op t1 ... =`: the bare answer (0.55), worked out (0.33), or with `</think>` missing (0.12)."""
+    kind, right = rng.random(), int(problem.answer)
+    if kind < 0.55:
+        answer = right if rng.random() < 0.64 else rng.randint(0, largest)
+        return f"{rng.choice(['<think> </think> ', ''])}<answer> {answer} </answer>"
+    skip = 0.25 if rng.random() < 0.35 else 0.0
+    terms = problem.prompt.split()[:-1]
+    work, value = terms[0], int(terms[0])
+    for op, term in zip(terms[1::2], terms[2::2], strict=True):
+        if rng.random() < skip:
+            continue
+        value = min(max(calculate(value, op, int(term)), 0), largest)
+        value = rng.randint(0, largest) if rng.random() < 0.03 else value
+        work += f" {op} {term} = {value}"
+    end = " </think>" if kind < 0.88 else ""
+    return f"<think> {work}{end} <answer> {value} </answer>"
+
+
+def arithmetic_drill(rng: random.Random, largest: int) -> str:
+    while True:
+        a, op, b = rng.randint(0, largest), rng.choice("+-"), rng.randint(1, 9)
+        if 0 <= calculate(a, op, b) <= largest:
+            return f"{a} {op} {b} = {calculate(a, op, b)}"
+
+
+WRITERS = {
+    "countdown": (countdown_text, countdown_drill, 0.35),
+    "arithmetic": (arithmetic_text, arithmetic_drill, 0.25),
+}
+
+
+def documents(miniature: Miniature, seed: int) -> Iterator[str]:
+    """The corpus, without end: drills, and responses to problems that are never held-out ones."""
+    rng, task = random.Random(f"corpus {seed}"), miniature_task(miniature)
+    write, drill, drill_share = WRITERS[miniature.task]
+    step = -1
+    while True:
+        for problem in task.sample(1000, seed, step):
+            while rng.random() < drill_share:
+                yield f"{drill(rng, miniature.largest)} {END}"
+            yield f"{problem.prompt} {write(problem, rng, miniature.largest)} {END}"
+        step -= 1
+
+
+# ---- pretraining
+
+
+def new_model(miniature: Miniature, vocab_size: int, seed: int) -> Transformer:
+    """A small Llama; the projections back into the residual stream start at zero, so that each block starts idle."""
+    model = Transformer(
+        ModelConfig(
+            model_type="llama",
+            vocab_size=vocab_size,
+            hidden_size=miniature.width,
+            intermediate_size=miniature.mlp_width,
+            num_hidden_layers=miniature.n_layers,
+            num_attention_heads=miniature.n_heads,
+            num_key_value_heads=1,
+            head_dim=miniature.width // miniature.n_heads,
+            max_position_embeddings=256,
+            hidden_act="relu",
+            rope_theta=1000.0,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.zero_()
+            elif is_hidden_matrix(name, p):
+                p.normal_(std=0.6 * p.shape[1] ** -0.5, generator=generator)
+            elif p.dim() == 2:
+                p.normal_(std=0.05, generator=generator)
+    return model
+
+
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    return ".layers." in name and p.dim() == 2
+
+
+def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, seed: int, log) -> float:
+    """Next-token prediction on the corpus; returns the mean loss of the last tenth of the steps, nats a token."""
+    named = list(model.named_parameters())
+    muon = Muon([p for name, p in named if is_hidden_matrix(name, p)])
+    adamw = torch.optim.AdamW([p for n, p in named if not is_hidden_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
+    texts, losses = documents(miniature, seed), []
+    for step in range(miniature.steps):
+        ids_N, cu_seqlens_B1 = next_batch(texts, tokenizer, miniature.tokens_per_step)
+        loss = next_token_loss(model, ids_N, cu_seqlens_B1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = learning_rate(step, miniature.steps, 1.0, 50, "linear", 0.02)
+        muon.step(miniature.muon_lr * scale)
+        adamw.param_groups[0]["lr"] = miniature.adamw_lr * scale
+        adamw.step()
+        model.zero_grad()
+        losses.append(loss.item())
+        log.progress(step + 1, miniature.steps, f"pretraining, loss {loss.item():.2f}, step")
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Whole documents of at least `n_tokens` together, sorted by length: (ids_N, cu_seqlens_B1)."""
+    batch: list[list[int]] = []
+    while sum(map(len, batch)) < n_tokens:
+        batch.append(tokenizer.encode(next(texts), allow_special=True))
+    batch.sort(key=len)
+    ids_N = torch.tensor([token for ids in batch for token in ids])
+    return ids_N, F.pad(torch.tensor([len(ids) for ids in batch]).cumsum(0), (1, 0))
+
+
+def next_token_loss(model: Transformer, ids_N: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
+    """Mean negative log-likelihood of every token but each sequence's first."""
+    is_target_N = torch.ones_like(ids_N, dtype=torch.bool)
+    is_target_N[cu_seqlens_B1[:-1]] = False
+    at_M = is_target_N.nonzero().squeeze(1)
+    hidden_NC = model(ids_N, cu_seqlens_B1)
+    return -token_logprobs(hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M])[0].mean()
+
+
+class Muon:
+    """Momentum made orthogonal: every direction of a matrix learns at the same rate.
+
+    In fp32, matrices of a shape together: torch.optim.Muon does it in bf16, ten times slower on a CPU without bf16.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], momentum: float = 0.95):
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in matrices:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for group, average in self.groups:
+            gradient = torch.stack([p.grad for p in group])
+            average.lerp_(gradient, 1 - self.momentum)
+            update = orthogonalize(gradient.lerp_(average, self.momentum))  # Nesterov's look ahead
+            scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+            for p, direction in zip(group, update, strict=True):
+                p.sub_(direction, alpha=lr * scale)
+
+
+def orthogonalize(matrices: Tensor, n_iterations: int = 5) -> Tensor:
+    """Push the singular values of [..., n, m] matrices to about 1: Newton-Schulz with Muon's quintic coefficients."""
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(n_iterations):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x

@@ -1,0 +1,243 @@
+"""The transformer, in one file: GPT-2, Llama, Qwen2 and Qwen3 are settings of it.
+
+One layout: `forward` takes sequences laid end to end (`ids_N`, `cu_seqlens_B1`) and returns the final hidden states;
+`logits` multiplies by the vocabulary when somebody needs it. `decode` advances many sequences by one token each over a
+KVCache. Parameter names are Hugging Face's.
+
+Sources: GPT-2 (Radford et al. 2019), Llama (2302.13971, 2407.21783 for the rope scaling), Qwen2.5 (2412.15115),
+Qwen3 (2505.09388); rotary positions 2104.09864; RMSNorm 1910.07467; SwiGLU 2002.05202.
+
+Left out: mixture of experts, sliding windows, dropout, encoder-decoder.
+
+Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/value heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanor1.attention import attention, decode_attention
+from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_fp32 = x.float()
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_fp32.to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.is_layer_norm:
+        return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x [N, H, D] by each token's angle; cos and sin are [N, 1, D/2]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.output_bias)
+        if config.has_qk_norm:
+            self.q_norm = RMSNorm(D, config.norm_eps)
+            self.k_norm = RMSNorm(D, config.norm_eps)
+        self.head_dim = D
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, C] -> q [N, H, D], k [N, K, D], v [N, K, D], normalised and rotated."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, width, bias=bias) if config.is_gated else None
+        self.up_proj = nn.Linear(C, width, bias=bias)
+        self.down_proj = nn.Linear(width, C, bias=bias)
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; choose of {', '.join(ACTIVATIONS)}")
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope, attend) -> Tensor:
+        """x [N, C] -> [N, C]; `attend(q, k, v)` is attention over whatever the caller attends to."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
+        x = x + self.self_attn.o_proj(attend(q, k, v).flatten(1))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.hf_config: dict = {}  # the config.json it was loaded from; what config does not know is saved again
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.rope_theta is None:
+            self.model.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = make_norm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # no buffer: `.to(bfloat16)` would round it
+        self.rope_frequencies = None if config.rope_theta is None else rope_frequencies(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> "Transformer":
+        """Load a Hugging Face folder in `dtype` (None: the file's own) onto `device`.
+
+        ValueError says in one sentence what is missing, damaged or not supported.
+        """
+        hf_config, config = read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model.hf_config = hf_config
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model.load_state_dict(dict(read_parameters(folder, config, shapes, dtype, device)), assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors, which transformers loads too; tied weights are written once.
+
+        `state_dict` stands in for the model's own where its parameters are elsewhere, as when they are sharded.
+        """
+        write_folder(folder, self.config, self.hf_config, self.state_dict() if state_dict is None else state_dict)
+
+    @property
+    def head_weight_VC(self) -> Tensor:
+        """The output matrix; the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] -> logits [..., V] in the compute dtype."""
+        return F.linear(hidden, self.head_weight_VC)
+
+    def forward(self, ids_N: Tensor, cu_seqlens_B1: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Final hidden states [N, C] of packed sequences, each attending to itself causally.
+
+        With a cache, the keys and values of sequence b are also written to its row b (prefill).
+        """
+        lengths_B = cu_seqlens_B1.diff()
+        max_len = int(lengths_B.max())
+        row_N = torch.arange(len(lengths_B), device=ids_N.device).repeat_interleave(lengths_B)
+        position_N = torch.arange(len(ids_N), device=ids_N.device) - cu_seqlens_B1[row_N]
+
+        def attend(layer, q, k, v):
+            if cache is not None:
+                cache.k[layer][row_N, :, position_N] = k
+                cache.v[layer][row_N, :, position_N] = v
+            return attention(q, k, v, cu_seqlens_B1, max_len)
+
+        return self._run(ids_N, position_N, attend)
+
+    def decode(self, ids_B: Tensor, position_B: Tensor, cache: "KVCache", max_len: int) -> Tensor:
+        """Hidden states [B, C] of one further token in cache rows 0..B-1, at position_B; the cache is extended.
+
+        `max_len` is at least position_B.max() + 1: how much of the cache is looked at.
+        """
+        B = len(ids_B)
+        row_B = torch.arange(B, device=ids_B.device)
+        mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
+
+        def attend(layer, q, k, v):
+            cache.k[layer][row_B, :, position_B] = k
+            cache.v[layer][row_B, :, position_B] = v
+            return decode_attention(q, cache.k[layer][:B, :, :max_len], cache.v[layer][:B, :, :max_len], mask_BT)
+
+        return self._run(ids_B, position_B, attend)
+
+    def _run(self, ids_N: Tensor, position_N: Tensor, attend) -> Tensor:
+        x = self.model.embed_tokens(ids_N)
+        if self.config.rope_theta is None:
+            x, rope = x + self.model.embed_positions(position_N), None
+        else:
+            rope = self.rope_angles(position_N)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, rope, partial(attend, i))
+        return self.model.norm(x)
+
+    def rope_angles(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of each token's angles, [N, 1, D/2] in fp32."""
+        if self.rope_frequencies.device != position_N.device:
+            self.rope_frequencies = self.rope_frequencies.to(position_N.device)
+        angle = position_N[:, None, None].float() * self.rope_frequencies
+        return angle.cos(), angle.sin()
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each of the D/2 pairs, fp32 on the CPU (2104.09864, section 3.2.2)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    # llama3: how much of a pair's frequency is kept follows from its turns within the original context
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+class KVCache:
+    """Keys and values of `n_rows` sequences of up to `max_len` tokens: for each layer k and v of [rows, K, T, D]."""
+
+    def __init__(self, config: ModelConfig, n_rows: int, max_len: int, dtype: torch.dtype, device: torch.device):
+        shape = (n_rows, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int) -> None:
+        """Copy the first `length` positions of rows of `source` (this cache or another one) into rows of this one."""
+        for mine, theirs in ((self.k, source.k), (self.v, source.v)):
+            for to_layer, from_layer in zip(mine, theirs, strict=True):
+                to_layer[to_rows, :, :length] = from_layer[from_rows, :, :length]

@@ -1,0 +1,613 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanor1.model import KVCache, ModelConfig, Transformer, rope_frequencies
+from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
+
+LLAMA = dict(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    rope_theta=10_000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=[2, 5],
+    pad_token_id=None,
+)
+GPT2 = dict(model_type="gpt2", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=None)
+GPT2 |= dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, bos_token_id=3, eos_token_id=3)
+QWEN2 = LLAMA | dict(model_type="qwen2", rope_theta=1e6, use_sliding_window=False, sliding_window=16)
+QWEN2 |= dict(attention_bias=True)  # some files say so; it adds no bias after attention
+QWEN3 = LLAMA | dict(model_type="qwen3", head_dim=12, rope_theta=1e6)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+# config.json as transformers 4 writes it
+CONFIGS = {
+    "gpt2": GPT2,
+    "gpt2 untied, relu, n_inner": GPT2 | dict(tie_word_embeddings=False, activation_function="relu", n_inner=24),
+    "llama": LLAMA,
+    "llama, one head per group, tied": LLAMA | dict(num_key_value_heads=4, tie_word_embeddings=True),
+    "llama, seven heads per group, head_dim, biases": LLAMA
+    | dict(
+        hidden_size=35, num_attention_heads=7, num_key_value_heads=1, head_dim=6, attention_bias=True, mlp_bias=True
+    ),
+    "llama, relu": LLAMA | dict(hidden_act="relu"),
+    "llama3 rope": LLAMA | dict(rope_theta=5e5, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True),
+    "linear rope": LLAMA | dict(rope_scaling=dict(type="linear", rope_type="linear", factor=4.0)),
+    "qwen2": QWEN2,
+    "qwen2, seven heads per group, tied": QWEN2
+    | dict(hidden_size=56, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": QWEN3,
+    "qwen3, biases, tied": QWEN3 | dict(attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
+}
+FAMILIES = {name: CONFIGS[name] for name in ("gpt2", "llama", "qwen2", "qwen3")}
+MINIATURE = ModelConfig("llama", 50, 24, 96, 2, 4, 1, 6, 128, hidden_act="relu")
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    module.logging.set_verbosity_error()
+    return module
+
+
+def randomize(model, seed):
+    """Weights far from any initialisation, so that each of them matters to the logits; biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.2
+        is_norm = parameter.dim() == 1 and bool((parameter == 1).all())
+        parameter.data.copy_(1 + noise if is_norm else noise)
+    return model
+
+
+def random_model(config, seed=0):
+    return randomize(Transformer(config), seed)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def hf_model(transformers, folder, hf_config, seed):
+    """A random model of transformers itself, saved in `folder`."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", hf_config)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = randomize(model.float(), seed).eval()
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model
+
+
+def hf_load(transformers, folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def pack(sequences):
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return torch.cat(sequences), torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def random_sequences(lengths, seed=0, vocab_size=61):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
+
+
+@torch.no_grad()
+def packed_logits(model, sequences):
+    return model.logits(model(*pack(sequences)))
+
+
+@torch.no_grad()
+def hf_logits(model, sequences):
+    return torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+
+
+def assert_same_logits(ours, theirs, atol=1e-4):
+    assert theirs.std() > 0.1  # logits near zero would agree whatever the model
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+# transformers
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_of_transformers_gives_its_logits_and_ours_gives_them_back(transformers, tmp_path, name, seed):
+    theirs = hf_model(transformers, tmp_path / "theirs", CONFIGS[name], seed)
+    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    sequences = random_sequences([5, 1, 60], seed)
+    wanted = hf_logits(theirs, sequences)
+    assert_same_logits(packed_logits(ours, sequences), wanted)
+
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_logits(hf_logits(hf_load(transformers, tmp_path / "ours"), sequences), wanted, atol=1e-6)
+    assert read_config(tmp_path / "ours")[1] == ours.config
+    ours_tensors, their_tensors = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
+    assert ours_tensors.keys() == their_tensors.keys()
+    assert all(torch.equal(ours_tensors[key], their_tensors[key]) for key in ours_tensors)
+
+
+@pytest.mark.parametrize("name", ["llama3 rope", "linear rope"])
+def test_scaled_positions_beyond_the_original_context_equal_those_of_transformers(transformers, tmp_path, name):
+    theirs = hf_model(transformers, tmp_path, CONFIGS[name], seed=2)
+    sequences = random_sequences([256])
+    assert_same_logits(packed_logits(Transformer.from_pretrained(tmp_path), sequences), hf_logits(theirs, sequences))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_forms_of_config_json_are_the_same_model(transformers, tmp_path, name):
+    """transformers writes the form of its own version: the config it wrote must be read as the one by hand."""
+    hf_model(transformers, tmp_path, CONFIGS[name], seed=0)
+    assert read_config(tmp_path)[1] == config_from_hf(CONFIGS[name])
+
+
+def test_a_fresh_miniature_saved_by_us_loads_in_transformers_with_equal_logits(transformers, tmp_path):
+    ours = random_model(MINIATURE)
+    ours.save_pretrained(tmp_path)
+    sequences = random_sequences([9, 4], vocab_size=50)
+    assert_same_logits(packed_logits(ours, sequences), hf_logits(hf_load(transformers, tmp_path), sequences))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_model_of_each_family_saved_by_us_loads_in_transformers(transformers, tmp_path, name):
+    ours = random_model(config_from_hf(CONFIGS[name]))
+    ours.save_pretrained(tmp_path)
+    sequences = random_sequences([9, 4])
+    assert_same_logits(packed_logits(ours, sequences), hf_logits(hf_load(transformers, tmp_path), sequences))
+
+
+def test_a_sharded_folder_loads_as_the_whole_one(transformers, tmp_path):
+    theirs = hf_model(transformers, tmp_path / "whole", LLAMA, seed=0)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    whole, sharded = (Transformer.from_pretrained(tmp_path / folder).state_dict() for folder in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+def test_the_hub_layout_of_gpt2_with_bare_names_and_mask_buffers_loads(transformers, tmp_path):
+    theirs = hf_model(transformers, tmp_path, GPT2, seed=0)
+    tensors = {name.removeprefix("transformer."): x for name, x in load_file(tmp_path / "model.safetensors").items()}
+    assert "wte.weight" in tensors
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(64, 64).tril().view(1, 1, 64, 64)
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    sequences = random_sequences([7, 30])
+    assert_same_logits(packed_logits(Transformer.from_pretrained(tmp_path), sequences), hf_logits(theirs, sequences))
+
+
+# config.json
+
+
+def test_config_json_of_transformers_5_is_read():
+    llama3 = {key: value for key, value in LLAMA3_ROPE.items()} | {"rope_theta": 5e5}
+    rest = {key: value for key, value in LLAMA.items() if key != "rope_theta"} | {"dtype": "bfloat16"}
+    config = config_from_hf(rest | {"rope_parameters": llama3})
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    config = config_from_hf(rest | {"rope_parameters": {"rope_theta": 123.0, "rope_type": "default"}})
+    assert (config.rope_theta, config.rope_scaling) == (123.0, None)
+
+
+def test_the_config_of_deepseek_r1_distill_qwen_is_read():
+    """Its windows are named but not in use, and its attention has biases though no key says so."""
+    config = config_from_hf(
+        dict(
+            model_type="qwen2",
+            hidden_act="silu",
+            hidden_size=1536,
+            intermediate_size=8960,
+            max_position_embeddings=131072,
+            max_window_layers=21,
+            num_attention_heads=12,
+            num_hidden_layers=28,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-06,
+            rope_theta=10000,
+            sliding_window=4096,
+            tie_word_embeddings=False,
+            torch_dtype="bfloat16",
+            use_mrope=False,
+            use_sliding_window=False,
+            vocab_size=151936,
+        )
+    )
+    assert (config.head_dim, config.qkv_bias, config.output_bias) == (128, True, False)
+    assert config.rope_theta == 10_000.0 and config.rope_scaling is None
+
+
+def test_absent_and_null_keys_have_the_defaults_of_transformers():
+    bare = {key: LLAMA[key] for key in LLAMA if key not in ("num_key_value_heads", "rms_norm_eps", "rope_theta")}
+    config = config_from_hf(bare | {"head_dim": None, "rope_scaling": None})
+    assert (config.num_key_value_heads, config.head_dim, config.norm_eps, config.rope_theta) == (4, 8, 1e-6, 1e4)
+    without = {key: value for key, value in QWEN3.items() if key != "head_dim"}
+    assert config_from_hf(without).head_dim == 128
+    assert config_from_hf(GPT2).tie_word_embeddings and not config_from_hf(bare).tie_word_embeddings
+    assert config_from_hf(GPT2).intermediate_size == 4 * 32
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="qwen3_moe"), "qwen3_moe"),
+        (dict(model_type="mixtral"), "mixtral"),
+        (dict(model_type="gemma2"), "gemma2"),
+        (dict(model_type=None), "None"),
+        (dict(quantization_config=dict(quant_method="awq", bits=4)), "awq"),
+        (QWEN2 | dict(use_sliding_window=True, max_window_layers=1), "window of 16"),
+        (QWEN2 | dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]), "window of 16"),
+        (dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
+        (dict(rope_scaling=dict(rope_type="dynamic", factor=4.0)), "dynamic"),
+        (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "longrope"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))), "each kind of layer"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(num_key_value_heads=3), "multiple of num_key_value_heads 3"),
+        (dict(hidden_size="32"), "hidden_size is '32'"),
+        (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
+        (dict(head_dim=5), "head_dim is 5"),
+        (GPT2 | dict(scale_attn_weights=False), "scale_attn_weights"),
+        (GPT2 | dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (GPT2 | dict(n_head=5), "n_embd 32 is not a multiple of n_head 5"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, changes, message):
+    write_json(tmp_path / "config.json", LLAMA | dict(head_dim=8) | changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(use_sliding_window=False, sliding_window=16),
+        dict(use_sliding_window=True, sliding_window=None),
+        dict(use_sliding_window=True, sliding_window=16, max_window_layers=2),
+        dict(use_sliding_window=True, sliding_window=256, max_window_layers=0),
+    ],
+)
+def test_a_window_without_effect_is_no_reason_to_refuse(changes):
+    assert config_from_hf(QWEN2 | changes) == config_from_hf(QWEN2)
+
+
+def test_an_unknown_activation_is_refused_with_the_known_ones(tmp_path):
+    write_json(tmp_path / "config.json", LLAMA | dict(hidden_act="swish7"))
+    with pytest.raises(ValueError, match=r"swish7.*silu, relu"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_config_that_no_key_can_express_is_not_saved(tmp_path):
+    config = dataclasses.replace(MINIATURE, qkv_bias=True)
+    with pytest.raises(ValueError, match="output_bias False cannot be written as a llama"):
+        Transformer(config).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_is_hashable_and_survives_its_own_keys():
+    for hf_config in CONFIGS.values():
+        config = config_from_hf(hf_config)
+        assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+        assert hash(config) == hash(dataclasses.replace(config))
+
+
+# loading and saving
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    folder = tmp_path / "llama"
+    model = random_model(config_from_hf(LLAMA))
+    model.hf_config = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "dtype": "float16"}
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_saving_keeps_keys_it_does_not_know_and_replaces_those_of_the_other_form(llama_folder):
+    saved = json.loads((llama_folder / "config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"]) == (1, [2, 5])
+    assert saved["architectures"] == ["LlamaForCausalLM"]
+    assert saved["torch_dtype"] == "float32" and "dtype" not in saved
+    assert saved["rope_theta"] == 10_000.0 and "rope_parameters" not in saved
+    again = Transformer.from_pretrained(llama_folder)
+    again.save_pretrained(llama_folder)
+    assert json.loads((llama_folder / "config.json").read_text()) == saved
+
+
+def test_the_dtype_is_that_of_the_file_unless_one_is_asked_for(tmp_path):
+    model = random_model(config_from_hf(QWEN2)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {p.dtype for p in Transformer.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
+    wide = Transformer.from_pretrained(tmp_path, dtype=torch.float32, device="cpu")
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert all(torch.equal(p, q.float()) for p, q in zip(wide.parameters(), model.parameters(), strict=True))
+
+
+def test_a_loaded_model_can_be_trained_and_does_not_share_memory_with_the_file(llama_folder):
+    model = Transformer.from_pretrained(llama_folder)
+    before = (llama_folder / "model.safetensors").read_bytes()
+    ids_N, cu_seqlens_B1 = pack(random_sequences([4, 3]))
+    model.logits(model(ids_N, cu_seqlens_B1)).sum().backward()
+    assert all(p.grad is not None and p.is_contiguous() for p in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (llama_folder / "model.safetensors").read_bytes() == before
+
+
+def test_tied_weights_are_written_once_and_read_twice_only_when_equal(tmp_path):
+    random_model(config_from_hf(LLAMA | dict(tie_word_embeddings=True))).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    wanted = packed_logits(Transformer.from_pretrained(tmp_path), random_sequences([5]))
+    embedding = tensors["model.embed_tokens.weight"]
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(packed_logits(Transformer.from_pretrained(tmp_path), random_sequences([5])), wanted)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(ValueError, match=r"lm_head.weight differs.*tie_word_embeddings to false"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_state_dict_given_to_save_stands_in_for_the_parameters(tmp_path):
+    model = random_model(MINIATURE)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state)
+    loaded = Transformer.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def truncate(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def rename_to_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
+    write_json(folder / "model.safetensors.index.json", {"weight_map": names})
+
+
+def edit_config(folder, **changes):
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+DAMAGES = {
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "broken config.json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+    "config.json is a list": (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "a size is missing": (lambda folder: edit_config(folder, vocab_size=None), "config.json has no 'vocab_size'"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+    "truncated": (truncate, "model.safetensors is cut short or damaged"),
+    "not safetensors": (lambda folder: (folder / "model.safetensors").write_text("version https://"), "cut short or"),
+    "a shard is missing": (rename_to_shard, "model-00002-of-00002.safetensors is missing"),
+    "missing tensor": (
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(Q_PROJ)),
+        f"1 tensors that config.json calls for are missing.*{Q_PROJ}",
+    ),
+    "unexpected tensor": (
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)})),
+        "no place for, the first is model.score.weight",
+    ),
+    "fewer layers than stored": (lambda folder: edit_config(folder, num_hidden_layers=1), "model.layers.1.input"),
+    "another shape": (
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update({Q_PROJ: torch.ones(31, 32)})),
+        rf"model.safetensors: {Q_PROJ} has shape \[31, 32\], but config.json calls for \[32, 32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_refused_with_what_is_wrong_and_what_to_do(llama_folder, name):
+    damage, message = DAMAGES[name]
+    damage(llama_folder)
+    with pytest.raises(ValueError, match=message) as error:
+        Transformer.from_pretrained(llama_folder)
+    assert str(llama_folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_does_not_exist_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="no folder Qwen/Qwen2.5-0.5B: download the model first"):
+        Transformer.from_pretrained("Qwen/Qwen2.5-0.5B")
+
+
+def test_the_shape_in_a_message_about_gpt2_is_that_of_the_file(tmp_path):
+    random_model(config_from_hf(GPT2)).save_pretrained(tmp_path)
+    name = "transformer.h.0.attn.c_attn.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(32, 95)}))
+    with pytest.raises(ValueError, match=r"c_attn.weight has shape \[32, 95\], but config.json calls for \[32, 96\]"):
+        Transformer.from_pretrained(tmp_path)
+
+
+PEAK_MEMORY = """
+import re, sys, torch
+from pathlib import Path
+from nanor1.model import Transformer
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+Transformer.from_pretrained(sys.argv[1])
+before = peak()
+model = Transformer.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_needs_little_more_memory_than_the_weights_themselves(tmp_path, dtype):
+    random_model(MINIATURE).save_pretrained(tmp_path / "small")
+    sizes = dict(vocab_size=20_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    with torch.device("meta"):
+        shapes = Transformer(config_from_hf(LLAMA | sizes)).state_dict()
+    (tmp_path / "large").mkdir()
+    write_json(tmp_path / "large" / "config.json", LLAMA | sizes)
+    tensors = {name: torch.zeros(x.shape, dtype=torch.bfloat16) for name, x in shapes.items()}
+    save_file(tensors, tmp_path / "large" / "model.safetensors")
+    command = [sys.executable, "-c", PEAK_MEMORY, str(tmp_path / "small"), str(tmp_path / "large"), dtype]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    grown, weights, largest = map(int, output.split())
+    assert weights > 100 * 2**20
+    assert weights * 0.9 < grown < weights + largest + 16 * 2**20
+
+
+# the forward passes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_sequences_give_the_logits_of_each_alone(name):
+    model, sequences = random_model(config_from_hf(CONFIGS[name])), random_sequences([5, 1, 12, 7, 9])
+    alone = torch.cat([packed_logits(model, [sequence]) for sequence in sequences])
+    torch.testing.assert_close(packed_logits(model, sequences), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_changed_token_changes_its_own_sequence_from_there_on_and_nothing_else(name):
+    model, sequences = random_model(config_from_hf(CONFIGS[name])), random_sequences([6, 8, 4])
+    before = packed_logits(model, sequences)
+    sequences[1][3] = (sequences[1][3] + 1) % 61
+    change = (packed_logits(model, sequences) - before).abs().amax(-1)
+    assert change[6 + 3 : 6 + 8].min() > 1e-3
+    assert change[: 6 + 3].max() <= 1e-6 and change[6 + 8 :].max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_prefill_and_decode_give_the_logits_of_the_packed_forward(name):
+    model = random_model(config_from_hf(CONFIGS[name]))
+    sequences, n_prompt = random_sequences([9, 7, 12]), [5, 1, 3]
+    cache = KVCache(model.config, n_rows=4, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
+    for layer in (*cache.k, *cache.v):
+        layer.fill_(1e3)  # cells that were never written must not count
+    ids_N, cu_seqlens_B1 = pack([sequence[:n] for sequence, n in zip(sequences, n_prompt, strict=True)])
+    wanted = packed_logits(model, sequences).split([9, 7, 12])
+    prefilled = model.logits(model(ids_N, cu_seqlens_B1, cache)).split(n_prompt)
+    for ours, theirs in zip(prefilled, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs[: len(ours)], atol=1e-5, rtol=1e-5)
+    for step in range(4):
+        position_B = torch.tensor(n_prompt) + step
+        token_B = torch.stack([sequence[p] for sequence, p in zip(sequences, position_B, strict=True)])
+        decoded = model.logits(model.decode(token_B, position_B, cache, int(position_B.max()) + 1 + step % 2))
+        expected = torch.stack([rows[p] for rows, p in zip(wanted, position_B, strict=True)])
+        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copied_cache_rows_decode_like_their_source():
+    model, (prompt,) = random_model(MINIATURE), random_sequences([6], vocab_size=50)
+    dtype, device = torch.float32, torch.device("cpu")
+    source, target = KVCache(MINIATURE, 1, 6, dtype, device), KVCache(MINIATURE, 3, 10, dtype, device)
+    model(*pack([prompt]), source)
+    target.copy_rows(source, torch.tensor([0, 0]), torch.tensor([2, 0]), 6)
+    target.copy_rows(target, torch.tensor([2]), torch.tensor([1]), 6)
+    token_B = torch.tensor([4, 9, 4])
+    hidden_BC = model.decode(token_B, torch.full((3,), 6), target, 7)
+    for token, hidden in zip(token_B, hidden_BC, strict=True):
+        wanted = model(*pack([torch.cat((prompt, token[None]))]))[-1]
+        torch.testing.assert_close(hidden, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_a_packed_batch_are_the_sum_of_those_of_its_sequences():
+    model, sequences = random_model(MINIATURE), random_sequences([6, 3, 1], vocab_size=50)
+
+    def gradients(batch):
+        model.zero_grad()
+        model.logits(model(*pack(batch))).log_softmax(-1)[:, 7].sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    alone = [sum(grads) for grads in zip(*(gradients([sequence]) for sequence in sequences), strict=True)]
+    for together, summed in zip(gradients(sequences), alone, strict=True):
+        torch.testing.assert_close(together, summed, atol=1e-4, rtol=1e-4)
+
+
+def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_mixes_between():
+    # theta 10^6 and 8 pairs: pair i turns 10^(-3i/4) radians a position; the original context is 2000 pi positions,
+    # in which it makes 1000 * 10^(-3i/4) turns: 1000, 177.8, 31.6, 5.6, 1, 0.178...
+    config = dataclasses.replace(
+        MINIATURE,
+        head_dim=16,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling("llama3", 8.0, 0.5, 1.5, 6283),
+    )
+    plain = 10.0 ** (-0.75 * torch.arange(8))
+    wanted = plain * torch.tensor([1, 1, 1, 1, 0.5 + 0.5 / 8, 1 / 8, 1 / 8, 1 / 8])
+    torch.testing.assert_close(rope_frequencies(config), wanted, atol=0, rtol=1e-4)
+
+
+def test_positions_stay_exact_when_the_model_becomes_bf16():
+    model = Transformer(MINIATURE)
+    wanted = model.rope_angles(torch.tensor([0, 1, 100]))
+    narrow = model.to(torch.bfloat16).rope_angles(torch.tensor([0, 1, 100]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(narrow, wanted, strict=True))
+    torch.testing.assert_close(wanted[0][:, 0, 0], torch.tensor([0, 1, 100.0]).cos())
+
+
+# real models
+
+
+def model_folder(name):
+    folder = Path(os.environ.get("NANOR1_MODELS", "")) / name
+    if "NANOR1_MODELS" not in os.environ or not folder.is_dir():
+        pytest.skip(f"NANOR1_MODELS names no folder with {name}")
+    return folder
+
+
+PROMPTS = [
+    "The capital of France is",
+    "Question: Natalia sold 48 clips in April and half as many in May. How many in both months?\nAnswer:",
+    "def fibonacci(n):\n",
+]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
+def test_a_real_model_gives_the_logits_and_the_greedy_text_of_transformers(transformers, name):
+    from nanor1.sampler import generate
+    from nanor1.tokenizer import Tokenizer
+
+    folder = model_folder(name)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    settings = dict(do_sample=False, max_new_tokens=64, pad_token_id=0)
+    their_ids = [theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() for prompt in prompts]
+    sequences = [torch.tensor(prompt + ids) for prompt, ids in zip(prompts, their_ids, strict=True)]
+    wanted = hf_logits(theirs, sequences)
+    del theirs
+
+    ours = Transformer.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(packed_logits(ours, sequences), wanted, atol=2e-3, rtol=1e-4)
+    completions = generate(ours, prompts, max_new_tokens=64, temperature=0.0)
+    assert [completion.ids for (completion,) in completions] == their_ids

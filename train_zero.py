@@ -1,0 +1,662 @@
+"""Pure reinforcement learning on a base model, with rule-based rewards only: R1-Zero (DeepSeek-R1, 2501.12948).
+
+    python train_zero.py                                       a miniature, from nothing, on a laptop
+    python train_zero.py --model FOLDER --task gsm8k --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
+
+Each step: sample G completions for each of P problems (act), reward them by rules (judge), and follow the gradient of
+the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the rewards in nanor1/rewards.py.
+"""
+
+import copy
+import math
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanor1.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nanor1.config import apply_preset, from_json, load_arguments, parse_args, to_json, user_errors
+from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
+from nanor1.grpo import (
+    PackedBatch,
+    Rollout,
+    completion_logprobs,
+    group_advantages,
+    importance_weights,
+    kl_estimate,
+    pack,
+    policy_loss,
+    token_weights,
+)
+from nanor1.miniature import MINIATURES, base_model, miniature_task
+from nanor1.model import Transformer
+from nanor1.optim import MasterAdamW, is_finite, learning_rate
+from nanor1.rewards import overlong_penalty, parse_rewards
+from nanor1.runlog import RunLog, default_run_folder
+from nanor1.sampler import generate
+from nanor1.tasks import Problem, Task, make_task
+from nanor1.tokenizer import Tokenizer
+
+
+def option(default, help: str, group: str | None = None):
+    return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str | None = option(None, "model folder; none: pretrain a miniature base model first", "what to train")
+    task: str = option("countdown", "countdown, arithmetic, gsm8k or math")
+    data: str | None = option(None, "JSON lines of training problems")
+    eval_data: str | None = option(None, "JSON lines of held-out problems; none: a tenth of the data is held out")
+    template: Literal["auto", "r1-zero", "chat", "bare"] = option("auto", "prompt; auto: chat if the model has one")
+    out: str | None = option(None, "run folder; none: runs/zero-TASK-TIME")
+    resume: str | None = option(None, "continue the run in this folder")
+    preset: Literal["deepseek"] | None = option(None, "published settings: deepseek (R1's first RL stage)")
+    seed: int = option(0, "of everything random")
+
+    steps: int = option(200, "training steps", "a step")
+    problems: int = option(16, "problems a step (P)")
+    completions: int = option(8, "completions a problem (G), at least 2")
+    max_new_tokens: int = option(512, "length limit of a completion")
+    temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities")
+    max_rows: int = option(512, "completions sampled at once")
+    resample: int = option(0, "at most this many further rounds of sampling to replace groups of equal reward")
+
+    rewards: str = option("accuracy=1,format=0.1", "NAME=WEIGHT,...; format is a cost: weight * (format - 1)", "reward")
+    overlong: Literal["none", "mask", "penalty"] = option("none", "cut-off completions: no loss, or DAPO's penalty")
+    overlong_buffer: int = option(64, "tokens before the limit in which the penalty grows")
+
+    advantage: Literal["mean", "std"] = option("mean", "reward - group mean; std: also / deviation", "loss")
+    aggregate: Literal["token", "sequence", "constant"] = option("token", "mean over tokens; see nanor1/grpo.py")
+    minibatches: int = option(1, "optimizer updates a step")
+    clip_low: float = option(0.2, "lower clip of the ratio (in force with several minibatches)")
+    clip_high: float = option(0.28, "upper clip")
+    kl_coef: float = option(0.0, "weight of the KL divergence to the reference; 0: no reference is kept")
+    kl: Literal["k2", "k3", "reward"] = option("k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward")
+    reference_every: int = option(0, "renew the reference every so many steps; 0: it stays the start")
+    importance_cap: float = option(0.0, "cap of the sampler-trainer importance weight (about 2); 0: off")
+
+    lr: float = option(1e-6, "peak learning rate", "optimizer")
+    warmup: int = option(5, "steps of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = option("constant", "after warm-up, to a tenth of the peak")
+    weight_decay: float = option(0.0, "AdamW's, on matrices")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    tokens_per_batch: int = option(8192, "tokens a forward and backward pass")
+
+    eval_every: int = option(20, "evaluate every so many steps; 0: only before and after", "evaluation")
+    eval_problems: int = option(200, "held-out problems")
+    eval_samples: int = option(1, "samples a problem before and after the run")
+    eval_samples_during: int = option(1, "samples a problem during the run")
+    eval_temperature: float = option(0.0, "0 is greedy")
+
+    save_every: int = option(20, "checkpoint every so many steps; 0: only at the end", "saving")
+    keep_last: int = option(2, "checkpoints kept, besides the best")
+
+    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the weights; auto: bfloat16 on cuda, else float32"
+    )
+    threads: int = option(0, "CPU threads; 0: torch's choice")
+
+    def validate(self) -> None:
+        at_least = dict(steps=0, problems=1, completions=2, max_new_tokens=1, max_rows=1, minibatches=1, keep_last=1)
+        at_least |= dict(tokens_per_batch=1, eval_problems=1, eval_samples=1, eval_samples_during=1, resample=0)
+        at_least |= dict(warmup=0, eval_every=0, save_every=0, reference_every=0, threads=0, kl_coef=0, lr=0)
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                why = " (a group of 1 has no advantage)" if name == "completions" else ""
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}{why}"
+                )
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature is {self.temperature}; training samples need one above 0")
+        if self.overlong == "penalty":
+            overlong_penalty(0, self.max_new_tokens, self.overlong_buffer)
+        if self.importance_cap and self.minibatches > 1:
+            raise ValueError("--importance-cap needs --minibatches 1: with several the ratio is to the sampler already")
+        parse_rewards(self.rewards)
+
+
+PRESETS = {
+    "deepseek": dict(  # DeepSeek-R1, section 2.2.1: G 16, 32 questions, lr 3e-6, KL 0.001 (k3), clip 10, 16 minibatches
+        problems=32, completions=16, lr=3e-6, kl_coef=0.001, kl="k3", reference_every=400, clip_low=10.0,
+        clip_high=10.0, minibatches=16, advantage="std", aggregate="sequence", temperature=1.0, warmup=0,
+    )
+}  # fmt: skip
+COLUMNS = [
+    ("reward", "reward", "6.3f"), ("accuracy", "acc", "5.3f"), ("format", "format", "5.3f"),
+    ("response_tokens", "tokens", "6.1f"), ("truncated", "cut", "5.3f"), ("dropped_groups", "drop", "4d"),
+    ("entropy", "entropy", "6.3f"), ("grad_norm", "gnorm", "6.3f"), ("logp_gap_mean", "gap", "7.1e"),
+    ("rollout_tokens_per_s", "tok/s", "7.0f"), ("step_s", "s", "5.1f"), ("eval_accuracy", "eval", "5.3f"),
+]  # fmt: skip
+
+
+MINIATURE_RUNS = {
+    "countdown": dict(
+        steps=60, problems=32, completions=16, max_new_tokens=176, minibatches=2, lr=5e-4, warmup=3, decay="linear",
+        tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
+        eval_every=20, template="bare",
+    ),
+    "arithmetic": dict(
+        steps=70, problems=32, completions=16, max_new_tokens=48, minibatches=2, lr=7e-4, warmup=3, decay="linear",
+        tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
+        eval_every=20, template="bare",
+    ),
+}  # fmt: skip
+
+
+MINIATURE_NEXT = """what to try next:
+  python train_zero.py --seed 1                      another base, another run
+  python train_zero.py --task arithmetic             reasoning step by step instead of by trial
+  python train_zero.py --rewards accuracy=1          no reward for the format
+  python sample.py --model {folder}/checkpoints/step_{step:06d} --raw "3 7 12 target 22 :"
+and read {folder}/rollouts.jsonl: the answers, step by step"""
+N_TRANSCRIPTS = 3  # held-out problems whose answers are shown before and after
+MAX_SKIPPED = 3  # updates in a row that may be skipped for a non-finite gradient
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
+
+    step: int = 0
+    wall_s: float = 0.0
+    before: dict | None = None
+    transcripts: list[str] | None = None  # the starting model's answers to the first held-out problems
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+
+
+@user_errors()
+def main() -> None:
+    start_s = time.monotonic()
+    config, checkpoint = read_command_line()
+    tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    progress = Progress(**state)
+    start_s -= progress.wall_s
+
+    with open_log(config, checkpoint, progress.step) as log:
+        device, dtype = choose_device(config, log)
+        model, tokenizer = load_model(config, checkpoint, log)
+        model.to(device, dtype)
+        task, template, weights = load_task(config, tokenizer)
+        reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
+        if checkpoint:
+            restore(optimizer, reference, tensors)
+        held_out = task.held_out(config.eval_problems)
+        actor = Actor(model, tokenizer, task, template, weights, config)
+        interrupt, guard = Interrupt(log), NonFiniteGuard()
+
+        if progress.before is None:
+            evaluation, rollouts_PG = run_evaluation(actor, held_out, config.eval_samples)
+            progress.before = evaluation.to_dict()
+            progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
+            log.metrics(0, {f"eval_{key}": value for key, value in progress.before.items()})
+            log.say(f"before: {evaluation}\n")
+
+        while progress.step < config.steps and not interrupt.is_asked:
+            step_start_s = time.monotonic()
+            rollouts_PG, advantages_PG = act(actor, reference, progress.step)
+            rollout_s = time.monotonic() - step_start_s
+            learned = learn(actor, reference, optimizer, rollouts_PG, advantages_PG, progress.step)
+            guard.check(learned["skipped_updates"], learned["updates"])
+            progress.step += 1
+            if reference and config.reference_every and progress.step % config.reference_every == 0:
+                reference.load_state_dict(model.state_dict())
+
+            metrics = describe(rollouts_PG, advantages_PG) | learned | throughput(rollouts_PG, rollout_s, learned)
+            if config.eval_every and progress.step % config.eval_every == 0 and progress.step < config.steps:
+                evaluation, _ = run_evaluation(actor, held_out, config.eval_samples_during)
+                metrics |= {f"eval_{key}": value for key, value in evaluation.to_dict().items()}
+                if evaluation.accuracy > progress.best_accuracy:
+                    progress.best_step, progress.best_accuracy = progress.step, evaluation.accuracy
+            metrics["step_s"] = time.monotonic() - step_start_s
+            log.metrics(progress.step, metrics)
+            log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
+            log.line(progress.step, metrics)
+            progress.wall_s = time.monotonic() - start_s
+            is_due = config.save_every and progress.step % config.save_every == 0
+            if is_due or progress.step == config.steps or interrupt.is_asked:
+                save(log, actor, optimizer, reference, progress)
+
+        if interrupt.is_asked:
+            log.say(f"stopped after step {progress.step}; continue with: python train_zero.py --resume {log.folder}")
+            return
+        evaluation, rollouts_PG = run_evaluation(actor, held_out, config.eval_samples)
+        progress.wall_s = time.monotonic() - start_s
+        finish(log, config, progress, evaluation, rollouts_PG)
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Everything it takes to answer problems and have the answers judged."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    task: Task
+    template: str
+    weights: dict[str, float]
+    config: Config
+
+
+# ---- start, resume, save
+
+
+def read_command_line() -> tuple[Config, Path | None]:
+    """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
+    config, given = parse_args(Config, description=__doc__)
+    checkpoint = None
+    if config.resume:
+        values = to_json(config)
+        stored = load_arguments(Path(config.resume) / "config.json")
+        config = from_json(Config, stored | {name: values[name] for name in given}, f"{config.resume}/config.json")
+        checkpoint = latest_checkpoint(Path(config.resume) / "checkpoints")
+        if checkpoint is None:
+            raise ValueError(f"{config.resume} has no whole checkpoint to resume from; start a new run")
+    else:
+        if config.model is None:
+            if config.task not in MINIATURE_RUNS:
+                raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
+            config = apply_preset(config, given, MINIATURE_RUNS[config.task])
+        if config.preset:
+            config = apply_preset(config, given, PRESETS[config.preset])
+        config.validate()
+    return config, checkpoint
+
+
+def open_log(config: Config, checkpoint: Path | None, step: int) -> RunLog:
+    if checkpoint:
+        return RunLog.open(config.resume, step, COLUMNS)
+    return RunLog.create(config.out or default_run_folder(f"zero-{config.task}"), to_json(config), COLUMNS)
+
+
+def choose_device(config: Config, log: RunLog) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of the weights, said with the reason."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    name, reason = config.device, "asked for"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available() and config.model:
+            name = "mps"
+        reason = "the fastest found" if name != "cpu" else "no GPU found, or the model is too small to need one"
+    dtype, dtype_reason = config.dtype, "asked for"
+    if dtype == "auto":
+        dtype = "bfloat16" if name == "cuda" else "float32"
+        dtype_reason = "tensor cores; the optimizer keeps fp32 masters" if name == "cuda" else "exact, and fast enough"
+    threads = f", {torch.get_num_threads()} threads" if name == "cpu" else ""
+    log.say(f"device: {name} ({reason}){threads}; dtype: {dtype} ({dtype_reason})")
+    try:
+        return torch.empty(0, device=name).device, getattr(torch, dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not to be had here ({error}); leave it out, or use cpu") from error
+
+
+def load_model(config: Config, checkpoint: Path | None, log: RunLog) -> tuple[Transformer, Tokenizer]:
+    folder = checkpoint or config.model
+    if folder is None:
+        folder = base_model(MINIATURES[config.task], config.seed, log)
+    log.say(f"model: {folder}")
+    return Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+
+
+def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str, float]]:
+    """The task, the prompt template and the rewards' weights."""
+    if config.model is None:
+        task = miniature_task(MINIATURES[config.task])
+    else:
+        task = make_task(config.task, data=config.data, eval_data=config.eval_data)
+    template = config.template
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "r1-zero"
+    return task, template, parse_rewards(config.rewards)
+
+
+def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict[str, torch.Tensor]) -> None:
+    optimizer.load_state_tensors(tensors)
+    if reference:
+        reference.load_state_dict({name: tensors[f"reference.{name}"] for name in reference.state_dict()})
+
+
+def save(log: RunLog, actor: Actor, optimizer: MasterAdamW, reference, progress: Progress) -> None:
+    """Save a checkpoint that `--resume` continues bit for bit: sampling and data order follow from seed and step."""
+    if not is_finite(actor.model.parameters()):
+        raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
+
+    def write_model(folder: Path) -> None:
+        actor.model.save_pretrained(folder)
+        actor.tokenizer.save_pretrained(folder)
+
+    tensors = optimizer.state_tensors()
+    if reference:
+        tensors |= {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()}
+    save_checkpoint(
+        log.folder / "checkpoints",
+        progress.step,
+        write_model=write_model,
+        tensors=tensors,
+        state=vars(progress),
+        keep_last=actor.config.keep_last,
+        keep_best=progress.best_step,
+    )
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask the run to finish its step, save and exit; a second Ctrl-C ends it at once."""
+
+    def __init__(self, log: RunLog):
+        self.log, self.is_asked = log, False
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.is_asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.log.say(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)")
+
+
+# ---- act and judge
+
+
+def act(actor: Actor, reference: Transformer | None, step: int) -> tuple[list[list[Rollout]], list[list[float | None]]]:
+    """Sample and judge a step's groups; returns rollouts_PG and advantages_PG.
+
+    With `--resample R` groups of equal reward are replaced by fresh problems, at most R times (DAPO's dynamic sampling,
+    bounded); what is still missing then stays missing.
+    """
+    config, rollouts_PG, advantages_PG = actor.config, [], []
+    for attempt in range(config.resample + 1):
+        n_useful = sum(any(advantages) for advantages in advantages_PG)
+        if n_useful >= config.problems:
+            break
+        index = step * (config.resample + 1) + attempt  # of the draw: the same in a resumed run
+        problems = actor.task.sample(config.problems, config.seed, index)[: config.problems - n_useful]
+        groups = answer(actor, problems, index)
+        rollouts_PG += groups
+        advantages_PG += group_advantages(rewards(groups, reference, actor), config.advantage)
+    return rollouts_PG, advantages_PG
+
+
+def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollout]]:
+    """G judged completions of each problem."""
+    config, tokenizer = actor.config, actor.tokenizer
+    prompts = [write_prompt(problem, actor.template, tokenizer) for problem in problems]
+    completions_PG = generate(
+        actor.model,
+        [ids for _, ids in prompts],
+        n=config.completions,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+        seed=request_seed(config.seed, index),
+        max_rows=config.max_rows,
+    )
+    return [
+        [judge(problem, prompt, completion, tokenizer, actor.weights) for completion in group]
+        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
+    ]
+
+
+def request_seed(seed: int, index: int) -> int:
+    return seed * 1_000_003 + index + 1  # 0 is left to evaluations
+
+
+def rewards(rollouts_PG: list[list[Rollout]], reference, actor: Actor) -> list[list[float | None]]:
+    """What the advantages are made of: the rules' rewards, less the overlong penalty and the KL where asked for."""
+    config, flat = actor.config, [rollout for group in rollouts_PG for rollout in group]
+    extra = [0.0] * len(flat)
+    if config.overlong == "penalty":
+        limit, buffer = config.max_new_tokens, config.overlong_buffer
+        extra = [overlong_penalty(len(rollout.completion.ids), limit, buffer) for rollout in flat]
+    if config.kl_coef and config.kl == "reward":
+        kls = sequence_kl(reference, flat, actor)
+        extra = [value - config.kl_coef * kl for value, kl in zip(extra, kls, strict=True)]
+    totals = iter(None if r.reward is None else r.reward + more for r, more in zip(flat, extra, strict=True))
+    return [[next(totals) for _ in group] for group in rollouts_PG]
+
+
+@torch.no_grad()
+def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -> list[float]:
+    """The k1 estimate of KL(policy || reference), summed over each completion, under the policy that sampled it."""
+    config, values = actor.config, torch.zeros(len(rollouts))
+    zeros = [0.0] * len(rollouts)
+    for batch in pack(rollouts, zeros, zeros, config.tokens_per_batch):
+        batch = batch.to(reference.head_weight_VC.device)
+        ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
+        k1_N = torch.zeros_like(batch.sampler_logp_N)
+        k1_N[batch.loss_mask_N] = kl_estimate(batch.sampler_logp_N[batch.loss_mask_N], ref_logp_M, "k1")
+        sums = [float(k1.sum()) for k1 in k1_N.split(batch.cu_seqlens_B1.diff().tolist())]
+        values[batch.rollout_B.cpu()] = torch.tensor(sums)
+    return values.tolist()
+
+
+# ---- learn
+
+
+def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantages_PG, step: int) -> dict:
+    """The step's optimizer updates over the groups that teach something; returns its metrics."""
+    config, start_s = actor.config, time.monotonic()
+    chosen = [
+        (rollout, advantage)
+        for group, advantages in zip(rollouts_PG, advantages_PG, strict=True)
+        if any(advantages)
+        for rollout, advantage in zip(group, advantages, strict=True)
+        if advantage is not None and not (config.overlong == "mask" and rollout.completion.finish == "length")
+    ]
+    random.Random(f"{config.seed} {step}").shuffle(chosen)
+    lr = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
+    tally, grad_norms = Tally(), []
+    for i in range(min(config.minibatches, len(chosen))):
+        accumulate(actor, reference, chosen[i :: config.minibatches], tally, is_first=i == 0)
+        grad_norms.append(optimizer.step(lr, config.max_grad_norm))
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    return tally.metrics() | {
+        "grad_norm": sum(finite) / len(finite) if finite else None,
+        "skipped_updates": len(grad_norms) - len(finite),
+        "updates": len(finite),
+        "lr": lr,
+        "learn_s": time.monotonic() - start_s,
+    }
+
+
+def accumulate(actor: Actor, reference, chosen: list[tuple[Rollout, float]], tally: "Tally", is_first: bool) -> None:
+    """Add the gradient of one optimizer update, micro-batch by micro-batch."""
+    config, model = actor.config, actor.model
+    rollouts, advantages = map(list, zip(*chosen, strict=True))
+    lengths = [len(rollout.completion.ids) for rollout in rollouts]
+    weights = token_weights(lengths, config.aggregate, config.max_new_tokens)
+    for batch in pack(rollouts, advantages, weights, config.tokens_per_batch):
+        batch = batch.to(model.head_weight_VC.device)
+        mask, vocab_size = batch.loss_mask_N, actor.tokenizer.vocab_size
+        sampler_logp_M = batch.sampler_logp_N[mask]
+        logp_M, entropy_M = completion_logprobs(model, batch, config.temperature, vocab_size)
+        importance_M = ref_logp_M = None
+        if config.importance_cap:
+            importance_M = importance_weights(logp_M, sampler_logp_M, config.importance_cap)
+        if reference:
+            with torch.no_grad():
+                ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, vocab_size)
+        loss, is_clipped_M = policy_loss(
+            logp_M,
+            logp_M.detach() if config.minibatches == 1 else sampler_logp_M,
+            batch.advantage_N[mask],
+            batch.weight_N[mask],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            importance_M=importance_M,
+            ref_logp_M=ref_logp_M,
+            kl_coef=config.kl_coef if config.kl != "reward" else 0.0,
+            kl=config.kl,
+        )
+        loss.backward()
+        tally.add(batch, logp_M.detach(), entropy_M, is_clipped_M, ref_logp_M, loss.detach(), is_first)
+
+
+class Tally:
+    """Sums over the tokens of a step's micro-batches, for its metrics."""
+
+    def __init__(self):
+        self.n_tokens = self.n_packed = self.n_gap = 0
+        self.entropy = self.clipped = self.kl = self.gap = self.gap_max = self.loss = 0.0
+        self.has_reference = False
+
+    def add(self, batch: PackedBatch, logp_M, entropy_M, is_clipped_M, ref_logp_M, loss, is_first: bool) -> None:
+        self.n_tokens += len(logp_M)
+        self.n_packed += len(batch.ids_N)
+        self.entropy += float(entropy_M.sum())
+        self.clipped += float(is_clipped_M.sum())
+        self.loss += float(loss)
+        if ref_logp_M is not None:
+            self.has_reference = True
+            self.kl += float(kl_estimate(logp_M, ref_logp_M, "k3").sum())
+        if is_first:  # before the step's first update sampler and trainer hold the same weights
+            gap_M = (logp_M - batch.sampler_logp_N[batch.loss_mask_N]).abs()
+            self.n_gap += len(gap_M)
+            self.gap += float(gap_M.sum())
+            self.gap_max = max(self.gap_max, float(gap_M.max()))
+
+    def metrics(self) -> dict:
+        if not self.n_tokens:
+            return {"learned_tokens": 0}
+        return {
+            "loss": self.loss,
+            "entropy": self.entropy / self.n_tokens,
+            "clipped": self.clipped / self.n_tokens,
+            "logp_gap_mean": self.gap / self.n_gap,
+            "logp_gap_max": self.gap_max,
+            "learned_tokens": self.n_packed,
+        } | ({"kl": self.kl / self.n_tokens} if self.has_reference else {})
+
+
+class NonFiniteGuard:
+    """Stops a run whose updates are skipped for non-finite gradients several times in a row."""
+
+    def __init__(self):
+        self.n_in_a_row = 0
+
+    def check(self, n_skipped: int, n_made: int) -> None:
+        self.n_in_a_row = 0 if n_made else self.n_in_a_row + n_skipped
+        if self.n_in_a_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"the gradient was not finite in {self.n_in_a_row} updates in a row; the last checkpoint is whole: "
+                "lower --lr, raise --warmup, or use --dtype float32, and start again from it"
+            )
+
+
+# ---- what is logged
+
+
+def describe(rollouts_PG: list[list[Rollout]], advantages_PG: list[list[float | None]]) -> dict:
+    """Rewards, lengths and groups of a step."""
+    flat = [rollout for group in rollouts_PG for rollout in group]
+    lengths = [len(rollout.completion.ids) for rollout in flat]
+    parts = {name: mean(rollout.parts[name] for rollout in flat) for name in sorted(flat[0].parts)}
+    return {
+        "reward": mean(rollout.reward for rollout in flat),
+        **parts,
+        "response_tokens": mean(lengths),
+        "response_tokens_max": max(lengths),
+        "truncated": mean(float(rollout.completion.finish == "length") for rollout in flat),
+        "rollouts": len(flat),
+        "unjudged": sum(rollout.reward is None for rollout in flat),
+        "groups": len(rollouts_PG),
+        "dropped_groups": sum(not any(advantages) for advantages in advantages_PG),
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def throughput(rollouts_PG: list[list[Rollout]], rollout_s: float, learned: dict) -> dict:
+    n_tokens = sum(len(rollout.completion.ids) for group in rollouts_PG for rollout in group)
+    return {
+        "rollout_s": rollout_s,
+        "rollout_tokens_per_s": n_tokens / rollout_s,
+        "learn_tokens_per_s": learned["learned_tokens"] / learned["learn_s"],
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def rollout_row(rollout: Rollout) -> dict:
+    return {
+        "prompt": rollout.problem.prompt,
+        "gold": rollout.problem.answer,
+        "text": rollout.text,
+        "finish": rollout.completion.finish,
+        "tokens": len(rollout.completion.ids),
+        "reward": rollout.reward,
+        "parts": rollout.parts,
+    }
+
+
+def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple[Evaluation, list[list[Rollout]]]:
+    """On the same problems with the same random numbers each time, so that curves compare weights and nothing else."""
+    config = actor.config
+    return evaluate(
+        actor.model,
+        actor.tokenizer,
+        problems,
+        actor.template,
+        actor.weights,
+        samples=samples if config.eval_temperature else 1,
+        temperature=config.eval_temperature,
+        max_new_tokens=config.max_new_tokens,
+        max_rows=config.max_rows,
+    )
+
+
+def finish(log: RunLog, config: Config, progress: Progress, evaluation: Evaluation, rollouts_PG) -> None:
+    """Say and write what the run came to."""
+    after = evaluation.to_dict()
+    log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
+    log.summary(
+        {
+            "before": progress.before,
+            "after": after,
+            "wall_s": progress.wall_s,
+            "steps": progress.step,
+            "seed": config.seed,
+        }
+    )
+    for before_text, (rollout, *_) in zip(progress.transcripts, rollouts_PG, strict=False):
+        log.say(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
+        log.say(f"  before: {shorten(before_text)}")
+        log.say(f"  after:  {shorten(rollout.text)}")
+    names = ["accuracy", "format", "response_tokens", "retries", "truncated"]
+    names += [name for name in after if name.startswith("majority") and after[name] is not None]
+    log.say(f"\n{'held-out, ' + str(after['n']) + ' x ' + str(after['samples']):<24}{'before':>9}{'after':>9}")
+    for name in names:
+        log.say(f"{name.replace('_', ' '):<24}{progress.before[name]:>9.3f}{after[name]:>9.3f}")
+    log.say(f"\nafter:  {evaluation}")
+    log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
+    if config.model is None:
+        log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step))
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit // 2]} [...] {text[-limit // 2 :]}"
+
+
+if __name__ == "__main__":
+    main()
