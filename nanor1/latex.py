@@ -35,15 +35,9 @@ def _table(pairs: str) -> dict[str, str]:
     return dict(pair.split() for pair in pairs.split(";"))
 
 
-_UNICODE = str.maketrans(
-    {
-        old: new + " "
-        for old, new in _table(
-            r"≤ \le;≥ \ge;≠ \ne;≈ =;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;× *;· *;∙ *"
-            r";÷ /;⁄ /;。 .;° ^\circ;£ \pounds;€ \euro"
-        ).items()
-    }
-)
+_SYMBOLS = r"""≤ \le;≥ \ge;≠ \ne;≈ =;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;× *;· *;∙ *
+;÷ /;⁄ /;。 .;° \degree;£ \pounds;€ \euro"""
+_UNICODE = str.maketrans({old: new + " " for old, new in _table(_SYMBOLS).items()})
 
 
 def clean(text: str) -> str:
@@ -57,6 +51,7 @@ def clean(text: str) -> str:
         text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", "", text)
     text = re.sub(r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad)|~", " ", text)
+    text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\degree ", text)
     text = re.sub(r"\b(\d+) (\d+) ?/ ?(\d+)\b", r"\1\\frac{\2}{\3}", text)
     if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
         text = re.sub(r"(?<!\\)\$", r"\\$", text)
@@ -83,12 +78,16 @@ def plain_words(text: str) -> str:
 
 # ---------------------------------------------------------------- tokens
 
-_ALIASES = _table(
-    r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge"
-    r";\neq \ne;!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *"
-    r";\div /;** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %"
-    r";\varnothing \emptyset;inf \infty;infinity \infty"
-) | {name: "\\" + name for name in "pi frac sqrt sin cos tan ln log exp".split()}
+_ALIASES = (
+    _table(
+        r"\div /;\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge"
+        r";\neq \ne;!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *"
+        r";\times *;** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %"
+        r";\varnothing \emptyset;inf \infty;infinity \infty"
+    )
+    | {name: "\\" + name for name in "pi frac sqrt sin cos tan ln log exp".split()}
+    | {";": ","}
+)
 _IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits".split())
 _IGNORED |= set(r"\angle \triangle \overrightarrow \vec \hline \rm".split())
 _GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
@@ -97,6 +96,7 @@ _FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh t
 _FUNCTIONS |= _table(r"\log ln;\arcsin asin;\arccos acos;\arctan atan")
 _RELATIONS = set(r"= < > \le \ge \ne \in".split())
 _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
+_POSTFIXES = _table(r"! fact;% percent;\degree deg")
 _MATRICES = set("pmatrix bmatrix Bmatrix vmatrix matrix array smallmatrix".split())
 _SENTENCE = set("is are was the of we if as so by this that with which since because when where".split())
 _UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres;mm millimeter millimeters;km kilometer kilometers
@@ -155,11 +155,11 @@ def _letter_tokens(letters: str) -> list[str]:
 #
 # A parsed answer is a tuple that starts with its kind.
 # Scalars: ("num", Fraction) ("const", name) ("sym", name) ("call", name, arguments) ("add", *terms) ("mul", *factors)
-#   ("pow", base, exponent) ("log", base, x) ("binom", n, k); of one: neg inv abs fact deg percent sin cos ...
+#   ("pow", base, exponent); of one: neg inv abs fact deg percent sin cos ...
 # Others: ("inf",) ("unit", x, unit) ("base", digits, base) ("relation", x, "=", y, "<", z, ...) ("union", items)
 #   ("bracket", "(", items, "]"), with ":" for a ratio, ("list", items) ("set", items) ("matrix", rows)
 
-SCALARS = {*"num const sym call add mul pow log binom neg inv abs fact deg percent".split(), *_FUNCTIONS.values()}
+SCALARS = {*"num const sym call add mul pow neg inv abs fact deg percent".split(), *_FUNCTIONS.values()}
 VARIABLES = {"sym", "call"}
 INFINITY = ("inf",)
 
@@ -219,21 +219,21 @@ class _Parser:
         self.depth -= 1
         return value
 
+    def separated(self, read: Callable[[], tuple], separator: str) -> list[tuple]:
+        parts = [read()]
+        while self.take(separator):
+            self.take(separator)  # "5, 6, and 7"
+            parts.append(read())
+        return parts
+
     def answer(self) -> tuple:
-        groups = [self.items()]
-        while self.take(";"):
-            groups.append(self.items())
+        items = _solutions(self.items())
         if self.token:
             raise _Unparsed
-        if len(groups) == 1:
-            groups = _solutions(groups[0])
-        return _list(groups[0]) if len(groups) == 1 else ("list", tuple(assigned(group) or _list(group) for group in groups))
+        return items[0] if len(items) == 1 else ("list", tuple(items))
 
     def items(self) -> list[tuple]:
-        items = _both_signs(self.relation())
-        while self.take(","):
-            self.take(",")  # "5, 6, and 7"
-            items += _both_signs(self.relation())
+        items = [one for item in self.separated(self.relation, ",") for one in _both_signs(item)]
         if len(items) > MAX_ITEMS:
             raise _Unparsed
         return items
@@ -245,17 +245,13 @@ class _Parser:
         return ("relation", *parts) if len(parts) > 1 else parts[0]
 
     def union(self) -> tuple:
-        pieces = [self.ratio()]
-        while self.take(r"\cup"):
-            pieces.append(self.ratio())
+        pieces = self.separated(self.ratio, r"\cup")
         return ("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
 
     def ratio(self) -> tuple:
-        parts = [self.quantity()]
-        while self.take(":"):
-            parts.append(self.quantity())
+        parts = self.separated(self.quantity, ":")
         if parts[0][0] == "sym" and len(parts[0][1]) > 3:  # "Area: 5"
-            del parts[0]
+            parts = parts[1:] or parts
         return ("bracket", ":", tuple(parts), ":") if len(parts) > 1 else parts[0]
 
     def quantity(self) -> tuple:
@@ -311,25 +307,17 @@ class _Parser:
             return not _is_number(self.previous)
         if self.token == "|":
             return self.open_bars == 0
-        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
+        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi")
         return self.token in starts or self.token in _FUNCTIONS or _is_letter(self.token)
 
     def power(self) -> tuple:
         value = self.atom()
         for _ in range(4):
-            if self.take("!"):
-                value = ("fact", value)
-            elif self.take("%"):
-                value = ("percent", value)
+            if self.token in _POSTFIXES:
+                value = (_POSTFIXES[self.next()], value)
             elif self.take("^"):
-                value = ("deg", value) if self.takes_degree() else ("pow", value, self.argument())
+                value = ("pow", value, self.argument())
         return value
-
-    def takes_degree(self) -> bool:
-        if self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"]:
-            self.at += 3
-            return True
-        return self.take(r"\circ")
 
     def argument(self) -> tuple:
         """What `^` and `_` take: a group in braces, or one atom with its sign and, in 2^3^2, its own power."""
@@ -401,9 +389,7 @@ class _Parser:
         return items[0] if len(items) == 1 else ("set", tuple(items))
 
     def set(self) -> tuple:
-        if self.take(r"\}"):
-            return ("set", ())
-        items = self.items()
+        items = [] if self.token == r"\}" else self.items()
         self.expect(r"\}")
         return ("set", tuple(items))
 
@@ -416,9 +402,6 @@ class _Parser:
 
     def fraction(self) -> tuple:
         return ("mul", self.digit_or_group(), ("inv", self.digit_or_group()))
-
-    def binomial(self) -> tuple:
-        return ("binom", self.digit_or_group(), self.digit_or_group())
 
     def digit_or_group(self) -> tuple:
         r"""LaTeX gives \frac12 one digit each."""
@@ -433,7 +416,7 @@ class _Parser:
         x = self.atom() if self.token in ("(", "{") else self.function_argument()
         if exponent == ("neg", number("1")) and name in ("sin", "cos", "tan"):
             return ("a" + name, x)
-        value = ("log", base, x) if base else (name, x)
+        value = ("mul", (name, x), ("inv", (name, base))) if base else (name, x)
         return ("pow", value, exponent) if exponent else value
 
     def function_argument(self) -> tuple:
@@ -463,7 +446,6 @@ _READERS = {
     r"\overline": _Parser.atom,  # AB; not after a number, where it would repeat digits
     r"\sqrt": _Parser.root,
     r"\frac": _Parser.fraction,
-    r"\binom": _Parser.binomial,
     r"\pi": lambda _: ("const", "pi"),
     r"\infty": lambda _: INFINITY,
     r"\emptyset": lambda _: ("set", ()),
@@ -490,23 +472,18 @@ def _is_mixed(whole: tuple, fraction: tuple) -> bool:
     return False
 
 
-def _list(items: list[tuple]) -> tuple:
-    return items[0] if len(items) == 1 else ("list", tuple(items))
-
-
-def _solutions(items: list[tuple]) -> list[list[tuple]]:
-    """Two solutions in `x = 1, y = 2 or x = 3, y = 4`: a new one starts where the first name comes back."""
+def _solutions(items: list[tuple]) -> list[tuple]:
+    """The tuples (1, 2), (3, 4) of `x = 1, y = 2 or x = 3, y = 4`: one starts where the first name comes back."""
     starts = [at for at, item in enumerate(items) if item[:3] == items[0][:3]]
-    groups = [items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
-    return groups if len(groups) > 1 and all(map(assigned, groups)) else [items]
+    found = [assigned_values(items[start:end]) for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
+    return [("bracket", "(", values, ")") for values in found] if len(found) > 1 and all(found) else items
 
 
-def assigned(items) -> tuple | None:
-    """Return the tuple (3, 2) of `x = 3, y = 2`, where the names differ, else None."""
+def assigned_values(items) -> tuple | None:
+    """Return the values (3, 2) of `x = 3, y = 2`, where the names differ, else None."""
     names = {item[1] for item in items if item[0] == "relation" and len(item) == 4 and item[2] == "="}
-    if len(items) < 2 or len(names) != len(items) or not all(map(is_name, names)):
-        return None
-    return ("bracket", "(", tuple(item[3] for item in items), ")")
+    is_assigned = 1 < len(items) == len(names) and all(map(is_name, names))
+    return tuple(item[3] for item in items) if is_assigned else None
 
 
 def is_name(node: tuple) -> bool:
@@ -537,10 +514,7 @@ def _with_sign(node, plus: str):
 
 def contains(node, kinds: set[str]) -> bool:
     """Return whether a node of one of these kinds is anywhere in a tree or a tuple of trees."""
-    if not isinstance(node, tuple):
-        return False
-    is_one = bool(node) and isinstance(node[0], str) and node[0] in kinds
-    return is_one or any(contains(part, kinds) for part in node)
+    return isinstance(node, tuple) and (not kinds.isdisjoint(node[:1]) or any(contains(part, kinds) for part in node))
 
 
 def is_known_unit(unit: str) -> bool:
@@ -610,13 +584,16 @@ def _variable(name: str, point: int) -> Fraction:
 
 
 def _bounded(value):
-    if isinstance(value, Fraction):
-        is_within = max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS
-    else:
-        is_within = _MP.isfinite(value) and _MP.mag(value) <= MAX_MAGNITUDE
-    if not is_within:
+    limit = MAX_BITS if isinstance(value, Fraction) else MAX_MAGNITUDE
+    if not _MP.isfinite(value) or _n_bits(value) > limit:
         raise _Undecided
     return value
+
+
+def _n_bits(value) -> int:
+    if isinstance(value, Fraction):
+        return max(part.bit_length() for part in value.as_integer_ratio())
+    return _MP.mag(value)
 
 
 def _folded(operate: Callable) -> Callable:
@@ -627,40 +604,32 @@ def _folded(operate: Callable) -> Callable:
     return lambda *values: functools.reduce(step, values)
 
 
-def _integer(value, limit: int) -> int:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
-        raise _Undecided
-    return int(value)
-
-
 def _power(base, exponent):
     """Exact where rational; the odd root of a negative rational is the real one."""
-    if base and abs(real(exponent)) * (abs(_MP.mag(real(base))) + 2) > MAX_BITS:
+    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
+        return real(base) ** real(exponent)
+    if abs(exponent) * _n_bits(base) > MAX_BITS:
         raise _Undecided
-    if not isinstance(exponent, Fraction):
-        return real(base) ** exponent
-    if not isinstance(base, Fraction):
-        return base ** (int(exponent) if exponent.denominator == 1 else real(exponent))
-    if base < 0 and exponent.denominator % 2 and exponent.denominator > 1:
-        return (-1) ** exponent.numerator * _power(-base, exponent)
-    roots = [_exact_root(part, exponent.denominator) for part in (base.numerator, base.denominator)]
-    return real(base) ** real(exponent) if None in roots else Fraction(*roots) ** exponent.numerator
+    times, degree = exponent.as_integer_ratio()
+    if base < 0 and degree % 2 and degree > 1:
+        return (-1) ** times * _power(-base, exponent)
+    roots = [_exact_root(part, degree) for part in base.as_integer_ratio()]
+    return real(base) ** real(exponent) if None in roots else Fraction(*roots) ** times
 
 
 def _exact_root(value: int, degree: int) -> int | None:
-    if degree == 1 or value < 0:
-        return value if degree == 1 else None
-    root = int(_MP.nint(_MP.mpf(value) ** (_MP.mpf(1) / degree)))
+    root = value if degree == 1 else int(_MP.nint(abs(_MP.mpf(value)) ** (_MP.mpf(1) / degree)))
     return root if root**degree == value else None
 
 
-def _function(name: str) -> Callable:
-    def of(x):
-        if name in ("exp", "sinh", "cosh", "tanh") and abs(x) > MAX_BITS:
-            raise _Undecided
-        return getattr(_MP, name)(real(x))
+def _factorial(value) -> Fraction:
+    if value not in range(451):
+        raise _Undecided
+    return Fraction(math.factorial(int(value)))
 
-    return of
+
+def _function(name: str) -> Callable:
+    return lambda x: getattr(_MP, name)(real(x))
 
 
 _OPERATIONS = {
@@ -672,7 +641,5 @@ _OPERATIONS = {
     "abs": abs,
     "percent": lambda x: x / 100,
     "deg": lambda x: real(x) * _MP.pi / 180,
-    "fact": lambda x: Fraction(math.factorial(_integer(x, 450))),
-    "binom": lambda n, k: Fraction(math.comb(_integer(n, 2000), _integer(k, 2000))),
-    "log": lambda base, x: _MP.ln(real(x)) / _MP.ln(real(base)),
+    "fact": _factorial,
 } | {name: _function(name) for name in _FUNCTIONS.values()}
