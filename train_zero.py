@@ -9,10 +9,9 @@ the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the 
 
 import copy
 import math
+import os
 import random
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,16 +24,16 @@ from nanor1.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoin
 from nanor1.config import apply_preset, from_json, load_arguments, parse_args, to_json, user_errors
 from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
 from nanor1.grpo import (
-    PackedBatch,
+    LossSettings,
     Rollout,
+    Tally,
+    add_gradient,
     completion_logprobs,
     group_advantages,
-    importance_weights,
     kl_estimate,
     pack,
-    policy_loss,
-    token_weights,
 )
+from nanor1.machine import choose_device, peak_memory_gib
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, is_finite, learning_rate
@@ -181,11 +180,12 @@ def main() -> None:
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     progress = Progress(**state)
     start_s -= progress.wall_s
+    if config.threads:
+        torch.set_num_threads(config.threads)
 
     with open_log(config, checkpoint, progress.step) as log:
-        device, dtype = choose_device(config, log)
-        model, tokenizer = load_model(config, checkpoint, log)
-        model.to(device, dtype)
+        device, dtype = choose_device(config.device, config.dtype, log.say)
+        model, tokenizer = load_model(config, checkpoint, device, dtype, log)
         task, template, weights = load_task(config, tokenizer)
         reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
@@ -193,7 +193,7 @@ def main() -> None:
             restore(optimizer, reference, tensors)
         held_out = task.held_out(config.eval_problems)
         actor = Actor(model, tokenizer, task, template, weights, config)
-        interrupt, guard = Interrupt(log), NonFiniteGuard()
+        interrupt, guard = Interrupt(), NonFiniteGuard()
 
         if progress.before is None:
             evaluation, rollouts_PG = run_evaluation(actor, held_out, config.eval_samples)
@@ -278,34 +278,12 @@ def open_log(config: Config, checkpoint: Path | None, step: int) -> RunLog:
     return RunLog.create(config.out or default_run_folder(f"zero-{config.task}"), to_json(config), COLUMNS)
 
 
-def choose_device(config: Config, log: RunLog) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype of the weights, said with the reason."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    name, reason = config.device, "asked for"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.backends.mps.is_available() and config.model:
-            name = "mps"
-        reason = "the fastest found" if name != "cpu" else "no GPU found, or the model is too small to need one"
-    dtype, dtype_reason = config.dtype, "asked for"
-    if dtype == "auto":
-        dtype = "bfloat16" if name == "cuda" else "float32"
-        dtype_reason = "tensor cores; the optimizer keeps fp32 masters" if name == "cuda" else "exact, and fast enough"
-    threads = f", {torch.get_num_threads()} threads" if name == "cpu" else ""
-    log.say(f"device: {name} ({reason}){threads}; dtype: {dtype} ({dtype_reason})")
-    try:
-        return torch.empty(0, device=name).device, getattr(torch, dtype)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not to be had here ({error}); leave it out, or use cpu") from error
-
-
-def load_model(config: Config, checkpoint: Path | None, log: RunLog) -> tuple[Transformer, Tokenizer]:
+def load_model(config: Config, checkpoint: Path | None, device, dtype, log: RunLog) -> tuple[Transformer, Tokenizer]:
     folder = checkpoint or config.model
     if folder is None:
         folder = base_model(MINIATURES[config.task], config.seed, log)
     log.say(f"model: {folder}")
-    return Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    return Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
 
 
 def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str, float]]:
@@ -352,15 +330,15 @@ def save(log: RunLog, actor: Actor, optimizer: MasterAdamW, reference, progress:
 class Interrupt:
     """Ctrl-C and SIGTERM ask the run to finish its step, save and exit; a second Ctrl-C ends it at once."""
 
-    def __init__(self, log: RunLog):
-        self.log, self.is_asked = log, False
+    def __init__(self):
+        self.is_asked = False
         signal.signal(signal.SIGINT, self.ask)
         signal.signal(signal.SIGTERM, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
         self.is_asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.log.say(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once)")
+        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")  # print is not safe here
 
 
 # ---- act and judge
@@ -454,87 +432,36 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
     ]
     random.Random(f"{config.seed} {step}").shuffle(chosen)
     lr = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
-    tally, grad_norms = Tally(), []
+    tally, grad_norms, settings = Tally(), [], loss_settings(actor)
     for i in range(min(config.minibatches, len(chosen))):
-        accumulate(actor, reference, chosen[i :: config.minibatches], tally, is_first=i == 0)
+        rollouts, advantages = map(list, zip(*chosen[i :: config.minibatches], strict=True))
+        add_gradient(actor.model, reference, rollouts, advantages, settings, tally, is_first=i == 0)
         grad_norms.append(optimizer.step(lr, config.max_grad_norm))
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     return tally.metrics() | {
-        "grad_norm": sum(finite) / len(finite) if finite else None,
-        "skipped_updates": len(grad_norms) - len(finite),
+        "grad_norm": mean(finite),
         "updates": len(finite),
+        "skipped_updates": len(grad_norms) - len(finite),
         "lr": lr,
         "learn_s": time.monotonic() - start_s,
     }
 
 
-def accumulate(actor: Actor, reference, chosen: list[tuple[Rollout, float]], tally: "Tally", is_first: bool) -> None:
-    """Add the gradient of one optimizer update, micro-batch by micro-batch."""
-    config, model = actor.config, actor.model
-    rollouts, advantages = map(list, zip(*chosen, strict=True))
-    lengths = [len(rollout.completion.ids) for rollout in rollouts]
-    weights = token_weights(lengths, config.aggregate, config.max_new_tokens)
-    for batch in pack(rollouts, advantages, weights, config.tokens_per_batch):
-        batch = batch.to(model.head_weight_VC.device)
-        mask, vocab_size = batch.loss_mask_N, actor.tokenizer.vocab_size
-        sampler_logp_M = batch.sampler_logp_N[mask]
-        logp_M, entropy_M = completion_logprobs(model, batch, config.temperature, vocab_size)
-        importance_M = ref_logp_M = None
-        if config.importance_cap:
-            importance_M = importance_weights(logp_M, sampler_logp_M, config.importance_cap)
-        if reference:
-            with torch.no_grad():
-                ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, vocab_size)
-        loss, is_clipped_M = policy_loss(
-            logp_M,
-            logp_M.detach() if config.minibatches == 1 else sampler_logp_M,
-            batch.advantage_N[mask],
-            batch.weight_N[mask],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            importance_M=importance_M,
-            ref_logp_M=ref_logp_M,
-            kl_coef=config.kl_coef if config.kl != "reward" else 0.0,
-            kl=config.kl,
-        )
-        loss.backward()
-        tally.add(batch, logp_M.detach(), entropy_M, is_clipped_M, ref_logp_M, loss.detach(), is_first)
-
-
-class Tally:
-    """Sums over the tokens of a step's micro-batches, for its metrics."""
-
-    def __init__(self):
-        self.n_tokens = self.n_packed = self.n_gap = 0
-        self.entropy = self.clipped = self.kl = self.gap = self.gap_max = self.loss = 0.0
-        self.has_reference = False
-
-    def add(self, batch: PackedBatch, logp_M, entropy_M, is_clipped_M, ref_logp_M, loss, is_first: bool) -> None:
-        self.n_tokens += len(logp_M)
-        self.n_packed += len(batch.ids_N)
-        self.entropy += float(entropy_M.sum())
-        self.clipped += float(is_clipped_M.sum())
-        self.loss += float(loss)
-        if ref_logp_M is not None:
-            self.has_reference = True
-            self.kl += float(kl_estimate(logp_M, ref_logp_M, "k3").sum())
-        if is_first:  # before the step's first update sampler and trainer hold the same weights
-            gap_M = (logp_M - batch.sampler_logp_N[batch.loss_mask_N]).abs()
-            self.n_gap += len(gap_M)
-            self.gap += float(gap_M.sum())
-            self.gap_max = max(self.gap_max, float(gap_M.max()))
-
-    def metrics(self) -> dict:
-        if not self.n_tokens:
-            return {"learned_tokens": 0}
-        return {
-            "loss": self.loss,
-            "entropy": self.entropy / self.n_tokens,
-            "clipped": self.clipped / self.n_tokens,
-            "logp_gap_mean": self.gap / self.n_gap,
-            "logp_gap_max": self.gap_max,
-            "learned_tokens": self.n_packed,
-        } | ({"kl": self.kl / self.n_tokens} if self.has_reference else {})
+def loss_settings(actor: Actor) -> LossSettings:
+    config = actor.config
+    return LossSettings(
+        temperature=config.temperature,
+        vocab_size=actor.tokenizer.vocab_size,
+        tokens_per_batch=config.tokens_per_batch,
+        aggregate=config.aggregate,
+        constant_length=config.max_new_tokens,
+        is_batch_reused=config.minibatches > 1,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        importance_cap=config.importance_cap,
+        kl_coef=0.0 if config.kl == "reward" else config.kl_coef,
+        kl="k2" if config.kl == "reward" else config.kl,
+    )
 
 
 class NonFiniteGuard:
@@ -559,7 +486,7 @@ def describe(rollouts_PG: list[list[Rollout]], advantages_PG: list[list[float | 
     """Rewards, lengths and groups of a step."""
     flat = [rollout for group in rollouts_PG for rollout in group]
     lengths = [len(rollout.completion.ids) for rollout in flat]
-    parts = {name: mean(rollout.parts[name] for rollout in flat) for name in sorted(flat[0].parts)}
+    parts = {name: mean(rollout.parts[name] for rollout in flat) for name in flat[0].parts}
     return {
         "reward": mean(rollout.reward for rollout in flat),
         **parts,
@@ -587,14 +514,6 @@ def throughput(rollouts_PG: list[list[Rollout]], rollout_s: float, learned: dict
         "learn_tokens_per_s": learned["learned_tokens"] / learned["learn_s"],
         "peak_memory_gib": peak_memory_gib(),
     }
-
-
-def peak_memory_gib() -> float:
-    """Of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def rollout_row(rollout: Rollout) -> dict:

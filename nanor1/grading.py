@@ -1,12 +1,8 @@
 r"""Is this answer that answer? Find the final answer in a response, and compare two answers as mathematics.
 
 `extract_answer` looks, after `</think>`, for `\boxed{}`, an `<answer>` block, GSM8K's `####`, a phrase such as "the
-answer is", and falls back on what ends the text. `math_equal` reads both answers with a small grammar of its own and
-compares them exactly (`fractions.Fraction`) where they are rational, otherwise to 50 of 100 digits with mpmath.
-Expressions with variables are compared at four fixed pseudo-random points (Schwartz 1980, Zippel 1979), not simplified.
-
-Nothing reaches `eval` or sympy. Length, nesting and the size of every number are bounded before work is done, so no
-timer is needed and a call takes milliseconds in any thread. What is past a bound is compared as a string.
+answer is", and falls back on what ends the text. `math_equal` has both answers read by `latex` and compares them part
+by part; scalars by the exact or 100-digit values of `numeric`. What they cannot read is compared as a string.
 
 Choices, where tastes differ:
 - Decimals are exact: 0.33 is not 1/3. A percentage p% is p/100; it equals p as well, since a unit may be left out.
@@ -16,32 +12,12 @@ Choices, where tastes differ:
 - Text and a single letter are compared without case. `\log` is the natural logarithm, `i` and `e` are constants.
 - The one asymmetry: a gold with a base, `12_5`, is met by `12` (not by `7`); a gold `12` is not met by `12_5`.
 - Unevaluated arithmetic counts: `2 \cdot 3` equals 6. A task that forbids this has to look at the answer's form.
-
-Left out: sums, integrals, limits, set-builder notation, arithmetic on matrices, numbers in words; these are equal only
-when written alike.
 """
 
 import re
 
-from nanor1.latex import (
-    INFINITY,
-    MAX_CHARS,
-    SCALARS,
-    VARIABLES,
-    assigned_values,
-    clean,
-    contains,
-    is_close,
-    is_known_unit,
-    is_name,
-    is_prose,
-    number,
-    parse,
-    plain_words,
-    real,
-    samples,
-    trim,
-)
+from nanor1 import latex
+from nanor1.numeric import is_close, real, samples
 
 MAX_TAIL_CHARS = 50_000  # of a response, from its end, that are searched for an answer
 MAX_BOXES = 16
@@ -90,7 +66,7 @@ def extract_answer(text: str) -> str | None:
     _, marker, rest = visible.rpartition("####")
     if marker:
         line = _sentence(rest.strip() + "\n", stop="\n")
-        return _narrow(line) or trim(line) or None
+        return _narrow(line) or latex.trim(line) or None
     phrases = list(_PHRASE.finditer(visible))
     found = _narrow(_sentence(visible[phrases[-1].end() :])) if phrases else None
     return found or _fall_back(visible)
@@ -119,7 +95,7 @@ def last_boxed(text: str) -> str | None:
 def _box_contents(text: str, at: int) -> tuple[int, str | None]:
     bare = re.compile(r" *([^\s${}\\]+)").match(text, at)
     if bare:
-        return bare.end(), trim(bare.group(1))
+        return bare.end(), latex.trim(bare.group(1))
     opened = re.compile(r" *\{").match(text, at)
     depth = 0
     for brace in re.compile(r"\\[{}]|[{}]").finditer(text, at) if opened else ():
@@ -138,17 +114,17 @@ def _fall_back(text: str) -> str | None:
     """A response without a marker: all of it if it is an answer, else the choice it starts with or its last value."""
     is_short = len(text) <= 200 and "\n" not in text.strip()
     if is_short and _is_value(text):
-        return trim(_undelimited(text))
+        return latex.trim(_undelimited(text))
     if choice := _CHOICE_FIRST.match(text):
         return choice.group(1)
-    if is_short and len(text.split()) == 1 and is_prose(_clean(text)):
-        return trim(_undelimited(text))
+    if is_short and len(text.split()) == 1 and latex.is_prose(_clean(text)):
+        return latex.trim(_undelimited(text))
     return _last_value(text)
 
 
 def _narrow(fragment: str) -> str | None:
     """Reduce the words after a marker to the answer in them."""
-    fragment = trim(fragment)
+    fragment = latex.trim(fragment)
     if choice := _CHOICE_FIRST.match(fragment):
         return choice.group(1)
     if _is_value(fragment):
@@ -193,7 +169,7 @@ def _undelimited(text: str) -> str:
 
 def _is_value(text: str) -> bool:
     cleaned = _clean(text)
-    return bool(cleaned) and not is_prose(cleaned) and parse(cleaned) is not None
+    return bool(cleaned) and not latex.is_prose(cleaned) and latex.parse(cleaned) is not None
 
 
 # ---------------------------------------------------------------- comparison
@@ -218,36 +194,36 @@ def math_equal(answer: str | None, gold: str) -> bool:
     answer, gold = _clean(answer), _clean(gold)
     if not answer or not gold:
         return False
-    if answer == gold or max(len(answer), len(gold)) > MAX_CHARS:
+    if answer == gold or max(len(answer), len(gold)) > latex.MAX_CHARS:
         return answer == gold
     if _same_text(answer, gold):
         return True
-    if is_prose(answer) or is_prose(gold):
+    if latex.is_prose(answer) or latex.is_prose(gold):
         return False
     are_lists = "," in answer and "," in gold and not re.search(r",\s*0\d", answer + gold)
     readings = (True, False) if are_lists else (True,)  # beside a list "100,200" may be one too, "2,048" not
-    return any(_same_parsed(parse(answer, grouped), parse(gold, grouped)) for grouped in readings)
+    return any(_same_parsed(latex.parse(answer, grouped), latex.parse(gold, grouped)) for grouped in readings)
 
 
 def _clean(text: str) -> str:
     """An answer out of its box or from behind ####, in one spelling."""
     if "\\boxed" in text or "\\fbox" in text:
         text = last_boxed(text[-MAX_TAIL_CHARS:]) or text
-    return clean(text.rpartition("####")[2].strip())
+    return latex.clean(text.rpartition("####")[2].strip())
 
 
 def _same_text(answer: str, gold: str) -> bool:
-    answer, gold = plain_words(answer), plain_words(gold)
+    answer, gold = latex.plain_words(answer), latex.plain_words(gold)
     choices = [_CHOICE.fullmatch(text) for text in (answer, gold)]
     if all(choices):
         return choices[0].group(1) == choices[1].group(1)
-    return answer == gold and is_prose(answer)
+    return answer == gold and latex.is_prose(answer)
 
 
 def _same_parsed(answer: tuple | None, gold: tuple | None) -> bool:
     if answer is None or gold is None:
         return False
-    return _same(answer, gold) or (gold[0] == "base" and answer == number(gold[1]))
+    return _same(answer, gold) or (gold[0] == "base" and answer == latex.number(gold[1]))
 
 
 def _same(a: tuple, b: tuple) -> bool:
@@ -257,7 +233,7 @@ def _same(a: tuple, b: tuple) -> bool:
     if "relation" in (a[0], b[0]):
         meanings = _meaning(a), _meaning(b)
         return meanings != (a, b) and not _are_unlike_equations(a, b) and _same(*meanings)
-    if {a[0], b[0]} <= SCALARS | {"unit"}:
+    if {a[0], b[0]} <= latex.SCALARS | {"unit"}:
         return _same_quantity(a, b)
     return _same_structure(a, b) or _same_structure(b, a)
 
@@ -273,8 +249,10 @@ def _same_structure(a: tuple, b: tuple) -> bool:
         case ("list", items), ("union", others):  # x < 1 or x > 4
             return all(item[0] == "relation" for item in items) and _same_unordered(items, others)
         case ("list", items), ("bracket", "(", others, ")"):  # x = 3, y = 2
-            values = assigned_values(items)
+            values = latex.assigned_values(items)
             return values is not None and _same_items(values, others)
+        case ("list" | "set", items), (kind, *_) if kind in latex.SCALARS and items:  # one value in several forms
+            return all(_same(item, b) for item in items)
     return False
 
 
@@ -295,7 +273,7 @@ def _same_unordered(items: tuple, others: tuple) -> bool:
 
 def _same_quantity(a: tuple, b: tuple) -> bool:
     (a, unit), (b, other_unit) = _measured(a), _measured(b)
-    if unit != other_unit and is_known_unit(unit) and is_known_unit(other_unit):
+    if unit != other_unit and latex.is_known_unit(unit) and latex.is_known_unit(other_unit):
         return False
     if a[0] != "percent" and b[0] == "percent":
         a, b = b, a
@@ -317,7 +295,12 @@ def _same_scalar(a: tuple, b: tuple) -> bool:
 def _same_relation(a: tuple, b: tuple) -> bool:
     """Whether left minus right is the same, but for a constant factor that keeps the direction."""
     sides = (*a[1::2], *b[1::2])
-    if len(a) != 4 or len(b) != 4 or not {side[0] for side in sides} <= SCALARS or not contains(a, VARIABLES):
+    if (
+        len(a) != 4
+        or len(b) != 4
+        or not {side[0] for side in sides} <= latex.SCALARS
+        or not latex.contains(a, latex.VARIABLES)
+    ):
         return len(a) == len(b) and a[2::2] == b[2::2] and all(map(_same, a[1::2], b[1::2]))
     if b[2] not in (a[2], _FLIPPED.get(a[2])):
         return False
@@ -332,7 +315,9 @@ def _are_unlike_equations(a: tuple, b: tuple) -> bool:
     """Equations that cannot be replaced by their values: x = 9 and y = 9, or 0 = 0 and 20 = 0."""
     if a[0] != b[0] or a[2] != "=" or b[2] != "=":
         return False
-    return not contains((a, b), VARIABLES) or [*filter(is_name, a[1::2])] != [*filter(is_name, b[1::2])]
+    return not latex.contains((a, b), latex.VARIABLES) or [*filter(latex.is_name, a[1::2])] != [
+        *filter(latex.is_name, b[1::2])
+    ]
 
 
 def _meaning(node: tuple) -> tuple:
@@ -341,22 +326,41 @@ def _meaning(node: tuple) -> tuple:
         return node
     sides, signs = list(node[1::2]), list(node[2::2])
     if set(signs) == {"="}:
-        *said, value = sides[::-1] if is_name(sides[-1]) else sides
-        is_said = all(is_name(side) or not contains(side, VARIABLES) for side in said)
-        return value if is_said and (any(map(is_name, said)) or not contains(value, VARIABLES)) else node
+        *said, value = sides[::-1] if latex.is_name(sides[-1]) else sides
+        is_said = all(latex.is_name(side) or not latex.contains(side, latex.VARIABLES) for side in said)
+        return (
+            value if is_said and (any(map(latex.is_name, said)) or not latex.contains(value, latex.VARIABLES)) else node
+        )
     if signs == [r"\in"]:
-        return sides[1] if is_name(sides[0]) else node
+        return sides[1] if latex.is_name(sides[0]) else node
     return _interval(sides, signs) or node
 
 
 def _interval(sides: list[tuple], signs: list[str]) -> tuple | None:
-    r"""The interval of `1 < x`, `x \le 2` or `1 < x \le 2`; None for anything else."""
+    r"""The interval of `1 < x`, `x \le 2` or `1 < x \le 2`, for |x| perhaps a union of two; None for anything else."""
+    sides, signs = _bounds(sides, signs)
+    if len(sides) != 3 or not set(signs) <= {"<", r"\le"} or latex.contains((sides[0], sides[2]), latex.VARIABLES):
+        return None
+    low, middle, high = sides
+    is_magnitude = middle[0] == "abs" and latex.is_name(middle[1])
+    if is_magnitude and low == ("neg", latex.INFINITY):  # |x| < 2
+        low, middle, signs = ("neg", high), middle[1], [signs[1], signs[1]]
+    if latex.is_name(middle):
+        return _bracket(low, high, *signs)
+    pieces = _bracket(("neg", high), ("neg", low), *signs[::-1]), _bracket(low, high, *signs)
+    return ("union", pieces) if is_magnitude else None
+
+
+def _bounds(sides: list[tuple], signs: list[str]) -> tuple[list[tuple], list[str]]:
+    """The inequality from small to large, with an infinite end where it has only one."""
     if signs[0] in (">", r"\ge"):
         sides, signs = sides[::-1], [_FLIPPED.get(sign, "") for sign in reversed(signs)]
-    if len(sides) == 2:
-        is_below = is_name(sides[0])  # x < 2 has no lower end
-        sides = [("neg", INFINITY), *sides] if is_below else [*sides, INFINITY]
-        signs = ["<", *signs] if is_below else [*signs, "<"]
-    if len(sides) != 3 or not set(signs) <= {"<", r"\le"} or not is_name(sides[1]) or contains(sides[::2], VARIABLES):
-        return None
-    return ("bracket", "(" if signs[0] == "<" else "[", (sides[0], sides[2]), ")" if signs[1] == "<" else "]")
+    if len(sides) > 2:
+        return sides, signs
+    if latex.contains(sides[0], latex.VARIABLES):  # x < 2
+        return [("neg", latex.INFINITY), *sides], ["<", *signs]
+    return [*sides, latex.INFINITY], [*signs, "<"]
+
+
+def _bracket(low: tuple, high: tuple, sign: str, other_sign: str) -> tuple:
+    return ("bracket", "(" if sign == "<" else "[", (low, high), ")" if other_sign == "<" else "]")

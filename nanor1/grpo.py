@@ -53,10 +53,10 @@ class PackedBatch:
 
 
 def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mean") -> list[list[float | None]]:
-    """Reward minus the group's mean; with `normalize="std"` also divided by the group's standard deviation.
+    """Reward minus the group's mean; with `normalize="std"` also divided by the group's deviation (G - 1 in it).
 
     A reward of None is left out of its group's mean and its advantage is None. A group in which all rewards are equal,
-    or fewer than two are known, gets exactly 0 (and is worth no forward pass). DeepSeekMath eq. 3 in section 4.1.2.
+    or fewer than two are known, gets exactly 0 (and is worth no forward pass). DeepSeekMath, section 4.1.2.
 
     >>> group_advantages([[1.0, 0.0, 0.0, 1.0], [1.0, None, 1.0, 1.0]])
     [[0.5, -0.5, -0.5, 0.5], [0.0, None, 0.0, 0.0]]
@@ -98,7 +98,7 @@ def token_weights(lengths: list[int], aggregate: str, constant_length: int | Non
 def pack(
     rollouts: list[Rollout], advantages: list[float], weights: list[float], tokens_per_batch: int
 ) -> list[PackedBatch]:
-    """Lay rollouts end to end in batches of at most `tokens_per_batch` tokens (one rollout may exceed it), longest first.
+    """Lay rollouts end to end, longest first, in batches of at most `tokens_per_batch` tokens (or of one rollout).
 
     Neighbours of equal length waste least where attention pads, and the largest batch comes first, so that a run that
     does not fit in memory fails at once.
@@ -198,3 +198,99 @@ def kl_estimate(logp_M: Tensor, ref_logp_M: Tensor, kind: str) -> Tensor:
 def importance_weights(logp_M: Tensor, sampler_logp_M: Tensor, cap: float) -> Tensor:
     """min(p_trainer / p_sampler, cap): corrects a sampler whose arithmetic differs from the trainer's (TIS)."""
     return (logp_M.detach() - sampler_logp_M).exp().clamp(max=cap)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How a step's loss is made; see `policy_loss`, `token_weights` and `importance_weights`."""
+
+    temperature: float
+    vocab_size: int
+    tokens_per_batch: int
+    aggregate: str = "token"
+    constant_length: int | None = None
+    is_batch_reused: bool = False  # several updates a batch: the ratio is to the sampler, and the clip is in force
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    importance_cap: float = 0.0
+    kl_coef: float = 0.0
+    kl: str = "k2"
+
+
+def add_gradient(
+    model,
+    reference,
+    rollouts: list[Rollout],
+    advantages: list[float],
+    settings: LossSettings,
+    tally: "Tally",
+    is_first: bool,
+) -> None:
+    """Add the gradient of one optimizer update to the parameters, micro-batch by micro-batch.
+
+    `reference` is the model of the KL term, or None; `is_first` says that the weights are still those that sampled.
+    """
+    lengths = [len(rollout.completion.ids) for rollout in rollouts]
+    weights = token_weights(lengths, settings.aggregate, settings.constant_length)
+    for batch in pack(rollouts, advantages, weights, settings.tokens_per_batch):
+        batch = batch.to(model.head_weight_VC.device)
+        mask, sampler_logp_M = batch.loss_mask_N, batch.sampler_logp_N[batch.loss_mask_N]
+        logp_M, entropy_M = completion_logprobs(model, batch, settings.temperature, settings.vocab_size)
+        importance_M = ref_logp_M = None
+        if settings.importance_cap:
+            importance_M = importance_weights(logp_M, sampler_logp_M, settings.importance_cap)
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
+        loss, is_clipped_M = policy_loss(
+            logp_M,
+            sampler_logp_M if settings.is_batch_reused else logp_M.detach(),
+            batch.advantage_N[mask],
+            batch.weight_N[mask],
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance_M=importance_M,
+            ref_logp_M=ref_logp_M,
+            kl_coef=settings.kl_coef,
+            kl=settings.kl,
+        )
+        loss.backward()
+        tally.add(batch, loss.detach(), logp_M.detach(), entropy_M, is_clipped_M, ref_logp_M, is_first)
+
+
+class Tally:
+    """Sums over the tokens of a step, for its metrics."""
+
+    def __init__(self):
+        self.n_packed = self.n_tokens = self.n_gap = 0
+        self.loss = self.entropy = self.clipped = self.kl = self.gap = self.gap_max = 0.0
+        self.has_reference = False
+
+    def add(self, batch: PackedBatch, loss, logp_M, entropy_M, is_clipped_M, ref_logp_M, is_first: bool) -> None:
+        self.n_packed += len(batch.ids_N)
+        self.n_tokens += len(logp_M)
+        self.loss += float(loss)
+        self.entropy += float(entropy_M.sum())
+        self.clipped += float(is_clipped_M.sum())
+        if ref_logp_M is not None:
+            self.has_reference = True
+            self.kl += float(kl_estimate(logp_M, ref_logp_M, "k3").sum())
+        if is_first:  # the gap between sampler and trainer: both hold the same weights here
+            gap_M = (logp_M - batch.sampler_logp_N[batch.loss_mask_N]).abs()
+            self.n_gap += len(gap_M)
+            self.gap += float(gap_M.sum())
+            self.gap_max = max(self.gap_max, float(gap_M.max()))
+
+    def metrics(self) -> dict[str, float]:
+        """Means a token; nothing but the count of tokens where none was seen."""
+        if not self.n_tokens:
+            return {"learned_tokens": 0}
+        kl = {"kl": self.kl / self.n_tokens} if self.has_reference else {}
+        return kl | {
+            "loss": self.loss,
+            "entropy": self.entropy / self.n_tokens,
+            "clipped": self.clipped / self.n_tokens,
+            "logp_gap_mean": self.gap / self.n_gap,
+            "logp_gap_max": self.gap_max,
+            "learned_tokens": self.n_packed,
+        }

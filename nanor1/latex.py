@@ -1,32 +1,20 @@
-r"""Read the mathematics people write as answers: LaTeX, Unicode or plain text in, a tree and its exact value out.
+r"""Read the mathematics people write as answers: LaTeX, Unicode or plain text in, a tree of tuples out.
 
-`clean` gives one spelling to what is written in many, `parse` reads it into a tree of tuples, and `samples` evaluates
-two trees: exactly (`fractions.Fraction`) for as long as they are rational, otherwise to 100 digits with mpmath. With
-variables there are four fixed pseudo-random points (Schwartz 1980, Zippel 1979); nothing is simplified symbolically.
+`clean` gives one spelling to what is written in many; `parse` reads it by recursive descent. The text's length, the
+nesting and the items of a list are bounded, so reading takes milliseconds and never overflows the stack.
 
-Nothing reaches `eval` or sympy. Length, nesting and the size of every number are bounded before work is done, so no
-timer is needed and a call takes milliseconds in any thread.
-
-Left out: sums, integrals, limits, set-builder notation, arithmetic on matrices, repeating decimals, numbers in words.
+Left out: sums, integrals, limits, set-builder notation, arithmetic on matrices, binomials, repeating decimals, numbers
+in words.
 """
 
-import functools
-import math
-import operator
-import random
 import re
-import threading
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
-import mpmath
-
 MAX_CHARS = 1000  # of an answer; a longer one is compared as a string
 MAX_DEPTH = 30  # nested brackets, powers or signs
 MAX_ITEMS = 40  # of a list or set, since comparison without order is quadratic
-MAX_BITS = 4096  # of a numerator or denominator
-MAX_MAGNITUDE = 166  # binary exponent, about 1e50, of an irrational value; tan(pi/2) and 1/sin(pi) are past it
 
 # ---------------------------------------------------------------- cleaning
 
@@ -37,7 +25,7 @@ def _table(pairs: str) -> dict[str, str]:
 
 _SYMBOLS = r"""≤ \le;≥ \ge;≠ \ne;≈ =;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;× *;· *;∙ *
 ;÷ /;⁄ /;。 .;° \degree;£ \pounds;€ \euro"""
-_UNICODE = str.maketrans({old: new + " " for old, new in _table(_SYMBOLS).items()})
+_UNICODE = str.maketrans({old: new + " " for old, new in _table(_SYMBOLS).items()} | {";": ", "})
 
 
 def clean(text: str) -> str:
@@ -51,7 +39,11 @@ def clean(text: str) -> str:
         text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", "", text)
     text = re.sub(r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad)|~", " ", text)
+    text = re.sub(r"^\s*[A-Za-z]{4,}(?: [A-Za-z]+)?: ", "", text)  # "Area: 5"
+    text = text.replace(r"\mathbb{R}", r"(-\infty, \infty)")
     text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\degree ", text)
+    text = re.sub(r"frac ?(\d) ?(?=[\d{])", r"frac{\1}", text)  # LaTeX gives \frac12 one digit each
+    text = re.sub(r"(frac\{\d\})(\d)", r"\1{\2}", text)
     text = re.sub(r"\b(\d+) (\d+) ?/ ?(\d+)\b", r"\1\\frac{\2}{\3}", text)
     if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
         text = re.sub(r"(?<!\\)\$", r"\\$", text)
@@ -78,26 +70,21 @@ def plain_words(text: str) -> str:
 
 # ---------------------------------------------------------------- tokens
 
-_ALIASES = (
-    _table(
-        r"\div /;\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge"
-        r";\neq \ne;!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *"
-        r";\times *;** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %"
-        r";\varnothing \emptyset;inf \infty;infinity \infty"
-    )
-    | {name: "\\" + name for name in "pi frac sqrt sin cos tan ln log exp".split()}
-    | {";": ","}
+_ALIASES = _table(
+    r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
+    r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
+    r";** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
+    r";inf \infty;infinity \infty;pi \pi;frac \frac;sqrt \sqrt;sin \sin;cos \cos;tan \tan;ln \ln;log \log;exp \exp"
 )
 _IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits".split())
 _IGNORED |= set(r"\angle \triangle \overrightarrow \vec \hline \rm".split())
 _GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
 _GREEK |= set(r"\rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Omega".split())
-_FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
-_FUNCTIONS |= _table(r"\log ln;\arcsin asin;\arccos acos;\arctan atan")
+FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
+FUNCTIONS |= _table(r"\log ln;\arcsin asin;\arccos acos;\arctan atan")
 _RELATIONS = set(r"= < > \le \ge \ne \in".split())
 _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
 _POSTFIXES = _table(r"! fact;% percent;\degree deg")
-_MATRICES = set("pmatrix bmatrix Bmatrix vmatrix matrix array smallmatrix".split())
 _SENTENCE = set("is are was the of we if as so by this that with which since because when where".split())
 _UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres;mm millimeter millimeters;km kilometer kilometers
 ;m meter meters metre metres;in inch inches;ft foot feet;yd yard yards;mi mile miles;kg kilogram kilograms;g gram grams
@@ -159,7 +146,7 @@ def _letter_tokens(letters: str) -> list[str]:
 # Others: ("inf",) ("unit", x, unit) ("base", digits, base) ("relation", x, "=", y, "<", z, ...) ("union", items)
 #   ("bracket", "(", items, "]"), with ":" for a ratio, ("list", items) ("set", items) ("matrix", rows)
 
-SCALARS = {*"num const sym call add mul pow neg inv abs fact deg percent".split(), *_FUNCTIONS.values()}
+SCALARS = {*"num const sym call add mul pow neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
 VARIABLES = {"sym", "call"}
 INFINITY = ("inf",)
 
@@ -171,7 +158,7 @@ def parse(text: str, grouped: bool = True) -> tuple | None:
     ('relation', ('sym', 'x'), '=', ('num', Fraction(1234, 1)))
     """
     if grouped and not re.search(r"[(\[]|\\\{", text):
-        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda number: number.group().replace(",", ""), text)
+        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match.group().replace(",", ""), text)
     try:
         return _Parser(_tokens(text)).answer()
     except (_Unparsed, ValueError):
@@ -182,29 +169,20 @@ class _Parser:
     """Recursive descent; each method reads one level of precedence, the loosest first."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens = [*tokens, ""]
-        self.at = 0
+        self.rest = iter(tokens)
+        self.previous, self.token = "", next(self.rest, "")
         self.depth = 0
         self.open_bars = 0
 
-    @property
-    def token(self) -> str:
-        return self.tokens[self.at]
-
-    @property
-    def previous(self) -> str:
-        return self.tokens[self.at - 1]
-
     def next(self) -> str:
-        token = self.token
-        self.at = min(self.at + 1, len(self.tokens) - 1)
-        return token
+        if not self.token:
+            raise _Unparsed
+        self.previous, self.token = self.token, next(self.rest, "")
+        return self.previous
 
     def take(self, *tokens: str) -> bool:
         """Step over the next token if it is one of these."""
-        is_here = self.token in tokens
-        self.at += is_here
-        return is_here
+        return self.token in tokens and bool(self.next())
 
     def expect(self, *tokens: str) -> str:
         if not self.take(*tokens):
@@ -250,8 +228,6 @@ class _Parser:
 
     def ratio(self) -> tuple:
         parts = self.separated(self.quantity, ":")
-        if parts[0][0] == "sym" and len(parts[0][1]) > 3:  # "Area: 5"
-            parts = parts[1:] or parts
         return ("bracket", ":", tuple(parts), ":") if len(parts) > 1 else parts[0]
 
     def quantity(self) -> tuple:
@@ -308,7 +284,7 @@ class _Parser:
         if self.token == "|":
             return self.open_bars == 0
         starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi")
-        return self.token in starts or self.token in _FUNCTIONS or _is_letter(self.token)
+        return self.token in starts or self.token in FUNCTIONS or _is_letter(self.token)
 
     def power(self) -> tuple:
         value = self.atom()
@@ -335,8 +311,8 @@ class _Parser:
             return self.words(token)
         if _is_letter(token):
             return self.symbol(token)
-        if token in _FUNCTIONS:
-            return self.function(_FUNCTIONS[token])
+        if token in FUNCTIONS:
+            return self.function(FUNCTIONS[token])
         if token not in _READERS:
             raise _Unparsed
         return _READERS[token](self)
@@ -356,9 +332,9 @@ class _Parser:
         """The tokens of a subscript or of a unit's power, without their braces."""
         if not self.take("{"):
             return self.next()
-        end = self.tokens.index("}", self.at)
-        inside = "".join(self.tokens[self.at : end])
-        self.at = end + 1
+        inside = ""
+        while not self.take("}"):
+            inside += self.next()
         return inside
 
     def words(self, text: str) -> tuple:
@@ -401,14 +377,7 @@ class _Parser:
         return ("pow", self.atom(), ("inv", degree))
 
     def fraction(self) -> tuple:
-        return ("mul", self.digit_or_group(), ("inv", self.digit_or_group()))
-
-    def digit_or_group(self) -> tuple:
-        r"""LaTeX gives \frac12 one digit each."""
-        if len(self.token) > 1 and self.token.isdecimal():
-            digit, self.tokens[self.at] = self.token[0], self.token[1:]
-            return number(digit)
-        return self.atom()
+        return ("mul", self.atom(), ("inv", self.atom()))
 
     def function(self, name: str) -> tuple:
         base = self.argument() if name == "ln" and self.take("_") else None
@@ -422,7 +391,7 @@ class _Parser:
     def function_argument(self) -> tuple:
         r"""Without brackets, the factors up to the next sign, bracket or function: \sin 2x \cos x."""
         factors = [self.signed(self.power)]
-        while self.starts_factor() and self.token not in _FUNCTIONS and self.token not in ("(", "[", "|"):
+        while self.starts_factor() and self.token not in FUNCTIONS and self.token not in ("(", "[", "|"):
             factors.append(self.power())
         return ("mul", *factors) if len(factors) > 1 else factors[0]
 
@@ -443,13 +412,15 @@ _READERS = {
     "[": _Parser.round_or_square,
     "{": _Parser.braces,
     r"\{": _Parser.set,
-    r"\overline": _Parser.atom,  # AB; not after a number, where it would repeat digits
+    r"\overline": _Parser.atom,  # over AB; a number before it has repeating digits, which are not read
     r"\sqrt": _Parser.root,
     r"\frac": _Parser.fraction,
     r"\pi": lambda _: ("const", "pi"),
     r"\infty": lambda _: INFINITY,
     r"\emptyset": lambda _: ("set", ()),
-} | {f"\\begin{{{name}}}": _Parser.matrix for name in _MATRICES}
+    **{f"\\begin{{{kind}matrix}}": _Parser.matrix for kind in ["", "p", "b", "B", "v", "small"]},
+    r"\begin{array}": _Parser.matrix,
+}
 
 
 def _is_number(token: str) -> bool:
@@ -520,126 +491,3 @@ def contains(node, kinds: set[str]) -> bool:
 def is_known_unit(unit: str) -> bool:
     """Return whether the unit, or the first of `km / h`, is in the table of spellings."""
     return unit.split(" ")[0] in _UNITS.values()
-
-
-# ---------------------------------------------------------------- values
-
-_MP = mpmath.MPContext()
-_MP.dps = 100
-_MP_LOCK = threading.Lock()  # mpmath fills its caches of constants without one
-_CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
-
-
-class _Undecided(Exception):
-    """No value: undefined here, or past a limit."""
-
-
-def samples(a: tuple, b: tuple) -> list[tuple]:
-    """Return the values of two scalars at one point, or four with variables; [] where fewer than half are defined.
-
-    A value is a Fraction for as long as it is rational, else a number of mpmath.
-    """
-    n_points = 4 if contains((a, b), VARIABLES) else 1
-    found = []
-    for point in range(n_points):
-        try:
-            with _MP_LOCK:
-                found.append((_value(a, point), _value(b, point)))
-        except (_Undecided, ArithmeticError, ValueError):
-            continue
-    return found if 2 * len(found) >= n_points else []
-
-
-def is_close(a, b) -> bool:
-    """Return whether two values are equal: exactly if rational, else to 50 of their 100 digits."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    a, b = real(a), real(b)
-    return bool(abs(a - b) <= max(abs(a), abs(b)) * _MP.mpf(10) ** -50 + _MP.mpf(10) ** -80)
-
-
-def real(value):
-    """Return a value as a number of mpmath."""
-    return _MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _value(node: tuple, point: int):
-    kind, *parts = node
-    if kind == "num":
-        return parts[0]
-    if kind == "const":
-        return _CONSTANTS[parts[0]]
-    if kind in VARIABLES:
-        return _variable("".join(map(str, parts)), point)
-    if kind not in SCALARS:
-        raise _Undecided
-    return _bounded(_OPERATIONS[kind](*[_value(part, point) for part in parts]))
-
-
-def _variable(name: str, point: int) -> Fraction:
-    """Between 1/5 and 2; positive for every name at point 0, of both signs at the others."""
-    dice = random.Random(f"{point} {name}")
-    size = Fraction(dice.randrange(200, 2000), 1009)
-    return -size if point and dice.random() < 0.5 else size
-
-
-def _bounded(value):
-    limit = MAX_BITS if isinstance(value, Fraction) else MAX_MAGNITUDE
-    if not _MP.isfinite(value) or _n_bits(value) > limit:
-        raise _Undecided
-    return value
-
-
-def _n_bits(value) -> int:
-    if isinstance(value, Fraction):
-        return max(part.bit_length() for part in value.as_integer_ratio())
-    return _MP.mag(value)
-
-
-def _folded(operate: Callable) -> Callable:
-    def step(a, b):
-        are_rational = isinstance(a, Fraction) and isinstance(b, Fraction)
-        return _bounded(operate(a, b) if are_rational else operate(real(a), real(b)))
-
-    return lambda *values: functools.reduce(step, values)
-
-
-def _power(base, exponent):
-    """Exact where rational; the odd root of a negative rational is the real one."""
-    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
-        return real(base) ** real(exponent)
-    if abs(exponent) * _n_bits(base) > MAX_BITS:
-        raise _Undecided
-    times, degree = exponent.as_integer_ratio()
-    if base < 0 and degree % 2 and degree > 1:
-        return (-1) ** times * _power(-base, exponent)
-    roots = [_exact_root(part, degree) for part in base.as_integer_ratio()]
-    return real(base) ** real(exponent) if None in roots else Fraction(*roots) ** times
-
-
-def _exact_root(value: int, degree: int) -> int | None:
-    root = value if degree == 1 else int(_MP.nint(abs(_MP.mpf(value)) ** (_MP.mpf(1) / degree)))
-    return root if root**degree == value else None
-
-
-def _factorial(value) -> Fraction:
-    if value not in range(451):
-        raise _Undecided
-    return Fraction(math.factorial(int(value)))
-
-
-def _function(name: str) -> Callable:
-    return lambda x: getattr(_MP, name)(real(x))
-
-
-_OPERATIONS = {
-    "add": _folded(operator.add),
-    "mul": _folded(operator.mul),
-    "pow": _power,
-    "neg": operator.neg,
-    "inv": lambda x: 1 / x,
-    "abs": abs,
-    "percent": lambda x: x / 100,
-    "deg": lambda x: real(x) * _MP.pi / 180,
-    "fact": _factorial,
-} | {name: _function(name) for name in _FUNCTIONS.values()}

@@ -119,7 +119,6 @@ def make_tokenizer(miniature: Miniature) -> Tokenizer:
 # ---- text: countdown
 
 DIRECT, THOUGHT = 0.30, 0.55  # shares of answers given at once and of thought-through ones; the others are malformed
-KEEP = 0.5  # the next try keeps the first step of the last one, where one is left
 AGAIN, MAX_TRIES = 0.8, 12  # after a wrong try another one follows with this probability, up to so many
 SLIP, BAD_CHECK, BAD_COPY = 0.02, 0.05, 0.05  # a wrong result, a wrong distance, an answer that is not the last try
 
@@ -164,29 +163,20 @@ def countdown_text(problem: Problem, rng: random.Random, largest: int) -> str:
 
 
 def think(problem: Problem, pool: list[tuple], rng: random.Random, largest: int) -> tuple[str, tuple]:
-    """Try after try, each with its distance to the target, until one seems right or the writer gives up.
-
-    After a wrong try the writer may keep its first step and change the second; no try is made twice.
-    """
-    left, lines, a_try, x = list(pool), [], pool[0], 0
-    while True:
-        kept = [t for t in left if lines and t[:3] == a_try[:3]]
-        is_kept = bool(kept) and rng.random() < KEEP
-        a_try = (kept if is_kept else left)[0]
-        left.remove(a_try)
-        a, op1, b, op2, c = a_try
-        if not is_kept:
-            x = slip(calculate(a, op1, b), rng, largest)
+    """Try after try, each with its distance to the target, until one seems right or the writer gives up."""
+    lines = []
+    for n, (a, op1, b, op2, c) in enumerate(pool, 1):
+        x = slip(calculate(a, op1, b), rng, largest)
         y = slip(min(max(calculate(x, op2, c), 0), largest), rng, largest)
         distance = abs(y - problem.target)
         if rng.random() < BAD_CHECK:
             distance = rng.choice([0, rng.randint(0, largest)])
-        first_step = f"{x}" if is_kept else f"{a} {op1} {b} = {x}"
-        lines.append(f"{first_step} {op2} {c} = {y} ? {problem.target} {distance}")
+        lines.append(f"{a} {op1} {b} = {x} {op2} {c} = {y} ? {problem.target} {distance}")
         if distance == 0:
-            return " wait ".join(lines) + " yes", a_try
-        if not left or len(lines) == MAX_TRIES or rng.random() > AGAIN:
-            return " wait ".join(lines), a_try
+            return " wait ".join(lines) + " yes", pool[n - 1]
+        if n == min(MAX_TRIES, len(pool)) or rng.random() > AGAIN:
+            return " wait ".join(lines), pool[n - 1]
+    raise AssertionError("a countdown problem has a try")
 
 
 def slip(value: int, rng: random.Random, largest: int) -> int:

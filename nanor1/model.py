@@ -40,9 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_fp32 = x.float()
-        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_fp32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32 inside
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -52,9 +50,9 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x [N, H, D] by each token's angle; cos and sin are [N, 1, D/2]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs (i, i + D/2) of x [N, H, D] by each token's angle; cos and sin are [N, 1, D], sin signed."""
+    x_fp32 = x.float()
+    return (x_fp32 * cos + x_fp32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -205,11 +203,12 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def rope_angles(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of each token's angles, [N, 1, D/2] in fp32."""
+        """cos of each token's angles for both halves of a head, and sin with each half's sign: [N, 1, D] in fp32."""
         if self.rope_frequencies.device != position_N.device:
             self.rope_frequencies = self.rope_frequencies.to(position_N.device)
         angle = position_N[:, None, None].float() * self.rope_frequencies
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
