@@ -136,17 +136,16 @@ COLUMNS = [
     ("rollout_tokens_per_s", "tok/s", "7.0f"), ("step_s", "s", "5.1f"), ("eval_accuracy", "eval", "5.3f"),
 ]  # fmt: skip
 
-
-MINIATURE_RUNS = {
+MINIATURE_RUNS = {  # on the CPU, where one step is short: a GPU would wait for its launches
     "countdown": dict(
-        steps=60, problems=32, completions=16, max_new_tokens=176, minibatches=2, lr=5e-4, warmup=3, decay="linear",
+        steps=60, problems=32, completions=16, max_new_tokens=232, minibatches=2, lr=5e-4, warmup=3, decay="linear",
         tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
-        eval_every=20, template="bare",
+        eval_every=20, template="bare", device="cpu", dtype="float32",
     ),
     "arithmetic": dict(
         steps=70, problems=32, completions=16, max_new_tokens=48, minibatches=2, lr=7e-4, warmup=3, decay="linear",
         tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
-        eval_every=20, template="bare",
+        eval_every=20, template="bare", device="cpu", dtype="float32",
     ),
 }  # fmt: skip
 

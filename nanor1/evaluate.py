@@ -1,11 +1,12 @@
 """Judge completions; accuracy with a confidence interval, and what answers at this accuracy cost in tokens.
 
 Accuracy is the mean over problems of each problem's share of right samples (pass@1). Samples of one problem are not
-independent, so the interval is over problems: Wilson's for one sample a problem, else the normal one of the problems'
-means. Left out: search methods, which spend tokens on purpose.
+independent, so the interval is over problems: Wilson's where each is all right or all wrong, as with one sample, else
+the normal one of the problems' means. Left out: search methods, which spend tokens on purpose.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,6 +15,8 @@ from nanor1.rewards import REWARDS, combine, final_answer
 from nanor1.sampler import Completion, generate
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
+
+WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
 
 
 def write_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -115,7 +118,7 @@ def summarize(rollouts_PG: Sequence[Sequence[Rollout]]) -> Evaluation:
     flat = [r for group in judged_PG for r in group]
     mean = lambda values: sum(values) / len(flat)  # noqa: E731
     samples = max(map(len, rollouts_PG))
-    low, high = accuracy_interval(means_P, samples)
+    low, high = accuracy_interval(means_P)
     return Evaluation(
         accuracy=sum(means_P) / len(means_P),
         accuracy_low=low,
@@ -125,7 +128,7 @@ def summarize(rollouts_PG: Sequence[Sequence[Rollout]]) -> Evaluation:
         format=mean(r.parts.get("format") or 0.0 for r in flat),
         response_tokens=mean(len(r.completion.ids) for r in flat),
         truncated=mean(r.completion.finish == "length" for r in flat),
-        retries=mean(r.text.lower().split().count("wait") for r in flat),
+        retries=mean(len(WAIT.findall(r.text)) for r in flat),
         majority=majority_accuracy(judged_PG) if samples > 1 else None,
     )
 
@@ -147,17 +150,20 @@ def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float:
     return n_right / len(rollouts_PG)
 
 
-def accuracy_interval(means_P: Sequence[float], samples: int) -> tuple[float, float]:
-    """The 95% interval of a mean over problems: Wilson's where each is 0 or 1, else the normal one, within 0..1."""
+def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean over problems: Wilson's where each is 0 or 1, else the normal one, within 0..1.
+
+    Wilson's too for a single problem, which has no deviation: it holds for shares, for which it is wide.
+    """
     n, mean = len(means_P), sum(means_P) / len(means_P)
-    if samples == 1:
-        return wilson_interval(round(mean * n), n)
-    deviation = math.sqrt(sum((m - mean) ** 2 for m in means_P) / max(1, n - 1))
+    if n == 1 or set(means_P) <= {0.0, 1.0}:
+        return wilson_interval(sum(means_P), n)
+    deviation = math.sqrt(sum((m - mean) ** 2 for m in means_P) / (n - 1))
     half = 1.96 * deviation / math.sqrt(n)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def wilson_interval(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(n_right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval for a proportion (Wilson 1927); 95% by default.
 
     >>> tuple(round(x, 3) for x in wilson_interval(8, 10))

@@ -12,13 +12,14 @@ Hidden matrices are trained by Muon (Jordan et al. 2024, https://kellerjordan.gi
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 
 END = "<end>"
+CORPUS_SEED = 1_000_000  # training draws its problems with the seeds below
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -50,9 +52,8 @@ class Miniature:
     n_heads: int = 4
     steps: int = 800
     tokens_per_step: int = 1_800
-    muon_lr: float = 0.02
+    muon_lr: float = 0.01
     adamw_lr: float = 3e-3
-    text: dict = field(default_factory=dict)  # parameters of its writer
 
 
 MINIATURES = {
@@ -119,7 +120,7 @@ def make_tokenizer(miniature: Miniature) -> Tokenizer:
 # ---- text: countdown
 
 DIRECT, THOUGHT = 0.30, 0.55  # shares of answers given at once and of thought-through ones; the others are malformed
-AGAIN, MAX_TRIES = 0.8, 12  # after a wrong try another one follows with this probability, up to so many
+AGAIN, MAX_TRIES = 0.8, 16  # after a wrong try another one follows with this probability, up to so many
 SLIP, BAD_CHECK, BAD_COPY = 0.02, 0.05, 0.05  # a wrong result, a wrong distance, an answer that is not the last try
 
 
@@ -188,15 +189,12 @@ def expression(a_try: tuple) -> str:
     return f"( {a} {op1} {b} ) {op2} {c}"
 
 
-def countdown_drill(rng: random.Random, largest: int) -> str:
-    """A distance, or a calculation of two steps."""
+def countdown_drill(problem: Problem, rng: random.Random, largest: int) -> str:
+    """A distance, or a calculation of two steps with the numbers of a (never held-out) problem."""
     if rng.random() < 0.4:
         a, b = rng.randint(0, largest), rng.randint(0, largest)
         return f"{a} ? {b} {abs(a - b)}"
-    pool = []
-    while not pool:
-        pool = tries(tuple(rng.randint(1, 15) for _ in range(3)), largest)
-    a, op1, b, op2, c = rng.choice(pool)
+    a, op1, b, op2, c = rng.choice(tries(problem.numbers, largest))
     x = calculate(a, op1, b)
     return f"{a} {op1} {b} = {x} {op2} {c} = {calculate(x, op2, c)}"
 
@@ -223,11 +221,11 @@ def arithmetic_text(problem: Problem, rng: random.Random, largest: int) -> str:
     return f"<think> {work}{end} <answer> {value} </answer>"
 
 
-def arithmetic_drill(rng: random.Random, largest: int) -> str:
-    while True:
-        a, op, b = rng.randint(0, largest), rng.choice("+-"), rng.randint(1, 9)
-        if 0 <= calculate(a, op, b) <= largest:
-            return f"{a} {op} {b} = {calculate(a, op, b)}"
+def arithmetic_drill(problem: Problem, rng: random.Random, largest: int) -> str:
+    """A calculation of one step, the last number of the problem added or taken away."""
+    b, op = problem.numbers[-1], rng.choice("+-")
+    a = rng.randint(0, largest - b) if op == "+" else rng.randint(b, largest)
+    return f"{a} {op} {b} = {calculate(a, op, b)}"
 
 
 WRITERS = {
@@ -237,16 +235,15 @@ WRITERS = {
 
 
 def documents(miniature: Miniature, seed: int) -> Iterator[str]:
-    """The corpus, without end: drills, and responses to problems that are never held-out ones."""
+    """The corpus, without end: drills, and responses to problems; none of either is about a held-out problem."""
     rng, task = random.Random(f"corpus {seed}"), miniature_task(miniature)
     write, drill, drill_share = WRITERS[miniature.task]
-    step = -1
-    while True:
-        for problem in task.sample(1000, seed, step):
-            while rng.random() < drill_share:
-                yield f"{drill(rng, miniature.largest)} {END}"
-            yield f"{problem.prompt} {write(problem, rng, miniature.largest)} {END}"
-        step -= 1
+    for step in itertools.count():
+        for problem in task.sample(1000, CORPUS_SEED + seed, step):
+            if rng.random() < drill_share:
+                yield f"{drill(problem, rng, miniature.largest)} {END}"
+            else:
+                yield f"{problem.prompt} {write(problem, rng, miniature.largest)} {END}"
 
 
 # ---- pretraining

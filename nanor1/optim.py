@@ -1,7 +1,7 @@
 """AdamW with fp32 master weights, and the learning-rate schedule.
 
-A bf16 weight has 8 bits of precision: around 0.02 its neighbours lie 0.0001 apart, so an update of 1e-6 is rounded away.
-The optimizer therefore keeps fp32 masters of weights held in less, updates those, and rounds them into the model.
+A bf16 weight has 8 bits of precision: around 0.02 its neighbours lie 0.0001 apart, and an update of 1e-6 is rounded
+away. The optimizer therefore keeps fp32 masters of weights held in less, updates those, and rounds them into the model.
 
 AdamW: Loshchilov and Hutter 2019 (1711.05101), torch's implementation.
 """
@@ -59,13 +59,13 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave."""
+        """Take back what `state_tensors` gave, also where the weights were held in another dtype then."""
         for name, master in self.masters.items():
             if f"step.{name}" in tensors:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 state = {key: tensors[f"{key}.{name}"].clone() for key in keys}
                 self.adamw.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
-            if master is not self.params[name]:
+            if f"master.{name}" in tensors:
                 master.copy_(tensors[f"master.{name}"])
         self._round_into_model()
 

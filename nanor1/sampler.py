@@ -5,9 +5,10 @@ token a step. When rows finish, the last active rows are moved into their places
 0..B-1 and a finished request costs nothing, and the freed rows go to the next requests in line. A prompt is prefilled
 once; its keys and values are copied to each of its n rows.
 
-The randomness of a token depends on (seed, prompt index, completion index, position) alone, so a request draws the same
-numbers whichever row or batch it runs in. The logits may still differ in their last bits with the shape of the batch
-(floating-point sums are not associative), and a draw that falls between the two then gives another token.
+The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
+and the position alone, so a request draws the same numbers whichever row or batch it runs in. The logits may still
+differ in their last bits with the shape of the batch (floating-point sums are not associative), and a draw that falls
+between the two then gives another token.
 
 Letters: P prompts, R requests, B active rows, L new tokens, V vocabulary.
 """
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from nanor1.model import KVCache, Transformer
 
-PREFILL_TOKENS = 16_384  # prompts are prefilled in batches of at most about this many tokens
+PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
+BLOCK = 1024  # a vocabulary larger than this is drawn from in two steps: a block of it, then a token of the block
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ def generate(
     A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids into
     text): finish "stop"; or after `max_new_tokens`, or at the end of the model's context: finish "length".
     Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above `vocab_size` are never sampled.
-    `seed` is one number, or one a prompt. At most `max_rows` requests run at once. `on_token(prompt, completion, id)`
-    hears of each token as it is made. Raises ValueError for an empty prompt or one that leaves no room to answer.
+    `seed` is one number, or one a prompt, with which a prompt draws the same wherever it stands in the list. At most
+    `max_rows` requests run at once. `on_token(prompt, completion, id)` hears of each token as it is made. Raises
+    ValueError for an empty prompt or one that leaves no room to answer.
     """
-    _check(model, prompts, n, max_new_tokens, temperature, top_k, top_p, stop_texts, decode)
+    seeds = [_key(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    _check_requests(model, prompts, n, max_new_tokens, seeds, max_rows)
+    _check_sampling(temperature, top_k, top_p, stop_texts, decode)
     if not prompts:
         return []
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     with torch.inference_mode():
         batch = _Batch(model, prompts, n, max_new_tokens, seeds, max_rows)
         stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=batch.device)
@@ -86,37 +90,71 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token a row by inverting its cumulative distribution; returns (token_B int64, logp_B fp32).
 
-    `uniform_B` is in [0, 1). The log-probability is that of softmax(logits / temperature) over all tokens, which is
-    what a trainer computes; top-k and top-p narrow the draw only. Temperature 0 takes the largest logit.
+    `uniform_B` is in [0, 1); its dtype is that of the sums (see hash_uniform). The log-probability is that of
+    softmax(logits / temperature) over all tokens, which is what a trainer computes; top-k and top-p narrow the draw
+    only. Temperature 0 takes the largest logit.
     """
     logp_BV = F.log_softmax(logits_BV if temperature == 0 else logits_BV / temperature, dim=-1)
     if temperature == 0:
         token_B = logits_BV.argmax(-1)
     else:
-        cdf_BV = _narrow(logp_BV.exp(), top_k, top_p).cumsum(-1)
-        # the first token whose cumulative probability exceeds the threshold: never one of probability 0
-        token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(1)
+        token_B = _draw(_narrow(logp_BV.exp(), top_k, top_p), uniform_B)
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(1)
 
 
 def _narrow(p_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero the probabilities outside the k largest, and outside the smallest set that holds top_p of the rest."""
+    """Zero the probabilities outside the k largest, and outside the fewest that hold top_p of the rest.
+
+    Of equal ones at the border as many are kept as there is room for, so top_k leaves k whatever the ties.
+    """
     if 0 < top_k < p_BV.shape[-1]:
-        p_BV = torch.where(p_BV < p_BV.topk(top_k).values[:, -1:], 0.0, p_BV)
+        kept_BK, index_BK = p_BV.topk(top_k)
+        p_BV = torch.zeros_like(p_BV).scatter(-1, index_BK, kept_BK)
     if top_p < 1.0:
-        sorted_BV, index_BV = p_BV.sort(dim=-1, descending=True)
+        sorted_BV, index_BV = p_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        before_BV[:, 0] = -1.0  # the largest is kept whatever is rounded
         kept_BV = torch.where(before_BV < top_p * sorted_BV.sum(-1, keepdim=True), sorted_BV, 0.0)
         p_BV = torch.zeros_like(p_BV).scatter(-1, index_BV, kept_BV)
     return p_BV
 
 
+def _draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulated probability passes `uniform_B` of the whole; never one of probability 0.
+
+    Of a large vocabulary first a block is drawn, then a token of it: one running sum in fp32 over 150,000 tokens is too
+    coarse for a third of them ever to be drawn, and one in fp64 takes longer than the softmax.
+    """
+    V = p_BV.shape[-1]
+    if V <= BLOCK:
+        return _invert(p_BV, uniform_B)[0]
+    p_BSW = F.pad(p_BV, (0, -V % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block_B, uniform_B = _invert(p_BSW.sum(-1), uniform_B)
+    row_B = torch.arange(len(p_BV), device=p_BV.device) * p_BSW.shape[1] + block_B
+    return block_B * BLOCK + _invert(p_BSW.flatten(0, 1).index_select(0, row_B), uniform_B)[0]
+
+
+def _invert(weight_BN: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index whose cumulated weight exceeds `uniform_B` of the sum, and how far into it that is, in [0, 1)."""
+    cdf_BN = weight_BN.cumsum(-1, dtype=uniform_B.dtype)
+    threshold_B1 = uniform_B[:, None] * cdf_BN[:, -1:]
+    index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
+    index_B1.clamp_(max=cdf_BN.shape[-1] - 1)  # beyond the end only where a weight is NaN
+    weight_B1 = weight_BN.gather(-1, index_B1)
+    inside_B1 = (threshold_B1 - cdf_BN.gather(-1, index_B1) + weight_B1) / weight_B1
+    return index_B1.squeeze(1), inside_B1.clamp(min=0).squeeze(1)  # rounding may leave it below 0, but never at 1
+
+
 def hash_uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """A number in [0, 1) for each (key, position), both int64: SplitMix64's finaliser (Steele et al. 2014), 24 bits."""
+    """A number in [0, 1) for each (key, position), both int64: SplitMix64's finaliser (Steele et al. 2014).
+
+    fp64 of 53 random bits; on MPS, which has no fp64, fp32 of 24: too coarse for tokens rarer than 1e-7.
+    """
+    dtype, bits = (torch.float32, 24) if key_B.device.type == "mps" else (torch.float64, 53)
     x = key_B + position_B * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 40).to(torch.float32) * 2.0**-24
+    return _shift(x ^ _shift(x, 31), 64 - bits).to(dtype) * 2.0**-bits
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -128,10 +166,10 @@ def _signed(x: int) -> int:
     return (x & (2**64 - 1)) - (2**64 if x & 2**63 else 0)
 
 
-def _key(seed: int, prompt: int, completion: int) -> int:
-    """The key of a request's random numbers: SplitMix64 of its parts, folded one by one, on the host."""
+def _key(*parts: int) -> int:
+    """An int64 made of the parts, folded one by one with SplitMix64, on the host."""
     x = 0
-    for part in (seed, prompt, completion):
+    for part in parts:
         x = (x ^ part) + 0x9E3779B97F4A7C15 & (2**64 - 1)
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
         x = (x ^ x >> 27) * 0x94D049BB133111EB & (2**64 - 1)
@@ -152,13 +190,13 @@ class _Batch:
         self.prefilled = range(0)  # the prompts whose keys, values and last logits are held, to be copied to their rows
         # by request
         long = dict(dtype=torch.int64, device=self.device)
-        self.ids_RL = torch.zeros(self.n_requests, max_new_tokens, dtype=torch.int32, device=self.device)
-        self.logp_RL = torch.zeros(self.n_requests, max_new_tokens, device=self.device)
         self.length_R = torch.zeros(self.n_requests, **long)
         self.is_stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
         self.start_R = torch.tensor([len(prompt) for prompt in prompts], **long).repeat_interleave(n)
         self.limit_R = (context - self.start_R).clamp(max=max_new_tokens)
-        self.key_R = torch.tensor([_key(seeds[p], p, g) for p in range(len(prompts)) for g in range(n)], **long)
+        self.ids_RL = torch.zeros(self.n_requests, int(self.limit_R.max()), dtype=torch.int32, device=self.device)
+        self.logp_RL = torch.zeros_like(self.ids_RL, dtype=torch.float32)
+        self.key_R = torch.tensor([_key(seed, g) for seed in seeds for g in range(n)], **long)
         # by active row: its request and its last token, which is not in the cache yet
         self.request, self.token = torch.zeros(0, **long), torch.zeros(0, **long)
 
@@ -195,11 +233,13 @@ class _Batch:
         return self.prefilled_logits[source_B], rows
 
     def _prefill(self) -> None:
-        """Run the next prompts, as many as free rows will want and a budget of tokens allows."""
+        """Run the next prompts, as many as free rows will want and the budget allows; the cache is a rectangle."""
         start = self.n_admitted // self.n
-        stop, n_tokens = start + 1, len(self.prompts[start])
-        while (stop - start) * self.n < self.n_free and n_tokens + len(self.prompts[stop]) <= PREFILL_TOKENS:
-            n_tokens += len(self.prompts[stop])
+        stop, longest = start + 1, len(self.prompts[start])
+        while (stop - start) * self.n < self.n_free:
+            longest = max(longest, len(self.prompts[stop]))
+            if longest * (stop + 1 - start) > PREFILL_TOKENS:
+                break
             stop += 1
         prompts = self.prompts[start:stop]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -207,7 +247,7 @@ class _Batch:
         ids_N = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         config, dtype = self.model.config, self.cache.k[0].dtype
         self.prefilled = range(start, stop)
-        self.prefilled_cache = KVCache(config, len(prompts), int(lengths.max()), dtype, self.device)
+        self.prefilled_cache = KVCache(config, len(prompts), max(map(len, prompts)), dtype, self.device)
         hidden_NC = self.model(ids_N, cu_seqlens_B1, self.prefilled_cache)
         self.prefilled_logits = self.model.logits(hidden_NC[cu_seqlens_B1[1:] - 1])
 
@@ -228,14 +268,13 @@ class _Batch:
         self.token[rows] = token_B
 
     def holds_text(self, rows: slice, texts: Sequence[str], decode: Callable[[list[int]], str]) -> Tensor:
-        """Whether the row's last tokens, of which each text could at most be made, hold one of the texts."""
+        """Whether each row's last tokens, as many as a text can be made of, hold one of the texts."""
         n_tail = max(len(text.encode()) for text in texts) + 4  # a token holds a byte or more; 4 for a cut character
-        found = []
-        for request in self.request[rows].tolist():
-            end = int(self.length_R[request])
-            tail = decode(self.ids_RL[request, max(0, end - n_tail) : end].tolist())
-            found.append(any(text in tail for text in texts))
-        return torch.tensor(found, device=self.device)
+        request_B1 = self.request[rows, None]
+        index_BT = self.length_R[request_B1] - n_tail + torch.arange(n_tail, device=self.device)
+        ids_BT, n_before_B = self.ids_RL[request_B1, index_BT.clamp(min=0)], (index_BT < 0).sum(-1)
+        tails = (decode(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
+        return torch.tensor([any(text in tail for text in texts) for tail in tails], device=self.device)
 
     def retire(self, rows: slice, is_stopped_B: Tensor) -> None:
         """Close the requests that stopped or reached their limit, and move the last active rows into the holes."""
@@ -255,6 +294,10 @@ class _Batch:
         self.request, self.token = self.request[:n_active], self.token[:n_active]
 
     def completions(self) -> list[list[Completion]]:
+        is_nan_R = self.logp_RL.isnan().any(-1)
+        if is_nan_R.any():
+            prompt = int(is_nan_R.nonzero()[0]) // self.n
+            raise ValueError(f"the model's logits after prompt {prompt} are not numbers: look for nan in its weights")
         lengths, is_stopped = self.length_R.tolist(), self.is_stopped_R.tolist()
         flat = [
             Completion(ids[:length], logp[:length], "stop" if stopped else "length")
@@ -265,7 +308,7 @@ class _Batch:
         return [flat[i : i + self.n] for i in range(0, len(flat), self.n)]
 
 
-def _check(model, prompts, n, max_new_tokens, temperature, top_k, top_p, stop_texts, decode) -> None:
+def _check_requests(model, prompts, n, max_new_tokens, seeds, max_rows) -> None:
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -274,9 +317,16 @@ def _check(model, prompts, n, max_new_tokens, temperature, top_k, top_p, stop_te
             raise ValueError(
                 f"prompt {i} is {len(prompt)} tokens; the model's context is {context}: shorten the prompt"
             )
-    if n < 1 or max_new_tokens < 1:
-        raise ValueError(f"n is {n} and max_new_tokens is {max_new_tokens}; both must be at least 1")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if min(n, max_new_tokens, max_rows) < 1:
+        raise ValueError(f"n {n}, max_new_tokens {max_new_tokens}, max_rows {max_rows}: each must be at least 1")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one number, or one a prompt")
+
+
+def _check_sampling(temperature, top_k, top_p, stop_texts, decode) -> None:
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 0 and in (0, 1]")
+    if isinstance(stop_texts, str) or "" in stop_texts:
+        raise ValueError(f"stop_texts is {stop_texts!r}; it must be a list of texts of at least one character")
     if stop_texts and decode is None:
         raise ValueError("stop_texts need decode, the tokenizer's way from ids to text")

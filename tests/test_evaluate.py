@@ -1,0 +1,239 @@
+import math
+import random
+
+import pytest
+import torch
+
+from nanor1.evaluate import (
+    accuracy_interval,
+    evaluate,
+    judge,
+    majority_accuracy,
+    summarize,
+    wilson_interval,
+    write_prompt,
+)
+from nanor1.grpo import Rollout
+from nanor1.model import ModelConfig, Transformer
+from nanor1.sampler import Completion
+from nanor1.tasks import Problem
+from nanor1.tokenizer import Tokenizer
+
+SUM = Problem("2 + 3 =", "5", "arithmetic", (2, 3))
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+WORDS = [*TAGS, "+", "=", "wait", *map(str, range(10))]
+WEIGHTS = {"accuracy": 1.0, "format": 0.1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_words(WORDS, eos="<end>")
+
+
+def answered(answer, accuracy, finish="stop", format=1.0, n_tokens=4, thinking="a"):
+    text = f"<think>{thinking}</think> <answer>{answer}</answer>"
+    parts = {"accuracy": accuracy, "format": format}
+    return Rollout(SUM, [0], Completion([1] * n_tokens, [0.0] * n_tokens, finish), text, accuracy, parts)
+
+
+def completion(tokenizer, text, finish="stop"):
+    ids = tokenizer.encode(text, allow_special=True)
+    return Completion(ids, [0.0] * len(ids), finish)
+
+
+# ---- intervals
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n", "low", "high"),  # Newcombe 1998 (Statistics in Medicine 17: 857-872), table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilsons_interval_has_the_published_values_and_is_symmetric(n_right, n, low, high):
+    assert wilson_interval(n_right, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(n - n_right, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [20, 100])
+def test_wilsons_interval_covers_the_truth_95_times_in_100(n):
+    """Exactly, by adding up binomial probabilities; on average over the truth, and never far from it."""
+    intervals = [wilson_interval(k, n) for k in range(n + 1)]
+    coverages = []
+    for p in (i / 40 for i in range(2, 39)):
+        chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+        coverages.append(sum(c for c, (low, high) in zip(chances, intervals, strict=True) if low <= p <= high))
+    assert sum(coverages) / len(coverages) == pytest.approx(0.95, abs=0.01)
+    assert min(coverages) > 0.90
+
+
+@pytest.mark.parametrize(("n_right", "n"), [(3, 2), (-1, 2), (0, 0)])
+def test_a_share_that_is_none_is_refused(n_right, n):
+    with pytest.raises(ValueError, match="want 0 <= right <= n and n >= 1"):
+        wilson_interval(n_right, n)
+
+
+def test_the_interval_of_several_samples_is_over_problems_by_hand():
+    # mean 0.5, deviation of the sample sqrt(4 * 0.0625 / 4) = 0.25, half 1.96 * 0.25 / sqrt 5
+    low, high = accuracy_interval([0.25, 0.75, 0.25, 0.75, 0.5])
+    assert (low, high) == pytest.approx((0.5 - 0.21913, 0.5 + 0.21913), abs=1e-5)
+
+
+def test_the_interval_of_several_samples_covers_the_truth_95_times_in_100():
+    """Problems differ in difficulty, so 8 samples of one problem say less than 8 problems; the truth is 2/3."""
+    rng, n_covered = random.Random(0), 0
+    for _ in range(1000):
+        chances = [rng.betavariate(1.0, 0.5) for _ in range(60)]
+        low, high = accuracy_interval([sum(rng.random() < p for _ in range(8)) / 8 for p in chances])
+        n_covered += low <= 2 / 3 <= high
+    assert 0.92 < n_covered / 1000 < 0.97
+
+
+def test_problems_that_are_all_right_or_all_wrong_have_wilsons_interval_and_never_a_width_of_zero():
+    assert accuracy_interval([1.0] * 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert accuracy_interval([0.0] * 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert accuracy_interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.490, 0.943), abs=1e-3)
+    low, high = accuracy_interval([0.5])
+    assert low < 0.15 and high > 0.85
+
+
+def test_an_interval_stays_within_0_and_1():
+    assert accuracy_interval([0.0] * 9 + [0.1])[0] == 0.0
+    assert accuracy_interval([1.0] * 9 + [0.9])[1] == 1.0
+
+
+# ---- majority
+
+
+@pytest.mark.parametrize(
+    ("group", "right"),
+    [
+        ([answered(4, 0.0), answered(5, 1.0), answered(5, 1.0)], 1.0),
+        ([answered(5, 1.0), answered(4, 0.0), answered(4, 0.0)], 0.0),
+        ([answered(4, 0.0), answered(5, 1.0), answered(5, 1.0), answered(4, 0.0)], 0.0),  # a tie: 4 came first
+        ([answered(5, 1.0), answered(4, 0.0), answered(4, 0.0), answered(5, 1.0)], 1.0),  # a tie: 5 came first
+        ([answered("", 0.0), answered("", 0.0), answered(5, 1.0)], 1.0),  # no answer, no vote
+        ([answered(4, 0.0, "length"), answered(4, 0.0, "length"), answered(5, 1.0)], 1.0),  # cut off, no vote
+        ([answered("", 0.0), answered(5, 0.0, "length")], 0.0),  # nobody votes
+        ([answered("5", 1.0), answered(" 5 ", 1.0), answered(4, 0.0), answered(3, 0.0)], 1.0),  # blanks do not matter
+    ],
+)
+def test_the_majority_is_right_if_the_most_frequent_answer_is(group, right):
+    assert majority_accuracy([group]) == right
+
+
+def test_the_majority_is_a_share_of_all_problems():
+    right, wrong, silent = [answered(5, 1.0)] * 3, [answered(4, 0.0)] * 3, [answered("", 0.0)] * 3
+    assert majority_accuracy([right, right, wrong, silent]) == 0.5
+
+
+# ---- summaries
+
+
+def test_a_summary_by_hand():
+    evaluation = summarize(
+        [
+            [answered(5, 1.0, n_tokens=2), answered(4, 0.0, "length", format=0.0, n_tokens=8, thinking="Wait, wait")],
+            [answered(5, 1.0, n_tokens=4), answered(5, 1.0, n_tokens=6, thinking="waiter wait")],
+        ]
+    )
+    assert (evaluation.accuracy, evaluation.n, evaluation.samples) == (0.75, 2, 2)
+    assert (evaluation.format, evaluation.response_tokens, evaluation.truncated) == (0.75, 5.0, 0.25)
+    assert evaluation.retries == 0.75  # three in four responses; a waiter is none
+    assert evaluation.majority == 1.0
+    assert 0 < evaluation.accuracy_low < 0.75 < evaluation.accuracy_high <= 1
+
+
+def test_the_accuracy_is_the_mean_of_the_problems_means():
+    groups = [[answered(5, 1.0)] * 4, [answered(4, 0.0), answered(5, None)]]
+    assert summarize(groups).accuracy == 0.5
+
+
+def test_what_could_not_be_judged_is_left_out_of_its_problem_and_a_problem_without_judgement_out_of_the_set():
+    unjudged = answered(5, None, n_tokens=100)
+    evaluation = summarize([[answered(5, 1.0), unjudged], [unjudged, unjudged], [answered(4, 0.0)] * 2])
+    assert (evaluation.accuracy, evaluation.n, evaluation.response_tokens) == (0.5, 2, 4.0)
+    with pytest.raises(ValueError, match="no rollout could be judged"):
+        summarize([[unjudged], [unjudged]])
+
+
+def test_the_majority_is_named_with_its_number_of_samples():
+    many = summarize([[answered(5, 1.0)] * 16]).to_dict()
+    assert many["majority_16"] == 1.0 and "majority" not in many
+    one = summarize([[answered(5, 1.0)]])
+    assert one.majority is None and one.to_dict()["majority_1"] is None
+    assert "majority" not in str(one) and "accuracy 1.000" in str(one)
+
+
+# ---- judging one completion
+
+
+def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(tokenizer):
+    text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
+    done = completion(tokenizer, f"{text} <end>")
+    rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, WEIGHTS)
+    assert (rollout.text, rollout.reward, rollout.parts) == (text, 1.0, {"accuracy": 1.0, "format": 1.0})
+    assert rollout.prompt_ids == [6, 4, 7]
+    assert rollout.completion.ids[-1] == tokenizer.eos_id  # kept, for it is trained
+
+
+def test_an_answer_that_is_cut_off_is_not_right_but_its_format_is_judged(tokenizer):
+    text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
+    rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
+    assert (rollout.text, rollout.reward, rollout.parts) == (text, 0.0, {"accuracy": 0.0, "format": 1.0})
+    no_gold = Problem("2 + 3 =", "", "arithmetic")
+    rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
+    assert rollout.reward is None and rollout.parts["accuracy"] is None
+
+
+def test_a_tag_that_the_prompt_has_opened_belongs_to_the_text(tokenizer):
+    done = completion(tokenizer, "2 + 3 = 5 </think> <answer> 5 </answer> <end>")
+    opened = judge(SUM, ("Assistant: <think>", []), done, tokenizer, WEIGHTS)
+    assert opened.text.startswith("<think>2 + 3") and opened.parts["format"] == 1.0
+    bare = judge(SUM, ("Assistant:", []), done, tokenizer, WEIGHTS)
+    assert bare.parts["format"] == 0.0 and bare.reward == pytest.approx(0.9)
+
+
+def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokenizer):
+    wrong = completion(tokenizer, "<answer> 4 </answer> <end>")
+    rollout = judge(SUM, ("", []), wrong, tokenizer, {"format": 1.0})
+    assert rollout.parts == {"accuracy": 0.0, "format": 0.0} and rollout.reward == -1.0
+
+
+# ---- prompts
+
+
+def test_a_bare_prompt_is_the_question_with_the_models_first_token_where_it_has_one(tokenizer):
+    assert write_prompt(SUM, "bare", tokenizer) == ("2 + 3 =", tokenizer.encode("2 + 3 ="))
+    bytes_tokenizer = Tokenizer.from_bytes(specials=["<s>"])
+    bytes_tokenizer.adds_bos, bytes_tokenizer.bos_id = True, bytes_tokenizer.token_id("<s>")
+    assert write_prompt(SUM, "bare", bytes_tokenizer) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
+
+
+def test_a_chat_prompt_is_the_template_with_its_special_tokens():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
+    tokenizer = Tokenizer.from_bytes(specials=["<|im_start|>"], chat_template=template)
+    text, ids = write_prompt(SUM, "chat", tokenizer)
+    assert text.startswith("<|im_start|>2 + 3 =") and text.endswith("!")
+    assert ids == [tokenizer.token_id("<|im_start|>"), *text.removeprefix("<|im_start|>").encode()]
+
+
+# ---- a model
+
+
+def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(tokenizer):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 8, 16, 1, 2, 1, 4, 32))
+    problems, heard = [SUM, Problem("4 + 4 =", "8", "arithmetic", (4, 4))], []
+    arguments = dict(samples=3, max_new_tokens=6, temperature=1.0, seed=1)
+    evaluation, rollouts_PG = evaluate(
+        model, tokenizer, problems, "bare", WEIGHTS, on_token=lambda *token: heard.append(token), **arguments
+    )
+    assert (evaluation.n, evaluation.samples) == (2, 3)
+    assert [[r.problem for r in group] for group in rollouts_PG] == [[problem] * 3 for problem in problems]
+    assert evaluation.response_tokens == len(heard) / 6
+    for p, group in enumerate(rollouts_PG):
+        for g, rollout in enumerate(group):
+            assert [token for *at, token in heard if at == [p, g]] == rollout.completion.ids
+    again, _ = evaluate(model, tokenizer, problems, "bare", WEIGHTS, **arguments)
+    assert again == evaluation

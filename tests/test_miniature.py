@@ -1,0 +1,312 @@
+import dataclasses
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+
+from nanor1.miniature import (
+    MINIATURES,
+    Muon,
+    base_model,
+    calculate,
+    documents,
+    expression,
+    make_tokenizer,
+    miniature_task,
+    new_model,
+    next_batch,
+    next_token_loss,
+    orthogonalize,
+    pretrain,
+    tries,
+)
+from nanor1.model import Transformer
+from nanor1.tasks import Problem, check_countdown, is_held_out
+from nanor1.tokenizer import Tokenizer
+
+NAMES = sorted(MINIATURES)
+COUNTDOWN = MINIATURES["countdown"]
+PROMPTS = {
+    "countdown": re.compile(r"(?P<numbers>\d+ \d+ \d+) target (?P<target>\d+) : (?P<response>.*) <end>"),
+    "arithmetic": re.compile(r"(?P<numbers>\d+(?: [-+] \d+){5}) = (?P<response><.*) <end>"),
+}
+
+
+def tiny(name, **changes):
+    return dataclasses.replace(MINIATURES[name], width=32, mlp_width=48, n_layers=1, n_heads=2, **changes)
+
+
+def corpus(name, n, seed=0):
+    return list(itertools.islice(documents(MINIATURES[name], seed), n))
+
+
+@functools.cache
+def responses(name):
+    """(numbers, match) of the documents that answer a problem; the others are drills."""
+    matches = [PROMPTS[name].fullmatch(text) for text in corpus(name, 8000)]
+    return [(tuple(map(int, re.findall(r"\d+", m["numbers"]))), m) for m in matches if m]
+
+
+class Log:
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def progress(self, done, total, label):
+        assert 0 < done <= total
+
+
+# ---- the corpus
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_corpus_follows_from_its_seed(name):
+    assert corpus(name, 300, seed=1) == corpus(name, 300, seed=1)
+    assert corpus(name, 300, seed=1) != corpus(name, 300, seed=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_corpus_answers_problems_and_never_a_held_out_one(name):
+    found = responses(name)
+    assert len(found) > 2000
+    share = MINIATURES[name].problems["held_out_share"]
+    assert not [numbers for numbers, _ in found if is_held_out(Problem("", "", name, numbers), share)]
+    held_out = miniature_task(MINIATURES[name]).held_out(200)
+    assert all(is_held_out(problem, share) for problem in held_out)  # the same rule
+    answered = {tuple(sorted(numbers)) for numbers, _ in found}
+    assert not answered & {tuple(sorted(problem.numbers)) for problem in held_out}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_document_is_within_vocabulary_and_context_and_ends_with_the_stop_token(name):
+    tokenizer = make_tokenizer(MINIATURES[name])
+    context = new_model(tiny(name), tokenizer.vocab_size, 0).config.max_position_embeddings
+    for text in corpus(name, 2000):
+        ids = tokenizer.encode(text, allow_special=True)  # raises for an unknown word
+        assert len(ids) <= context
+        assert [i for i in ids if i in tokenizer.stop_ids] == ids[-1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompts_of_the_corpus_are_those_of_the_task(name):
+    tokenizer = make_tokenizer(MINIATURES[name])
+    problems = miniature_task(MINIATURES[name]).sample(200, 0, 0)
+    assert len({problem.prompt for problem in problems}) > 100
+    for problem in problems:
+        assert tokenizer.decode(tokenizer.encode(problem.prompt)) == problem.prompt
+        form = problem.prompt + " <answer> 1 </answer> <end>"
+        assert PROMPTS[name].fullmatch(form)
+
+
+# ---- countdown: no solver
+
+
+def test_tries_are_all_expressions_of_the_numbers_with_results_in_range():
+    numbers, largest = (2, 9, 4), 24
+    found = tries(numbers, largest)
+    assert len(set(found)) == len(found) > 10
+    for a, op1, b, op2, c in found:
+        assert sorted((a, b, c)) == sorted(numbers)
+        x = calculate(a, op1, b)
+        assert 0 <= x <= largest and 0 <= calculate(x, op2, c) <= largest
+        assert check_countdown(expression((a, op1, b, op2, c)), numbers, calculate(x, op2, c))
+    every_value = {
+        calculate(calculate(a, op1, b), op2, c)
+        for a, b, c in itertools.permutations(numbers)
+        for op1, op2 in itertools.product("+-*", repeat=2)
+        if 0 <= calculate(a, op1, b) <= largest
+    }
+    reached = {calculate(calculate(a, op1, b), op2, c) for a, op1, b, op2, c in found}
+    assert reached == {value for value in every_value if 0 <= value <= largest}
+
+
+@functools.cache
+def share_right(numbers, target):
+    """Of all tries."""
+    pool = tries(numbers, COUNTDOWN.largest)
+    return sum(check_countdown(expression(a_try), numbers, target) for a_try in pool) / len(pool)
+
+
+def is_within_luck(n_right, chances):
+    """Whether so many successes are what independent chances give, within four standard deviations."""
+    deviation = sum(p * (1 - p) for p in chances) ** 0.5
+    return abs(n_right - sum(chances)) < 4 * deviation
+
+
+def test_answers_given_without_thinking_are_right_as_often_as_a_random_try():
+    n_right, chances = 0, []
+    for numbers, match in responses("countdown"):
+        direct = re.fullmatch(r"(?:<think> </think> )?<answer> ([-+*() 0-9]+) </answer>", match["response"])
+        if direct:
+            n_right += check_countdown(direct[1], numbers, int(match["target"]))
+            chances.append(share_right(numbers, int(match["target"])))
+    assert len(chances) > 500 and 0.02 < sum(chances) / len(chances) < 0.5
+    assert is_within_luck(n_right, chances)
+
+
+def test_the_first_try_of_a_thought_is_right_as_often_as_a_random_try():
+    first_try = re.compile(r"(?:<think> )?(\d+) ([-+*]) (\d+) = \d+ ([-+*]) (\d+) = \d+ \?")
+    n_right, chances = 0, []
+    for numbers, match in responses("countdown"):
+        thought = first_try.match(match["response"])
+        if thought:
+            a, op1, b, op2, c = thought.groups()
+            n_right += check_countdown(f"( {a} {op1} {b} ) {op2} {c}", numbers, int(match["target"]))
+            chances.append(share_right(numbers, int(match["target"])))
+    assert len(chances) > 500
+    assert is_within_luck(n_right, chances)
+
+
+def test_the_corpus_holds_right_and_wrong_answers_and_broken_formats():
+    for name in NAMES:
+        texts = [match["response"] for _, match in responses(name)]
+        whole = [text for text in texts if re.fullmatch(r"<think> .+ </think> <answer> .+ </answer>", text)]
+        assert 0.1 < len(whole) / len(texts) < 0.9
+
+
+# ---- the model and its pretraining
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_model_starts_with_idle_blocks_and_follows_from_its_seed(name):
+    models = [new_model(tiny(name), 40, seed) for seed in (0, 0, 1)]
+    ids_N, cu_seqlens_B1 = torch.arange(8), torch.tensor([0, 8])
+    outputs = [model(ids_N, cu_seqlens_B1) for model in models]
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[0], models[0].model.norm(models[0].model.embed_tokens(ids_N)))
+
+
+def test_a_batch_holds_whole_documents_of_enough_tokens():
+    tokenizer = make_tokenizer(COUNTDOWN)
+    ids_N, cu_seqlens_B1 = next_batch(iter(corpus("countdown", 100)), tokenizer, 300)
+    lengths = cu_seqlens_B1.diff().tolist()
+    assert 300 <= len(ids_N) == sum(lengths) < 300 + max(lengths)
+    assert lengths == sorted(lengths)
+    assert all(int(ids_N[end - 1]) == tokenizer.eos_id for end in cu_seqlens_B1[1:])
+
+
+def test_the_loss_is_the_mean_over_every_token_but_the_first_of_each_document():
+    model = new_model(tiny("arithmetic"), 40, 0)
+    sequences = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    losses = []
+    for ids in sequences:
+        logits = model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)])))
+        losses += [-logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)]
+    packed = torch.tensor([i for ids in sequences for i in ids])
+    loss = next_token_loss(model, packed, torch.tensor([0, 3, 5, 9]))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps_of_pretraining_lower_the_loss_on_text_not_seen(name):
+    miniature = tiny(name, steps=40, tokens_per_step=300)
+    tokenizer = make_tokenizer(miniature)
+    model = new_model(miniature, tokenizer.vocab_size, 0)
+    unseen = next_batch(documents(miniature, seed=99), tokenizer, 2000)
+    before = next_token_loss(model, *unseen).item()
+    reported = pretrain(model, tokenizer, miniature, 0, Log())
+    after = next_token_loss(model, *unseen).item()
+    assert after < before - 0.5
+    assert reported == pytest.approx(after, abs=0.5)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOR1_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_base_model_is_pretrained_once_and_then_found_in_the_cache(cache, monkeypatch):
+    miniature = tiny("arithmetic", steps=2, tokens_per_step=100)
+    first, again = Log(), Log()
+    folder = base_model(miniature, 0, first)
+    weights = {name: p.clone() for name, p in Transformer.from_pretrained(folder).named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr("nanor1.miniature.pretrain", lambda *_: pytest.fail("trained again"))
+        assert base_model(miniature, 0, again) == folder
+    assert "pretraining" in first.said[0] and "found in the cache" in again.said[0]
+    assert [path.name for path in cache.iterdir()] == [folder.name]  # nothing half-written is left
+    other_seed, longer = base_model(miniature, 1, Log()), base_model(dataclasses.replace(miniature, steps=3), 0, Log())
+    assert len({folder, other_seed, longer}) == 3
+
+    fresh = new_model(miniature, make_tokenizer(miniature).vocab_size, 0)
+    pretrain(fresh, make_tokenizer(miniature), miniature, 0, Log())
+    for name, p in fresh.named_parameters():
+        assert torch.equal(weights[name], p), name
+    assert Tokenizer.from_pretrained(folder).encode("3 + 4 =") == make_tokenizer(miniature).encode("3 + 4 =")
+
+
+def test_a_folder_left_incomplete_by_a_kill_is_made_again(cache):
+    miniature = tiny("arithmetic", steps=1, tokens_per_step=50)
+    folder = base_model(miniature, 0, Log())
+    (folder / "config.json").unlink()
+    assert base_model(miniature, 0, Log()) == folder
+    Transformer.from_pretrained(folder)
+
+
+def test_the_saved_folder_is_one_that_transformers_loads_with_the_same_logits(cache):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    miniature = tiny("countdown", steps=3, tokens_per_step=200)
+    folder = base_model(miniature, 0, Log())
+    text = "3 7 12 target 22 : <think> 3 + 7 = 10 + 12 = 22 ? 22 0 yes </think>"
+    ids = torch.tensor(make_tokenizer(miniature).encode(text))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
+        model = Transformer.from_pretrained(folder)
+        mine = model.logits(model(ids, torch.tensor([0, len(ids)])))
+    assert mine.std() > 0.05
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids.tolist()
+
+
+# ---- Muon
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (3, 12, 20), (2, 20, 12)])
+def test_orthogonalizing_pushes_singular_values_near_1_and_keeps_the_singular_vectors(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 30
+    found = orthogonalize(matrices)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    assert found.shape == shape
+    inside = u.mT @ found @ vh.mT  # diagonal where the vectors are kept
+    diagonal = inside.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(inside, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
+    well_conditioned = s > 0.05 * s.amax(-1, keepdim=True)
+    assert ((diagonal > 0.6) & (diagonal < 1.25))[well_conditioned].all()
+
+
+def test_orthogonalizing_zero_gives_zero():
+    assert torch.equal(orthogonalize(torch.zeros(4, 6)), torch.zeros(4, 6))
+
+
+def test_muon_steps_as_torchs_does_but_for_its_bf16():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 24), (8, 8)]
+    mine = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    start = [p.detach().clone() for p in mine]
+    muon, reference = Muon(mine), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0, momentum=0.95)
+    for _ in range(4):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        muon.step(0.02)
+        reference.step()
+    for p, q, before in zip(mine, theirs, start, strict=True):
+        moved, expected = (p - before).flatten().detach(), (q - before).flatten().detach()
+        assert torch.cosine_similarity(moved, expected, dim=0) > 0.99
+        assert moved.norm() / expected.norm() == pytest.approx(1.0, abs=0.03)
+
+
+def test_muon_descends_by_the_same_length_in_every_direction():
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.tensor([[100.0, 0.0], [0.0, -10.0]])
+    Muon([p]).step(0.1)
+    assert p.detach().abs().max() < 0.13 and p[0, 1] == p[1, 0] == 0
+    assert -0.13 < p[0, 0] < -0.06 and 0.06 < p[1, 1] < 0.13

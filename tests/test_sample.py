@@ -1,0 +1,432 @@
+"""sample.py: what it prints, what it measures, what it refuses."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
+from nanor1.model import Transformer
+from nanor1.pretrained import ModelConfig
+from nanor1.sampler import generate
+from nanor1.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = ["<think>", "</think>", "<answer>", "</answer>", "1", "2", "3", "4", "+", "=", ":", "so", r"\boxed{3}", "go"]
+NEXT = {"=": "<think>", "<think>": "so", "so": "</think>", "</think>": "<answer>", "<answer>": "3", "3": "</answer>"}
+NEXT |= {"</answer>": "<end>", ":": r"\boxed{3}", r"\boxed{3}": "<end>", "go": "go"}
+PROBLEMS = [  # the rigged model's answer: right and in form; wrong and in form; right, but not in form
+    {"question": "1 + 2 =", "answer": "so #### 3"},
+    {"question": "2 + 2 =", "answer": "so #### 4"},
+    {"question": "1 + 2 :", "answer": "so #### 3"},
+]
+
+
+def new_model(vocab_size, width, context=256):
+    torch.manual_seed(0)
+    return Transformer(
+        ModelConfig(
+            model_type="llama",
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=context,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def save(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """Random weights over bytes: answers are mostly broken UTF-8, and differ from seed to seed."""
+    tokenizer = Tokenizer.from_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
+    model = new_model(tokenizer.vocab_size, 16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    return save(tmp_path_factory.mktemp("chat"), model, tokenizer)
+
+
+def save_rigged(folder, tokenizer, following):
+    """A model whose next word depends on the last one alone, as `following` says: the blocks add nothing."""
+    model = new_model(tokenizer.vocab_size, tokenizer.vocab_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
+        model.model.embed_tokens.weight.copy_(torch.eye(tokenizer.vocab_size))
+        for word, next_word in following.items():
+            model.lm_head.weight[tokenizer.token_id(next_word), tokenizer.token_id(word)] = 30.0
+    return save(folder, model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rigged_folder(tmp_path_factory):
+    return save_rigged(tmp_path_factory.mktemp("rigged"), Tokenizer.from_words(WORDS, eos="<end>"), NEXT)
+
+
+@pytest.fixture
+def problem_file(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return str(path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run main() with these arguments; returns the exit code, stdout and stderr."""
+
+    def run_main(*argv, stdin=b"", is_terminal=False):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *argv, "--device", "cpu"])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: is_terminal)
+        try:
+            sample.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    """Run main() as a conversation on a terminal: `lines` are typed one by one, then Ctrl-D."""
+
+    def run_main(*argv, lines):
+        typed = iter(lines)
+
+        def type_line(prompt):
+            line = next(typed, None)
+            if line is None:
+                raise EOFError
+            if line == "Ctrl-C":
+                raise KeyboardInterrupt
+            return line
+
+        monkeypatch.setattr("builtins.input", type_line)
+        return run(*argv, is_terminal=True)
+
+    return run_main
+
+
+def greedy(folder, prompt_ids, max_new_tokens):
+    """The text that generate() makes of the prompt, the stop token left out."""
+    model, tokenizer = Transformer.from_pretrained(folder, torch.float32), Tokenizer.from_pretrained(folder)
+    ((completion,),) = generate(
+        model, [prompt_ids], max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=tokenizer.stop_ids
+    )
+    return tokenizer.decode(i for i in completion.ids if i not in tokenizer.stop_ids)
+
+
+# ---- one prompt
+
+
+def test_an_answer_is_printed_token_by_token_and_is_the_decoded_text(run, chat_folder, monkeypatch, capsys):
+    tokenizer, printed, made = Tokenizer.from_pretrained(chat_folder), [""], []
+
+    def watched(*arguments, on_token, **options):
+        def hear(prompt, index, token):
+            on_token(prompt, index, token)
+            made.append(token)
+            printed.append(printed[-1] + capsys.readouterr().out)
+
+        return generate(*arguments, on_token=hear, **options)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    code, rest, _ = run("--model", chat_folder, "Hello", "--max-new-tokens", "40", "--temperature", "1.0")
+    shown = [i for i in made if i not in tokenizer.stop_ids]
+    assert code == 0 and len(shown) > 5
+    assert printed[-1] + rest == tokenizer.decode(shown) + "\n"
+    assert len(set(printed)) > 5  # it grew while the answer was being made
+
+
+def test_a_chat_prompt_is_answered_as_generate_answers_the_rendered_template(run, chat_folder):
+    tokenizer = Tokenizer.from_pretrained(chat_folder)
+    for argv, text in [
+        ([], "<|user|>Hello<|assistant|>"),
+        (["--system", "Be brief."], "<|system|>Be brief.<|user|>Hello<|assistant|>"),
+        (["--raw"], "Hello"),
+    ]:
+        code, out, _ = run("--model", chat_folder, "Hello", "--temperature", "0", "--max-new-tokens", "20", *argv)
+        assert code == 0 and out == greedy(chat_folder, tokenizer.encode(text, allow_special=True), 20) + "\n"
+
+
+def test_the_seed_decides_the_answer(run, chat_folder):
+    def ask(seed):
+        return run("--model", chat_folder, "Hello", "--temperature", "1", "--max-new-tokens", "30", "--seed", seed)[1]
+
+    assert ask("1") == ask("1")
+    assert ask("1") != ask("2")
+
+
+def test_of_several_answers_each_is_printed_under_its_title(run, chat_folder):
+    options = ["--model", chat_folder, "Hello", "--temperature", "1", "--max-new-tokens", "30"]
+    _, one, _ = run(*options)
+    code, out, err = run(*options, "--n", "3")
+    parts = re.split(r"^--- answer (\d) of 3\n", out, flags=re.MULTILINE)
+    assert code == 0 and parts[1::2] == ["1", "2", "3"] and len(set(parts[2::2])) == 3
+    assert parts[2] == one
+    assert "3 cut off" in err or "ended by" in err
+
+
+@pytest.mark.parametrize(
+    "prompt, options, text, ending",
+    [
+        ("1 + 2 =", [], "<think> so </think> <answer> 3 </answer>", "7 tokens in .* ended by <end>"),
+        ("1 + 2 =", ["--stop-text", "</think>"], "<think> so </think>", "3 tokens in .* ended by --stop-text"),
+        ("go", ["--max-new-tokens", "3"], "go go go", "3 tokens in .* cut off by --max-new-tokens 3"),
+        ("go", [], " ".join(["go"] * 255), "255 tokens in .* cut off: the model's context of 256 is full"),
+    ],
+)
+def test_the_last_line_on_stderr_says_why_the_answer_ended(run, rigged_folder, prompt, options, text, ending):
+    code, out, err = run("--model", rigged_folder, prompt, *options)
+    assert code == 0 and out == text + "\n"
+    assert re.search(ending, err.splitlines()[-1])
+
+
+def test_without_a_chat_template_the_prompt_is_taken_as_it_is_and_stderr_says_so(run, rigged_folder):
+    code, out, err = run("--model", rigged_folder, stdin=b"1 + 2 :\n")
+    assert code == 0 and out == "\\boxed{3}\n"
+    assert "template: bare (the model has no chat template)" in err
+
+
+def test_ctrl_c_ends_a_single_answer_with_130_and_keeps_what_was_printed(run, rigged_folder, monkeypatch):
+    monkeypatch.setattr(sample, "generate", interrupted_after(2))
+    code, out, err = run("--model", rigged_folder, "1 + 2 =")
+    assert code == 130 and out == "<think> so\n" and "stopped by Ctrl-C" in err.splitlines()[-1]
+
+
+def interrupted_after(n_tokens):
+    def interrupted(*arguments, on_token, **options):
+        left = iter(range(n_tokens - 1))
+
+        def hear(*event):
+            on_token(*event)
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        return generate(*arguments, on_token=hear, **options)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    "is_thinking, text, painted",
+    [
+        (False, "a <think>b</think> c", "a \x1b[2m<think>b</think>\x1b[0m c"),
+        (True, "b < </thin </think>c", "\x1b[2mb < </thin </think>\x1b[0mc"),
+        (False, "a < b <thinking> <thi", "a < b <thinking> <thi"),
+        (False, "<think>b", "\x1b[2m<think>b\x1b[0m"),
+    ],
+)
+def test_thinking_is_dimmed_however_the_text_is_cut(is_thinking, text, painted, size):
+    dimmer = sample.Dimmer(is_thinking)
+    pieces = [dimmer.push(text[i : i + size]) for i in range(0, len(text), size)]
+    assert "".join([*pieces, dimmer.flush()]) == painted
+
+
+# ---- a conversation
+
+
+def test_a_conversation_shows_the_model_what_was_said_before(talk, chat_folder):
+    options = ["--model", chat_folder, "--temperature", "0", "--max-new-tokens", "12"]
+    code, out, _ = talk(*options, lines=["Hi", "More"])
+    tokenizer = Tokenizer.from_pretrained(chat_folder)
+    first = greedy(chat_folder, tokenizer.encode("<|user|>Hi<|assistant|>", allow_special=True), 12)
+    history = f"<|user|>Hi<|assistant|>{first}<|user|>More<|assistant|>"
+    second = greedy(chat_folder, tokenizer.encode(history, allow_special=True), 12)
+    assert code == 0 and out == f"{first}\n{second}\n"
+
+
+def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigged_folder, monkeypatch):
+    monkeypatch.setattr(sample, "generate", interrupted_after(2))
+    code, out, err = talk("--model", rigged_folder, lines=["1 + 2 =", "Ctrl-C", "unknown", "go", "", "go"])
+    assert code == 0 and out.count("go go\n") == 1 and err.count("stopped by Ctrl-C") == 2
+    assert "error: the word 'unknown' is not in this vocabulary" in err
+
+
+# ---- evaluation
+
+
+def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folder, problem_file):
+    code, out, err = run("--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--template", "bare")
+    assert code == 0
+    for line in [
+        "gsm8k: 3 problems x 1, template bare, greedy",
+        r"accuracy +0.667   95%: 0.208 to 0.939 \(n=3\)",  # Wilson's interval of 2 of 3
+        "strict +0.333",
+        "format +0.667",
+        "cut off +0.000",
+        "tokens/problem +5.3 +95% of the problems: at most 7",  # 7, 7 and 2 tokens
+    ]:
+        assert re.search(f"^{line}", out, re.MULTILINE), out
+
+
+def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_folder, problem_file):
+    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-new-tokens", "6"]
+    code, out, _ = run("--model", rigged_folder, *options)
+    assert code == 0 and re.search("^accuracy +0.333", out, re.MULTILINE)  # only the \boxed{3} of two tokens is left
+    assert re.search("^cut off +0.667", out, re.MULTILINE)
+
+
+def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder, problem_file, tmp_path):
+    out_file = tmp_path / "answers.jsonl"
+    options = ["--data", problem_file, "--template", "bare", "--out", str(out_file), "--n", "2", "--max-rows", "1"]
+    code, out, _ = run("--model", rigged_folder, "--task", "gsm8k", *options)
+    rows = [json.loads(line) for line in out_file.read_text().splitlines()]
+    assert code == 0 and "3 problems x 2, template bare, temperature 1," in out
+    assert [(row["index"], row["prompt"], row["gold"]) for row in rows] == [
+        (0, "1 + 2 =", "3"),
+        (1, "2 + 2 =", "4"),
+        (2, "1 + 2 :", "3"),
+    ]
+    in_form = {"text": "<think> so </think> <answer> 3 </answer>", "answer": "3", "format": 1.0}
+    in_form |= {"tokens": 7, "finish": "stop"}
+    boxed = {"text": r"\boxed{3}", "answer": "3", "accuracy": 1.0, "format": 0.0, "tokens": 2, "finish": "stop"}
+    expected = [in_form | {"accuracy": 1.0}, in_form | {"accuracy": 0.0}, boxed]
+    assert [row["answers"] for row in rows] == [[answer, answer] for answer in expected]
+
+
+def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers(run, chat_folder, tmp_path):
+    data = tmp_path / "same.jsonl"
+    data.write_text('{"question": "Same?", "answer": "#### 1"}\n' * 8)
+
+    def texts(name, *options):
+        options = ["--task", "gsm8k", "--data", str(data), "--temperature", "1", "--max-new-tokens", "16", *options]
+        code, _, err = run("--model", chat_folder, "--out", str(tmp_path / name), "--max-rows", "1", *options)
+        assert code == 0, err
+        rows = map(json.loads, (tmp_path / name).read_text().splitlines())
+        return [row["answers"][0]["text"] for row in rows]
+
+    first = texts("a")
+    assert first == texts("b") and first != texts("c", "--seed", "1")
+    assert len(set(first)) == 8  # two batches of four problems
+
+
+def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_problems(run, tmp_path):
+    miniature = MINIATURES["arithmetic"]
+    folder = save_rigged(tmp_path / "mini", make_tokenizer(miniature), {"=": "7", "7": "<end>"})
+    code, out, err = run("--model", folder, "--task", "arithmetic", "--limit", "20", "--out", str(tmp_path / "o"))
+    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    problems = miniature_task(miniature).held_out(20)
+    assert code == 0 and [row["prompt"] for row in rows] == [problem.prompt for problem in problems]
+    n_right = sum(problem.answer == "7" for problem in problems)
+    assert re.search(f"^accuracy +{n_right / 20:.3f}", out, re.MULTILINE)
+
+    code, _, err = run("--model", folder, "--task", "countdown")
+    assert code == 2 and "give --task arithmetic" in err
+
+
+def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, problem_file, monkeypatch):
+    evaluate, n_calls = sample.evaluate, iter([True])
+
+    def interrupted(*arguments, **options):
+        if next(n_calls, None):
+            return evaluate(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "evaluate", interrupted)
+    monkeypatch.setattr(sample, "WAVES", 1)
+    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-rows", "2"]
+    code, out, err = run("--model", rigged_folder, *options)
+    assert code == 130 and "2 of 3 problems" in err and "gsm8k: 2 problems x 1" in out
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["hi"], "--model is required"),
+        (["--model", "CHAT", "hi", "--tempurature", "1"], "did you mean --temperature"),
+        (["--model", "CHAT", "hi", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
+        (["--model", "CHAT", "hi", "--top-p", "0"], "--top-p is 0.0"),
+        (["--model", "CHAT", "hi", "--n", "2", "--temperature", "0"], "the same answer 2 times"),
+        (["--model", "CHAT", "hi", "--raw", "--template", "chat"], "--raw means --template bare"),
+        (["--model", "CHAT", "hi", "--task", "countdown"], "the prompt is not for --task"),
+        (["--model", "CHAT", "hi", "--out", "x"], "--out is for an evaluation: add --task"),
+        (["--model", "CHAT", "--task", "gsm8k"], "--task gsm8k needs --data FILE"),
+        (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "leave --data out"),
+        (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
+        (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
+        (
+            ["--model", "CHAT", "--task", "gsm8k", "--data", "LONG"],
+            "problem 2 is .* tokens; the model's context is 256",
+        ),
+        (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--out", "GOOD"], "--out .* cannot be made"),
+        (["--model", "MISSING", "hi"], "no folder"),
+        (["--model", "CHAT", "hi", "--device", "gpu9"], "--device gpu9 is not to be had here"),
+        (["--model", "CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
+        (["--model", "CHAT", " "], "the prompt is empty"),
+        (["--model", "CHAT"], "the prompt is empty"),  # stdin is no terminal, and holds nothing
+        (["--model", "RIGGED", "hi"], "the word 'hi' is not in this vocabulary"),
+        (["--model", "RIGGED", "go", "--template", "chat"], "has no chat template"),
+        (["--model", "RIGGED", "go", "--system", "so"], "--system needs the template chat"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
+    monkeypatch, capsys, tmp_path, chat_folder, rigged_folder, argv, message
+):
+    good = '{"question": "1 + 2", "answer": "#### 3"}\n'
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "broken.jsonl").write_text(good + "{oops\n")
+    (tmp_path / "long.jsonl").write_text(good + good.replace("1 + 2", "1 + 2 " * 50))
+    paths = {name.upper(): str(tmp_path / f"{name}.jsonl") for name in ("good", "broken", "long", "missing")}
+    paths |= {"CHAT": chat_folder, "RIGGED": rigged_folder}
+    short = ["--template", "bare"] if "--task" in argv else []
+    monkeypatch.setattr(sys, "argv", ["sample.py", *(paths.get(word, word) for word in argv), *short])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert stop.value.code == 2 and out == "" and "Traceback" not in err
+    assert last.startswith("error: ") and re.search(message, last), err
+
+
+def test_the_script_refuses_a_prompt_from_a_pipe_that_is_no_text(rigged_folder):
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", rigged_folder]
+    done = subprocess.run(command, input=b"\xff\xfe\n", capture_output=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"error: the prompt on stdin is not UTF-8 text")
+
+
+# ---- a real model
+
+
+@pytest.mark.model
+def test_a_real_chat_model_names_the_capital_of_france_as_generate_does(run):
+    folder = Path(os.environ.get("NANOR1_MODELS", "")) / "smollm2-135m"
+    if "NANOR1_MODELS" not in os.environ or not folder.is_dir():
+        pytest.skip("NANOR1_MODELS names no folder with smollm2-135m")
+    question, tokenizer = "What is the capital of France?", Tokenizer.from_pretrained(folder)
+    code, out, err = run("--model", str(folder), question, "--temperature", "0", "--max-new-tokens", "24")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    assert code == 0 and out == greedy(folder, tokenizer.encode(text, allow_special=True), 24) + "\n"
+    assert "Paris" in out and "<|im_end|>" not in out
