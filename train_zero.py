@@ -26,17 +26,18 @@ from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
 from nanor1.grpo import (
     LossSettings,
     Rollout,
-    Tally,
     add_gradient,
     completion_logprobs,
     group_advantages,
     kl_estimate,
     pack,
+    step_metrics,
 )
 from nanor1.machine import choose_device, peak_memory_gib
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, is_finite, learning_rate
+from nanor1.parallel import Workers, start_workers
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog, default_run_folder
 from nanor1.sampler import generate
@@ -103,11 +104,12 @@ class Config:
         "auto", "of the weights; auto: bfloat16 on cuda, else float32"
     )
     threads: int = option(0, "CPU threads; 0: torch's choice")
+    workers: int = option(0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads")
 
     def validate(self) -> None:
         at_least = dict(steps=0, problems=1, completions=2, max_new_tokens=1, max_rows=1, minibatches=1, keep_last=1)
         at_least |= dict(tokens_per_batch=1, eval_problems=1, eval_samples=1, eval_samples_during=1, resample=0)
-        at_least |= dict(warmup=0, eval_every=0, save_every=0, reference_every=0, threads=0, kl_coef=0, lr=0)
+        at_least |= dict(warmup=0, eval_every=0, save_every=0, reference_every=0, threads=0, workers=0, kl_coef=0, lr=0)
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 why = " (a group of 1 has no advantage)" if name == "completions" else ""
@@ -138,7 +140,7 @@ COLUMNS = [
 
 MINIATURE_RUNS = {  # on the CPU, where one step is short: a GPU would wait for its launches
     "countdown": dict(
-        steps=60, problems=32, completions=16, max_new_tokens=232, minibatches=2, lr=5e-4, warmup=3, decay="linear",
+        steps=45, problems=32, completions=16, max_new_tokens=232, minibatches=2, lr=5e-4, warmup=3, decay="linear",
         tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
         eval_every=20, template="bare", device="cpu", dtype="float32",
     ),
@@ -191,7 +193,7 @@ def main() -> None:
         if checkpoint:
             restore(optimizer, reference, tensors)
         held_out = task.held_out(config.eval_problems)
-        actor = Actor(model, tokenizer, task, template, weights, config)
+        actor = Actor(start_workers(model, config.workers), tokenizer, task, template, weights, config)
         interrupt, guard = Interrupt(), NonFiniteGuard()
 
         if progress.before is None:
@@ -238,7 +240,7 @@ def main() -> None:
 class Actor:
     """Everything it takes to answer problems and have the answers judged."""
 
-    model: Transformer
+    workers: Workers  # the model, on one CPU thread or more
     tokenizer: Tokenizer
     task: Task
     template: str
@@ -305,11 +307,11 @@ def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict
 
 def save(log: RunLog, actor: Actor, optimizer: MasterAdamW, reference, progress: Progress) -> None:
     """Save a checkpoint that `--resume` continues bit for bit: sampling and data order follow from seed and step."""
-    if not is_finite(actor.model.parameters()):
+    if not is_finite(actor.workers.model.parameters()):
         raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
 
     def write_model(folder: Path) -> None:
-        actor.model.save_pretrained(folder)
+        actor.workers.model.save_pretrained(folder)
         actor.tokenizer.save_pretrained(folder)
 
     tensors = optimizer.state_tensors()
@@ -367,7 +369,7 @@ def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollo
     config, tokenizer = actor.config, actor.tokenizer
     prompts = [write_prompt(problem, actor.template, tokenizer) for problem in problems]
     completions_PG = generate(
-        actor.model,
+        actor.workers.model,
         [ids for _, ids in prompts],
         n=config.completions,
         max_new_tokens=config.max_new_tokens,
@@ -431,13 +433,13 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
     ]
     random.Random(f"{config.seed} {step}").shuffle(chosen)
     lr = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
-    tally, grad_norms, settings = Tally(), [], loss_settings(actor)
+    updates, grad_norms, settings = [], [], loss_settings(actor)
     for i in range(min(config.minibatches, len(chosen))):
         rollouts, advantages = map(list, zip(*chosen[i :: config.minibatches], strict=True))
-        add_gradient(actor.model, reference, rollouts, advantages, settings, tally, is_first=i == 0)
+        updates.append(add_gradient(actor.workers, reference, rollouts, advantages, settings))
         grad_norms.append(optimizer.step(lr, config.max_grad_norm))
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    return tally.metrics() | {
+    return step_metrics(updates) | {
         "grad_norm": mean(finite),
         "updates": len(finite),
         "skipped_updates": len(grad_norms) - len(finite),
@@ -531,7 +533,7 @@ def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple
     """On the same problems with the same random numbers each time, so that curves compare weights and nothing else."""
     config = actor.config
     return evaluate(
-        actor.model,
+        actor.workers.model,
         actor.tokenizer,
         problems,
         actor.template,

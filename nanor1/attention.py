@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 SHORT = 128  # up to this length plain matrix products beat SDPA's tiles on a CPU in fp32 (2x at 30 tokens)
 
 
@@ -42,6 +41,10 @@ def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask_BT: Ten
     K = k_BKTD.shape[1]
     q = q_BHD.view(B, K, H // K, D)  # the query heads that share a key/value head read it once, as rows of one product
     mask = None if mask_BT is None else mask_BT[:, None, None, :]
+    if q.device.type == "cpu" and q.dtype == torch.float32:  # here, too, plain products are quicker
+        scores = torch.matmul(q * D**-0.5, k_BKTD.mT)
+        weights = (scores if mask is None else scores.masked_fill_(~mask, float("-inf"))).softmax(dim=-1)
+        return torch.matmul(weights, v_BKTD).reshape(B, H, D)
     return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(B, H, D)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from nanor1.grpo import Rollout
+from nanor1.model import Transformer
 from nanor1.rewards import REWARDS, combine, final_answer
 from nanor1.sampler import Completion, generate
 from nanor1.tasks import Problem, format_prompt, prefilled
@@ -47,7 +48,7 @@ def judge(
 
 
 def evaluate(
-    model,
+    model: Transformer,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     template: str,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import token_logprobs
+from nanor1.parallel import Workers
 
 
 @dataclass(frozen=True)
@@ -218,79 +219,86 @@ class LossSettings:
 
 
 def add_gradient(
-    model,
-    reference,
-    rollouts: list[Rollout],
-    advantages: list[float],
-    settings: LossSettings,
-    tally: "Tally",
-    is_first: bool,
-) -> None:
+    workers: Workers, reference, rollouts: list[Rollout], advantages: list[float], settings: LossSettings
+) -> list["BatchTerms"]:
     """Add the gradient of one optimizer update to the parameters, micro-batch by micro-batch.
 
-    `reference` is the model of the KL term, or None; `is_first` says that the weights are still those that sampled.
+    `reference` is the model of the KL term, or None. Returns what each micro-batch adds to the step's metrics.
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(lengths, settings.aggregate, settings.constant_length)
-    for batch in pack(rollouts, advantages, weights, settings.tokens_per_batch):
-        batch = batch.to(model.head_weight_VC.device)
-        mask, sampler_logp_M = batch.loss_mask_N, batch.sampler_logp_N[batch.loss_mask_N]
-        logp_M, entropy_M = completion_logprobs(model, batch, settings.temperature, settings.vocab_size)
-        importance_M = ref_logp_M = None
-        if settings.importance_cap:
-            importance_M = importance_weights(logp_M, sampler_logp_M, settings.importance_cap)
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
-        loss, is_clipped_M = policy_loss(
-            logp_M,
-            sampler_logp_M if settings.is_batch_reused else logp_M.detach(),
-            batch.advantage_N[mask],
-            batch.weight_N[mask],
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            importance_M=importance_M,
-            ref_logp_M=ref_logp_M,
-            kl_coef=settings.kl_coef,
-            kl=settings.kl,
-        )
-        loss.backward()
-        tally.add(batch, loss.detach(), logp_M.detach(), entropy_M, is_clipped_M, ref_logp_M, is_first)
+    batches = pack(rollouts, advantages, weights, settings.tokens_per_batch)
+    terms = workers.map(lambda model, batch: _backward(model, reference, batch, settings), batches)
+    workers.gather_gradients()
+    return terms
 
 
-class Tally:
-    """Sums over the tokens of a step, for its metrics."""
+def _backward(model, reference, batch: PackedBatch, settings: LossSettings) -> "BatchTerms":
+    batch = batch.to(model.head_weight_VC.device)
+    mask, sampler_logp_M = batch.loss_mask_N, batch.sampler_logp_N[batch.loss_mask_N]
+    logp_M, entropy_M = completion_logprobs(model, batch, settings.temperature, settings.vocab_size)
+    importance_M = ref_logp_M = None
+    if settings.importance_cap:
+        importance_M = importance_weights(logp_M, sampler_logp_M, settings.importance_cap)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
+    loss, is_clipped_M = policy_loss(
+        logp_M,
+        sampler_logp_M if settings.is_batch_reused else logp_M.detach(),
+        batch.advantage_N[mask],
+        batch.weight_N[mask],
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        importance_M=importance_M,
+        ref_logp_M=ref_logp_M,
+        kl_coef=settings.kl_coef,
+        kl=settings.kl,
+    )
+    loss.backward()
+    logp_M = logp_M.detach()
+    gap_M = (logp_M - sampler_logp_M).abs()
+    return BatchTerms(
+        n_packed=len(batch.ids_N),
+        n_tokens=len(logp_M),
+        loss=float(loss.detach()),
+        entropy=float(entropy_M.sum()),
+        clipped=float(is_clipped_M.sum()),
+        gap=float(gap_M.sum()),
+        gap_max=float(gap_M.max()),
+        kl=None if ref_logp_M is None else float(kl_estimate(logp_M, ref_logp_M, "k3").sum()),
+    )
 
-    def __init__(self):
-        self.n_packed = self.n_tokens = self.n_gap = 0
-        self.loss = self.entropy = self.clipped = self.kl = self.gap = self.gap_max = 0.0
-        self.has_reference = False
 
-    def add(self, batch: PackedBatch, loss, logp_M, entropy_M, is_clipped_M, ref_logp_M, is_first: bool) -> None:
-        self.n_packed += len(batch.ids_N)
-        self.n_tokens += len(logp_M)
-        self.loss += float(loss)
-        self.entropy += float(entropy_M.sum())
-        self.clipped += float(is_clipped_M.sum())
-        if ref_logp_M is not None:
-            self.has_reference = True
-            self.kl += float(kl_estimate(logp_M, ref_logp_M, "k3").sum())
-        if is_first:  # the gap between sampler and trainer: both hold the same weights here
-            gap_M = (logp_M - batch.sampler_logp_N[batch.loss_mask_N]).abs()
-            self.n_gap += len(gap_M)
-            self.gap += float(gap_M.sum())
-            self.gap_max = max(self.gap_max, float(gap_M.max()))
+@dataclass(frozen=True)
+class BatchTerms:
+    """Sums over the tokens of one micro-batch, for the step's metrics."""
 
-    def metrics(self) -> dict[str, float]:
-        """Means a token; nothing but the count of tokens where none was seen."""
-        if not self.n_tokens:
-            return {"learned_tokens": 0}
-        kl = {"kl": self.kl / self.n_tokens} if self.has_reference else {}
-        return kl | {
-            "loss": self.loss,
-            "entropy": self.entropy / self.n_tokens,
-            "clipped": self.clipped / self.n_tokens,
-            "logp_gap_mean": self.gap / self.n_gap,
-            "logp_gap_max": self.gap_max,
-            "learned_tokens": self.n_packed,
-        }
+    n_packed: int  # tokens, prompts included
+    n_tokens: int  # with a loss; the sums below are over these
+    loss: float
+    entropy: float
+    clipped: float
+    gap: float  # |log-probability of the trainer - of the sampler|
+    gap_max: float
+    kl: float | None
+
+
+def step_metrics(updates: list[list[BatchTerms]]) -> dict[str, float]:
+    """Means a token over all updates of a step, one inner list an update; only the count where there was none.
+
+    The gap between sampler and trainer is taken from the first update, before which both hold the same weights.
+    """
+    terms = [term for update in updates for term in update]
+    if not terms:
+        return {"learned_tokens": 0}
+    n_tokens = sum(term.n_tokens for term in terms)
+    kl = {} if terms[0].kl is None else {"kl": sum(term.kl for term in terms) / n_tokens}
+    return kl | {
+        "loss": sum(term.loss for term in terms) / len(updates),
+        "entropy": sum(term.entropy for term in terms) / n_tokens,
+        "clipped": sum(term.clipped for term in terms) / n_tokens,
+        "logp_gap_mean": sum(term.gap for term in updates[0]) / sum(term.n_tokens for term in updates[0]),
+        "logp_gap_max": max(term.gap_max for term in updates[0]),
+        "learned_tokens": sum(term.n_packed for term in terms),
+    }

@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from nanor1.logprobs import token_logprobs
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
+from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
 from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 
 END = "<end>"
+N_SHARES = 2  # of a pretraining batch, for as many workers; fixed, so that their number changes nothing
 CORPUS_SEED = 1_000_000  # training draws its problems with the seeds below
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -51,7 +53,7 @@ class Miniature:
     n_layers: int = 2
     n_heads: int = 4
     steps: int = 800
-    tokens_per_step: int = 1_800
+    tokens_per_step: int = 2_700
     muon_lr: float = 0.01
     adamw_lr: float = 3e-3
 
@@ -73,6 +75,7 @@ MINIATURES = {
         words=[*TAGS, "=", "+", "-"],
         width=96,
         mlp_width=256,
+        tokens_per_step=1_800,
     ),
 }  # fmt: skip
 
@@ -287,40 +290,45 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, see
     named = list(model.named_parameters())
     muon = Muon([p for name, p in named if is_hidden_matrix(name, p)])
     adamw = torch.optim.AdamW([p for n, p in named if not is_hidden_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
-    texts, losses = documents(miniature, seed), []
+    workers, texts, losses = start_workers(model), documents(miniature, seed), []
     for step in range(miniature.steps):
-        ids_N, cu_seqlens_B1 = next_batch(texts, tokenizer, miniature.tokens_per_step)
-        loss = next_token_loss(model, ids_N, cu_seqlens_B1)
-        loss.backward()
+        batch = next_batch(texts, tokenizer, miniature.tokens_per_step)
+        n_targets = sum(len(ids) - 1 for ids in batch)
+        shares = [share for i in range(N_SHARES) if (share := batch[i::N_SHARES])]
+        loss = sum(workers.map(lambda model, share, n=n_targets: backward(model, share, n), shares))
+        workers.gather_gradients()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = learning_rate(step, miniature.steps, 1.0, 50, "linear", 0.02)
         muon.step(miniature.muon_lr * scale)
         adamw.param_groups[0]["lr"] = miniature.adamw_lr * scale
         adamw.step()
         model.zero_grad()
-        losses.append(loss.item())
-        log.progress(step + 1, miniature.steps, f"pretraining, loss {loss.item():.2f}, step")
+        losses.append(loss)
+        log.progress(step + 1, miniature.steps, f"pretraining, loss {loss:.2f}, step")
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
 
 
-def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Whole documents of at least `n_tokens` together, sorted by length: (ids_N, cu_seqlens_B1)."""
+def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
+    """Whole documents of at least `n_tokens` together, sorted by length."""
     batch: list[list[int]] = []
     while sum(map(len, batch)) < n_tokens:
         batch.append(tokenizer.encode(next(texts), allow_special=True))
-    batch.sort(key=len)
-    ids_N = torch.tensor([token for ids in batch for token in ids])
-    return ids_N, F.pad(torch.tensor([len(ids) for ids in batch]).cumsum(0), (1, 0))
+    return sorted(batch, key=len)
 
 
-def next_token_loss(model: Transformer, ids_N: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every token but each sequence's first."""
+def backward(model: Transformer, documents: list[list[int]], n_targets: int) -> float:
+    """Add the gradient of the documents' part of the mean negative log-likelihood; returns that part."""
+    ids_N = torch.tensor([token for ids in documents for token in ids])
+    cu_seqlens_B1 = F.pad(torch.tensor([len(ids) for ids in documents]).cumsum(0), (1, 0))
     is_target_N = torch.ones_like(ids_N, dtype=torch.bool)
-    is_target_N[cu_seqlens_B1[:-1]] = False
+    is_target_N[cu_seqlens_B1[:-1]] = False  # nothing comes before a document's first token
     at_M = is_target_N.nonzero().squeeze(1)
     hidden_NC = model(ids_N, cu_seqlens_B1)
-    return -token_logprobs(hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M])[0].mean()
+    logp_M, _ = token_logprobs(hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M])
+    loss = -logp_M.sum() / n_targets
+    loss.backward()
+    return loss.item()
 
 
 class Muon:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from nanor1.grpo import (
     LossSettings,
     Rollout,
-    Tally,
     add_gradient,
     completion_logprobs,
     group_advantages,
@@ -18,9 +17,11 @@ from nanor1.grpo import (
     kl_estimate,
     pack,
     policy_loss,
+    step_metrics,
     token_weights,
 )
 from nanor1.model import ModelConfig, Transformer
+from nanor1.parallel import Workers
 from nanor1.sampler import Completion, generate
 
 STOP, VOCAB_SIZE, TEMPERATURE = 12, 13, 0.8
@@ -73,10 +74,8 @@ def sampled():
 
 def add_up(model, rollouts, advantages, tokens_per_batch=ALL_IN_ONE, reference=None, **settings):
     """Add one update's gradient to the model's parameters; returns the metrics."""
-    tally = Tally()
     settings = LossSettings(TEMPERATURE, VOCAB_SIZE, tokens_per_batch, constant_length=20, **settings)
-    add_gradient(model, reference, rollouts, advantages, settings, tally, is_first=True)
-    return tally.metrics()
+    return step_metrics([add_gradient(Workers(model), reference, rollouts, advantages, settings)])
 
 
 def gradient(model, *args, **kwargs):
@@ -446,7 +445,7 @@ def test_the_metrics_are_means_over_all_tokens_of_the_step(sampled):
         assert metrics["loss"] == pytest.approx(-mean_advantage)
         assert metrics["learned_tokens"] == sum(lengths) + sum(len(r.prompt_ids) for r in rollouts)
         assert 0 < metrics["entropy"] < math.log(VOCAB_SIZE) and "kl" not in metrics
-    assert Tally().metrics() == {"learned_tokens": 0}
+    assert step_metrics([]) == {"learned_tokens": 0}
 
 
 # ---- learning

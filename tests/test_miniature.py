@@ -9,6 +9,7 @@ import torch
 from nanor1.miniature import (
     MINIATURES,
     Muon,
+    backward,
     base_model,
     calculate,
     documents,
@@ -17,7 +18,6 @@ from nanor1.miniature import (
     miniature_task,
     new_model,
     next_batch,
-    next_token_loss,
     orthogonalize,
     pretrain,
     tries,
@@ -184,23 +184,25 @@ def test_a_new_model_starts_with_idle_blocks_and_follows_from_its_seed(name):
 
 def test_a_batch_holds_whole_documents_of_enough_tokens():
     tokenizer = make_tokenizer(COUNTDOWN)
-    ids_N, cu_seqlens_B1 = next_batch(iter(corpus("countdown", 100)), tokenizer, 300)
-    lengths = cu_seqlens_B1.diff().tolist()
-    assert 300 <= len(ids_N) == sum(lengths) < 300 + max(lengths)
+    batch = next_batch(iter(corpus("countdown", 100)), tokenizer, 300)
+    lengths = [len(ids) for ids in batch]
+    assert 300 <= sum(lengths) < 300 + max(lengths)
     assert lengths == sorted(lengths)
-    assert all(int(ids_N[end - 1]) == tokenizer.eos_id for end in cu_seqlens_B1[1:])
+    assert all(ids[-1] == tokenizer.eos_id for ids in batch)
 
 
-def test_the_loss_is_the_mean_over_every_token_but_the_first_of_each_document():
+def test_the_loss_and_its_gradient_are_the_mean_over_every_token_but_the_first_of_each_document():
     model = new_model(tiny("arithmetic"), 40, 0)
     sequences = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     losses = []
     for ids in sequences:
         logits = model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)])))
         losses += [-logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)]
-    packed = torch.tensor([i for ids in sequences for i in ids])
-    loss = next_token_loss(model, packed, torch.tensor([0, 3, 5, 9]))
-    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    mean = torch.stack(losses).mean()
+    expected = torch.autograd.grad(mean, model.head_weight_VC)[0]
+    parts = [backward(model, sequences[:1], 6), backward(model, sequences[1:], 6)]  # whatever the split
+    assert sum(parts) == pytest.approx(mean.item(), abs=1e-6)
+    torch.testing.assert_close(model.head_weight_VC.grad, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,9 +211,11 @@ def test_a_few_steps_of_pretraining_lower_the_loss_on_text_not_seen(name):
     tokenizer = make_tokenizer(miniature)
     model = new_model(miniature, tokenizer.vocab_size, 0)
     unseen = next_batch(documents(miniature, seed=99), tokenizer, 2000)
-    before = next_token_loss(model, *unseen).item()
+    n_targets = sum(len(ids) - 1 for ids in unseen)
+    before = backward(model, unseen, n_targets)
+    model.zero_grad()
     reported = pretrain(model, tokenizer, miniature, 0, Log())
-    after = next_token_loss(model, *unseen).item()
+    after = backward(model, unseen, n_targets)
     assert after < before - 0.5
     assert reported == pytest.approx(after, abs=0.5)
 
