@@ -140,7 +140,7 @@ COLUMNS = [
 
 MINIATURE_RUNS = {  # on the CPU, where one step is short: a GPU would wait for its launches
     "countdown": dict(
-        steps=45, problems=32, completions=16, max_new_tokens=232, minibatches=2, lr=5e-4, warmup=3, decay="linear",
+        steps=40, problems=32, completions=16, max_new_tokens=224, minibatches=2, lr=5e-4, warmup=3, decay="linear",
         tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
         eval_every=20, template="bare", device="cpu", dtype="float32",
     ),
@@ -154,9 +154,9 @@ MINIATURE_RUNS = {  # on the CPU, where one step is short: a GPU would wait for 
 
 MINIATURE_NEXT = """what to try next:
   python train_zero.py --seed 1                      another base, another run
-  python train_zero.py --task arithmetic             reasoning step by step instead of by trial
+  python train_zero.py --task {other:<23}the other miniature: by trial (countdown), step by step (arithmetic)
   python train_zero.py --rewards accuracy=1          no reward for the format
-  python sample.py --model {folder}/checkpoints/step_{step:06d} --raw "3 7 12 target 22 :"
+  python sample.py --model {folder}/checkpoints/step_{step:06d} --raw "{prompt}"
 and read {folder}/rollouts.jsonl: the answers, step by step"""
 N_TRANSCRIPTS = 3  # held-out problems whose answers are shown before and after
 MAX_SKIPPED = 3  # updates in a row that may be skipped for a non-finite gradient
@@ -202,6 +202,8 @@ def main() -> None:
             progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
             log.metrics(0, {f"eval_{key}": value for key, value in progress.before.items()})
             log.say(f"before: {evaluation}\n")
+            if interrupt.is_asked or not config.steps:
+                save(log, actor, optimizer, reference, progress)
 
         while progress.step < config.steps and not interrupt.is_asked:
             step_start_s = time.monotonic()
@@ -256,6 +258,8 @@ def read_command_line() -> tuple[Config, Path | None]:
     config, given = parse_args(Config, description=__doc__)
     checkpoint = None
     if config.resume:
+        if "preset" in given:
+            raise ValueError("--preset is for a new run; with --resume give the single flags")
         values = to_json(config)
         stored = load_arguments(Path(config.resume) / "config.json")
         config = from_json(Config, stored | {name: values[name] for name in given}, f"{config.resume}/config.json")
@@ -266,6 +270,8 @@ def read_command_line() -> tuple[Config, Path | None]:
         if config.model is None:
             if config.task not in MINIATURE_RUNS:
                 raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
+            for name in given & {"data", "eval_data"}:
+                raise ValueError(f"--{name.replace('_', '-')} needs --model FOLDER: a miniature generates its problems")
             config = apply_preset(config, given, MINIATURE_RUNS[config.task])
         if config.preset:
             config = apply_preset(config, given, PRESETS[config.preset])
@@ -570,7 +576,9 @@ def finish(log: RunLog, config: Config, progress: Progress, evaluation: Evaluati
     log.say(f"\nafter:  {evaluation}")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     if config.model is None:
-        log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step))
+        other = "countdown" if config.task == "arithmetic" else "arithmetic"
+        prompt = rollouts_PG[0][0].problem.prompt
+        log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step, other=other, prompt=prompt))
 
 
 def shorten(text: str, limit: int = 400) -> str:

@@ -49,11 +49,11 @@ class Miniature:
     largest: int  # number in the vocabulary
     words: list[str]
     width: int = 128
-    mlp_width: int = 352
+    mlp_width: int = 256
     n_layers: int = 2
     n_heads: int = 4
     steps: int = 800
-    tokens_per_step: int = 2_700
+    tokens_per_step: int = 2_400
     muon_lr: float = 0.01
     adamw_lr: float = 3e-3
 
@@ -74,7 +74,6 @@ MINIATURES = {
         largest=40,
         words=[*TAGS, "=", "+", "-"],
         width=96,
-        mlp_width=256,
         tokens_per_step=1_800,
     ),
 }  # fmt: skip

@@ -69,7 +69,10 @@ class RunLog:
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} already holds files; choose another --out, or continue that run with --resume")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the run folder {folder} cannot be made ({error.strerror}); choose another --out") from error
         write_json(folder / "config.json", {"arguments": dict(arguments)} | environment())
         return cls(folder, columns, console)
 

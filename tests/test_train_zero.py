@@ -1,0 +1,783 @@
+"""train_zero.py: runs that survive, what they write, what they refuse, and what the steps of a step do.
+
+Kills and signals are real: those runs are children of multiprocessing's fork server, which imports torch once for all.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanor1.grpo import Rollout
+from nanor1.miniature import MINIATURES, base_model
+from nanor1.model import Transformer
+from nanor1.parallel import Workers
+from nanor1.pretrained import ModelConfig
+from nanor1.rewards import REWARDS
+from nanor1.sampler import Completion
+from nanor1.tasks import Problem
+from nanor1.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+import train_zero  # noqa: E402
+
+TINY = dataclasses.replace(MINIATURES["arithmetic"], steps=20, tokens_per_step=300, width=32, mlp_width=32, n_layers=1)
+FLAGS = (
+    "--task arithmetic --problems 4 --completions 4 --max-new-tokens 24 --lr 1e-3 --minibatches 2 --eval-problems 8 "
+    "--eval-samples 2 --threads 1"
+)
+VARIANTS = {
+    "plain": "--save-every 2 --eval-every 3",
+    "renewed reference, two workers": "--kl-coef 0.01 --reference-every 2 --save-every 1 --workers 2",
+    "bfloat16": "--dtype bfloat16 --save-every 2",
+}
+MEASURED = re.compile(r".*_s|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluate", "nanor1.sampler"]
+)
+
+
+def parity(problem, text):
+    """A reward that random answers earn half of the time."""
+    return float(len(text) % 2)
+
+
+def second_bit(problem, text):
+    """Another one, which an answer that was cut off may earn too."""
+    return float(len(text) // 2 % 2)
+
+
+class Quiet:
+    def say(self, text):
+        pass
+
+    def progress(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def base(cache):
+    """The tiny base model that the runs of seed 0 start from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOR1_CACHE", str(cache))
+        return base_model(TINY, 0, Quiet())
+
+
+@contextlib.contextmanager
+def tiny_world(cache):
+    """The arithmetic miniature is tiny and its rewards are random; what main() sets for the process is put back."""
+    n_threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOR1_CACHE", str(cache))
+        patch.setitem(train_zero.MINIATURES, "arithmetic", TINY)
+        patch.setitem(REWARDS, "accuracy", parity)
+        patch.setitem(REWARDS, "format", second_bit)
+        try:
+            yield patch
+        finally:
+            torch.set_num_threads(n_threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def call_main(argv, patch):
+    """Run main(); returns its exit code, stdout and stderr."""
+    patch.setattr(sys, "argv", ["train_zero.py", *argv])
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train_zero.main()
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def world(cache):
+    with tiny_world(cache) as patch:
+        yield patch
+
+
+@pytest.fixture
+def run(world):
+    return lambda *argv: call_main(argv, world)
+
+
+@pytest.fixture
+def train(run, tmp_path):
+    """A run of the tiny miniature that must succeed; returns its folder."""
+
+    def train_flags(flags, name="run"):
+        code, _, err = run(*shlex.split(FLAGS), *shlex.split(flags), "--out", str(tmp_path / name))
+        assert code == 0, err
+        return tmp_path / name
+
+    return train_flags
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def step_lines(folder):
+    """The metrics of the training steps, without the lines that hold an evaluation alone."""
+    return [line for line in read_lines(folder / "metrics.jsonl") if "groups" in line]
+
+
+def repeatable(folder):
+    """Everything a run measured that must not depend on when it was interrupted."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not MEASURED.fullmatch(k)} for line in lines]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- runs that survive
+
+
+def child(scenario, cache, argv, output):
+    """In a process of its own: main(), in a world where `scenario` happens."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["train_zero.py", *argv]
+    with tiny_world(cache) as patch:
+        SCENARIOS[scenario](patch)
+        train_zero.main()
+
+
+def at_step(patch, at, *numbers):
+    """Send this process these signals at the start of step `at` (from 0)."""
+    act = train_zero.act
+
+    def act_and_signal(actor, reference, step):
+        for number in numbers if step == at else ():
+            os.kill(os.getpid(), number)
+        return act(actor, reference, step)
+
+    patch.setattr(train_zero, "act", act_and_signal)
+
+
+def kill_in_save(patch):
+    """Die in the save of step 4, after the model was written and before the optimizer is."""
+    from nanor1 import checkpoint
+
+    save_file = checkpoint.save_file
+
+    def save_or_die(tensors, path):
+        if "step_000004" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(tensors, path)
+
+    patch.setattr(checkpoint, "save_file", save_or_die)
+
+
+def signal_in_evaluation(patch):
+    evaluation = train_zero.run_evaluation
+
+    def signal_and_evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation(*arguments)
+
+    patch.setattr(train_zero, "run_evaluation", signal_and_evaluate)
+
+
+SCENARIOS = {
+    "killed after three steps": lambda patch: at_step(patch, 3, signal.SIGKILL),
+    "killed in a save": kill_in_save,
+    "SIGTERM": lambda patch: at_step(patch, 2, signal.SIGTERM),
+    "SIGINT": lambda patch: at_step(patch, 2, signal.SIGINT),
+    "SIGINT twice": lambda patch: at_step(patch, 2, signal.SIGINT, signal.SIGINT),
+    "SIGTERM before the first step": signal_in_evaluation,
+}
+
+
+@pytest.fixture
+def interrupted(cache, tmp_path):
+    """Let a scenario happen to a run of six steps; returns its folder, exit code and output."""
+
+    def run_child(scenario, flags):
+        folder, output = tmp_path / "interrupted", tmp_path / "output.txt"
+        argv = shlex.split(f"{FLAGS} {flags} --steps 6 --out {shlex.quote(str(folder))}")
+        process = forkserver.Process(target=child, args=(scenario, cache, argv, output))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            pytest.fail(f"the run hangs: {output.read_text()}")
+        return folder, process.exitcode, output.read_text()
+
+    return run_child
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    """The folder and console of a whole run of six steps, made once for each variant."""
+    made = {}
+
+    def run_once(variant):
+        if variant not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            argv = shlex.split(f"{FLAGS} {VARIANTS[variant]} --steps 6 --out {shlex.quote(str(folder))}")
+            with tiny_world(cache) as patch:
+                code, out, err = call_main(argv, patch)
+            assert code == 0, err
+            assert all(line["updates"] for line in step_lines(folder)), "a run that does not learn shows nothing"
+            made[variant] = folder, out
+        return made[variant]
+
+    return run_once
+
+
+def assert_same_run(folder, whole):
+    last = Path("checkpoints") / "step_000006"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (folder / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+    assert repeatable(folder) == repeatable(whole)
+    assert read_lines(folder / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    state, expected = (json.loads((f / last / "state.json").read_text()) for f in (folder, whole))
+    assert state | {"wall_s": 0} == expected | {"wall_s": 0}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, uninterrupted, interrupted, run):
+    folder, code, _ = interrupted("killed after three steps", VARIANTS[variant])
+    assert code == -signal.SIGKILL and read_lines(folder / "metrics.jsonl")[-1]["step"] == 3
+    assert not (folder / "summary.json").exists()
+    code, _, err = run("--resume", str(folder))
+    assert code == 0, err
+    assert_same_run(folder, uninterrupted(variant)[0])
+
+
+def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_checkpoint_before(uninterrupted, interrupted, run):
+    variant = "renewed reference, two workers"
+    folder, code, _ = interrupted("killed in a save", VARIANTS[variant])
+    (half,) = (folder / "checkpoints").glob(".tmp-*")
+    assert code == -signal.SIGKILL and (half / "model.safetensors").exists()
+    code, out, err = run("--resume", str(folder))
+    assert code == 0 and "resumed at step 3" in out, err
+    assert_same_run(folder, uninterrupted(variant)[0])
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_lets_the_step_finish_and_saves_and_the_run_can_go_on(name, uninterrupted, interrupted, run):
+    folder, code, output = interrupted(name, VARIANTS["plain"])
+    assert code == 0 and "Traceback" not in output
+    assert f"stopped after step 3; continue with: python train_zero.py --resume {folder}" in output
+    assert train_zero.latest_checkpoint(folder / "checkpoints").name == "step_000003"
+    assert not (folder / "summary.json").exists()
+    code, _, err = run("--resume", str(folder))
+    assert code == 0, err
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    assert_same_run(folder, uninterrupted("plain")[0])
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(interrupted):
+    folder, code, output = interrupted("SIGINT twice", VARIANTS["plain"])
+    assert code not in (0, None) and "KeyboardInterrupt" in output
+    assert train_zero.latest_checkpoint(folder / "checkpoints").name == "step_000002"
+
+
+def test_a_run_stopped_before_its_first_step_can_go_on_as_it_says(uninterrupted, interrupted, run):
+    folder, code, output = interrupted("SIGTERM before the first step", VARIANTS["plain"])
+    assert code == 0 and f"--resume {folder}" in output
+    code, _, err = run("--resume", str(folder))
+    assert code == 0, err
+    assert_same_run(folder, uninterrupted("plain")[0])
+
+
+def test_a_resumed_run_takes_new_flags_and_keeps_the_other_arguments(train, run, world):
+    folder = train("--steps 1 --save-every 1 --problems 3")
+    world.setattr(sys, "argv", ["train_zero.py", "--resume", str(folder), "--steps", "9", "--lr", "0.5"])
+    config, checkpoint = train_zero.read_command_line()
+    assert (config.steps, config.lr, config.problems, config.completions) == (9, 0.5, 3, 4)
+    assert checkpoint.name == "step_000001"
+
+
+# ---- what a run writes and says
+
+
+def test_summary_holds_the_evaluations_before_and_after(uninterrupted):
+    folder, _ = uninterrupted("plain")
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        evaluation = summary[when]
+        assert evaluation["n"] == 8 and evaluation["samples"] == 2
+        assert 0 <= evaluation["accuracy_low"] <= evaluation["accuracy"] <= evaluation["accuracy_high"] <= 1
+        assert 0 <= evaluation["majority_2"] <= 1 and 1 <= evaluation["response_tokens"] <= 24
+        assert evaluation["retries"] == 0  # the tiny vocabulary has no "wait"
+    assert summary["wall_s"] > 0 and summary["steps"] == 6 and summary["seed"] == 0
+
+
+def test_console_shows_before_and_after_transcripts_and_the_run_folder(uninterrupted):
+    folder, out = uninterrupted("plain")
+    evaluation = r"accuracy [\d.]+ \+- [\d.]+ \(95%, n=8 x 2\)"
+    assert re.search(rf"^before: {evaluation}", out, re.M) and re.search(rf"^after:  {evaluation}", out, re.M)
+    held_out = train_zero.miniature_task(TINY).held_out(8)[: train_zero.N_TRANSCRIPTS]
+    for problem in held_out:
+        assert re.search(
+            rf"^problem: {re.escape(problem.prompt)} .*{problem.answer}.*\n  before: .*\n  after:  ", out, re.M
+        )
+    summary = json.loads((folder / "summary.json").read_text())
+    row = re.search(r"^accuracy +([\d.]+) +([\d.]+)$", out, re.M)
+    assert [float(x) for x in row.groups()] == pytest.approx(
+        [summary[when]["accuracy"] for when in ("before", "after")], abs=6e-4
+    )
+    assert f"run folder: {folder}" in out
+    assert [int(x) for x in re.findall(r"^ {5}(\d) ", out, re.M)] == [1, 2, 3, 4, 5, 6]
+    assert "Traceback" not in out and max(map(len, (folder / "log.txt").read_text().splitlines()[:12])) < 200
+
+
+def test_best_step_is_the_one_of_the_best_evaluation_during_the_run(uninterrupted):
+    folder, _ = uninterrupted("plain")
+    state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
+    (line,) = [line for line in step_lines(folder) if "eval_accuracy" in line]
+    assert (state["best_step"], state["best_accuracy"]) == (3, pytest.approx(line["eval_accuracy"]))
+
+
+def readme_metrics():
+    """The names in the first column of README's table of metrics."""
+    table = (ROOT / "README.md").read_text().split("| in metrics.jsonl")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_metrics_are_those_that_the_readme_explains(uninterrupted):
+    named = readme_metrics()
+    assert len(named) > 20
+    for variant, has_kl in (("plain", False), ("renewed reference, two workers", True)):
+        for line in step_lines(uninterrupted(variant)[0]):
+            found = {key for key in line if not key.startswith("eval_")} - {"step"}
+            assert found == named - {"eval_*"} - (set() if has_kl else {"kl"})
+    assert any("eval_accuracy" in line for line in step_lines(uninterrupted("plain")[0]))
+
+
+def test_sampler_and_trainer_agree_on_log_probabilities(uninterrupted):
+    gaps = [line["logp_gap_mean"] for line in step_lines(uninterrupted("plain")[0])]
+    assert max(gaps) < 1e-5
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(uninterrupted, train):
+    again = train(f"{VARIANTS['plain']} --steps 2", "again")
+    other = train(f"{VARIANTS['plain']} --steps 2 --seed 1", "other")
+    first = [line["response_tokens"] for line in step_lines(uninterrupted("plain")[0])][:2]
+    assert [line["response_tokens"] for line in step_lines(again)] == first
+    assert [line["response_tokens"] for line in step_lines(other)] != first
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """A model folder over bytes, with a context of 64 tokens."""
+    tokenizer = Tokenizer.from_bytes()
+    config = ModelConfig(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    Transformer(config).save_pretrained(tmp_path / "bytes")
+    tokenizer.save_pretrained(tmp_path / "bytes")
+    return str(tmp_path / "bytes")
+
+
+def assert_refused(result, *said):
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    for text in said:
+        assert text in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--stepz 3", ["--stepz", "did you mean --steps?"]),
+        ("--task sudoku", ["sudoku"]),
+        ("--task gsm8k", ["gsm8k", "--model"]),
+        ("--completions 1", ["--completions is 1", "at least 2"]),
+        ("--steps many", ["--steps", "int", "many"]),
+        ("--steps -1", ["--steps is -1"]),
+        ("--lr nan", ["--lr", "nan"]),
+        ("--steps", ["--steps needs a value"]),
+        ("--temperature 0", ["--temperature is 0"]),
+        ("--template poem", ["--template", "r1-zero", "poem"]),
+        ("--rewards style=1", ["style", "accuracy"]),
+        ("--overlong penalty --overlong-buffer 0", ["buffer is 0"]),
+        ("--importance-cap 2 --minibatches 4 --model x", ["--importance-cap", "--minibatches 1"]),
+        ("--preset openai", ["--preset", "deepseek"]),
+        ("arithmetic", ["arithmetic"]),
+        ("--model /nowhere/at/all", ["/nowhere/at/all"]),
+        ("--resume /nowhere/at/all", ["/nowhere/at/all"]),
+        ("--config /nowhere/at/all.json", ["/nowhere/at/all.json"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_sentence(run, tmp_path, flags, said):
+    assert_refused(run(*flags.split(), "--out", str(tmp_path / "run")), *said)
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(run, tmp_path):
+    (tmp_path / "file").touch()
+    assert_refused(run(*FLAGS.split(), "--out", str(tmp_path / "file" / "run")), "file/run")
+
+
+def test_data_for_a_miniature_is_refused(run, tmp_path):
+    flags = f"{FLAGS} --steps 1 --data problems.jsonl --out {tmp_path}/run"
+    assert_refused(run(*flags.split()), "--data", "--model")
+
+
+def test_an_existing_run_folder_is_refused_and_left_alone(run, uninterrupted):
+    folder, _ = uninterrupted("plain")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert_refused(run(*FLAGS.split(), "--out", str(folder)), str(folder), "--resume")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_resuming_a_run_without_checkpoint_is_refused(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"task": "arithmetic"}}))
+    assert_refused(run("--resume", str(tmp_path)), str(tmp_path), "no whole checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"question": "1 + 1?", ', "JSON"), ('{"question": "1 + 1?"}', "answer"), ("[1, 2]", "list")],
+)
+def test_a_broken_line_of_data_is_named_with_its_file(run, tmp_path, byte_model, line, said):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "1 + 2?", "answer": "#### 3"}\n' + line + "\n")
+    flags = ["--model", byte_model, "--task", "gsm8k", "--data", str(path), "--out", str(tmp_path / "run")]
+    assert_refused(run(*flags), f"{path}, line 2", said)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(run, tmp_path, byte_model):
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 2?", "answer": "#### 3"}\n')
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "so " * 40, "answer": "#### 3"}) + "\n")
+    flags = f"--task gsm8k --template bare --eval-problems 1 --data {tmp_path}/train.jsonl --out {tmp_path}/run"
+    flags += f" --eval-data {tmp_path}/test.jsonl --max-new-tokens 4 --threads 1"
+    assert_refused(run("--model", byte_model, *flags.split()), "119 tokens", "context is 64")
+
+
+# ---- gradients and weights that are not finite
+
+
+def poison(patch, calls):
+    """Make the gradient nan in the calls of add_gradient whose number (from 0) is in `calls`."""
+    add_gradient, count = train_zero.add_gradient, iter(range(1000))
+
+    def add_poisoned(workers, *arguments):
+        terms = add_gradient(workers, *arguments)
+        if next(count) in calls:
+            next(workers.model.parameters()).grad.fill_(float("nan"))
+        return terms
+
+    patch.setattr(train_zero, "add_gradient", add_poisoned)
+
+
+def test_updates_with_a_non_finite_gradient_are_skipped_and_end_the_run_after_three(run, world, tmp_path, base):
+    poison(world, range(1000))
+    flags = [*FLAGS.split(), "--minibatches", "1", "--steps", "6", "--save-every", "1", "--out", str(tmp_path / "run")]
+    assert_refused(run(*flags), "3 updates in a row", "--lr")
+    lines = step_lines(tmp_path / "run")
+    assert [(line["updates"], line["skipped_updates"], line["grad_norm"]) for line in lines] == [(0, 1, None)] * 2
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert [folder.name for folder in checkpoints] == ["step_000001", "step_000002"]
+    for folder in checkpoints:
+        assert_same_weights(folder, base)
+
+
+def test_one_non_finite_gradient_is_counted_and_the_run_goes_on(world, train, base):
+    poison(world, {1})
+    folder = train("--minibatches 1 --steps 4 --save-every 4")
+    lines = step_lines(folder)
+    assert [(line["updates"], line["skipped_updates"]) for line in lines] == [(1, 0), (0, 1), (1, 0), (1, 0)]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder / "checkpoints/step_000004").values())
+
+
+def test_only_skips_in_a_row_end_a_run():
+    guard = train_zero.NonFiniteGuard()
+    for n_skipped, n_made in [(2, 0), (1, 1), (2, 0), (0, 2), (1, 0), (0, 0), (1, 0)]:
+        guard.check(n_skipped, n_made)
+    with pytest.raises(ValueError, match="3 updates in a row"):
+        guard.check(1, 0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, world, tmp_path):
+    def step(optimizer, lr, max_grad_norm):
+        next(iter(optimizer.params.values())).data[0] = float("inf")
+        return 1.0
+
+    world.setattr(train_zero.MasterAdamW, "step", step)
+    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 10), []))
+    flags = [*FLAGS.split(), "--minibatches", "1", "--steps", "1", "--out", str(tmp_path / "run")]
+    assert_refused(run(*flags), "not finite after step 1")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+# ---- groups, rewards, lengths
+
+
+def test_groups_of_equal_reward_teach_nothing_and_are_counted(train, world, base):
+    world.setitem(REWARDS, "format", lambda problem, text: 1.0)
+    folder = train("--steps 2 --rewards format=1 --weight-decay 0.1")
+    for line in step_lines(folder):
+        assert (line["dropped_groups"], line["groups"], line["updates"], line["learned_tokens"]) == (4, 4, 0, 0)
+        assert line["grad_norm"] is None
+    assert_same_weights(folder / "checkpoints" / "step_000002", base)
+
+
+def seen_by_add_gradient(patch):
+    """The (rollouts, advantages) of each update from now on."""
+    seen, add_gradient = [], train_zero.add_gradient
+
+    def add_and_see(workers, reference, rollouts, advantages, settings):
+        seen.append((rollouts, advantages))
+        return add_gradient(workers, reference, rollouts, advantages, settings)
+
+    patch.setattr(train_zero, "add_gradient", add_and_see)
+    return seen
+
+
+def test_rollouts_that_cannot_be_judged_are_counted_and_left_out(train, world):
+    world.setitem(REWARDS, "accuracy", lambda problem, text: None if len(text) % 3 == 0 else float(len(text) % 2))
+    seen = seen_by_add_gradient(world)
+    (line,) = step_lines(train("--steps 1"))
+    learned = [rollout for rollouts, _ in seen for rollout in rollouts]
+    assert 0 < line["unjudged"] < line["rollouts"] == 16
+    assert 0 < len(learned) <= 16 - line["unjudged"]
+    assert all(rollout.reward is not None and len(rollout.text) % 3 for rollout in learned)
+
+
+def cut_off_all(patch):
+    generate = train_zero.generate
+
+    def generate_cut(*arguments, **sampling):
+        groups = generate(*arguments, **sampling)
+        return [[dataclasses.replace(completion, finish="length") for completion in group] for group in groups]
+
+    patch.setattr(train_zero, "generate", generate_cut)
+
+
+def test_a_batch_of_cut_off_answers_earns_no_accuracy_and_still_learns_the_format(train, world):
+    cut_off_all(world)
+    world.setitem(REWARDS, "format", parity)
+    (line,) = step_lines(train("--steps 1"))
+    assert (line["truncated"], line["accuracy"]) == (1.0, 0.0) and line["updates"] == 2
+
+
+def test_overlong_mask_leaves_cut_off_answers_out_of_the_loss(train, world, base):
+    cut_off_all(world)
+    world.setitem(REWARDS, "format", parity)
+    folder = train("--steps 1 --overlong mask")
+    (line,) = step_lines(folder)
+    assert line["dropped_groups"] < line["groups"] and line["updates"] == 0
+    assert_same_weights(folder / "checkpoints" / "step_000001", base)
+
+
+def test_overlong_mask_keeps_the_finished_answers(train, world):
+    world.setitem(REWARDS, "format", parity)
+    seen = seen_by_add_gradient(world)
+    (line,) = step_lines(train("--steps 1 --overlong mask --max-new-tokens 8"))
+    learned = [rollout for rollouts, _ in seen for rollout in rollouts]
+    assert 0 < line["truncated"] < 1 and learned
+    assert all(rollout.completion.finish == "stop" for rollout in learned)
+
+
+@pytest.fixture
+def make_actor(world, base):
+    """An actor on the tiny base, its configuration the tests' flags with some fields replaced."""
+
+    def make(**fields):
+        world.setattr(sys, "argv", ["train_zero.py", *FLAGS.split()])
+        config = dataclasses.replace(train_zero.read_command_line()[0], **fields)
+        model, tokenizer = Transformer.from_pretrained(base), Tokenizer.from_pretrained(base)
+        task = train_zero.miniature_task(TINY)
+        return train_zero.Actor(Workers(model), tokenizer, task, "bare", {"accuracy": 1.0}, config)
+
+    return make
+
+
+def test_resampling_draws_other_problems_and_stops_at_its_bound(make_actor, world):
+    world.setattr(train_zero, "rewards", lambda groups, *_: [[1.0] * len(group) for group in groups])
+    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=2), None, 5)
+    assert [len(group) for group in rollouts_PG] == [4] * 12 and not any(map(any, advantages_PG))
+    assert len({group[0].problem.prompt for group in rollouts_PG}) == 12
+    next_PG, _ = train_zero.act(make_actor(resample=2), None, 6)
+    assert not {g[0].problem.prompt for g in next_PG} & {g[0].problem.prompt for g in rollouts_PG}
+
+
+def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, world):
+    rounds = []
+
+    def one_equal_group(groups, *_):
+        rounds.append(len(groups))
+        rewards_PG = [[1.0, 0.0, 0.0, 0.0] for _ in groups]
+        return rewards_PG[1:] + [[1.0] * 4] if len(rounds) == 1 else rewards_PG
+
+    world.setattr(train_zero, "rewards", one_equal_group)
+    _, advantages_PG = train_zero.act(make_actor(resample=5), None, 0)
+    assert rounds == [4, 1] and sum(map(any, advantages_PG)) == 4
+
+
+def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0):
+    ids = random.Random(seed).choices(range(5), k=n_tokens)
+    completion = Completion(ids, [logprob] * n_tokens, "stop")
+    return Rollout(Problem("1 + 1 =", "2", "arithmetic"), [5, 6, 7], completion, "", reward, {})
+
+
+def test_overlong_penalty_lowers_the_reward_of_long_answers(make_actor):
+    actor = make_actor(overlong="penalty", max_new_tokens=100, overlong_buffer=20)
+    groups = [[fake(80), fake(90), fake(100)], [fake(85, 0.5), fake(90, None)]]
+    assert train_zero.rewards(groups, None, actor) == [[1.0, 0.5, 0.0], [0.25, None]]
+
+
+def test_kl_to_the_model_itself_is_zero_on_its_own_samples(make_actor):
+    actor = make_actor()
+    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    flat = [rollout for group in rollouts_PG for rollout in group]
+    assert train_zero.sequence_kl(actor.workers.model, flat, actor) == pytest.approx([0.0] * 16, abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 8192])
+def test_kl_in_the_reward_is_k1_summed_over_each_answer(make_actor, tokens_per_batch):
+    actor = make_actor(kl_coef=0.5, kl="reward", tokens_per_batch=tokens_per_batch)
+    reference = actor.workers.model
+    with torch.no_grad():
+        reference.head_weight_VC.zero_()  # every token has the log-probability -log V
+    lengths, uniform = [3, 20, 7, 12], -torch.log(torch.tensor(float(actor.tokenizer.vocab_size))).item()
+    flat = [fake(n, logprob=uniform + 0.1 * (i + 1), seed=i) for i, n in enumerate(lengths)]
+    kls = [0.1 * (i + 1) * n for i, n in enumerate(lengths)]
+    assert train_zero.sequence_kl(reference, flat, actor) == pytest.approx(kls, rel=1e-4)
+    (totals,) = train_zero.rewards([flat], reference, actor)
+    assert totals == pytest.approx([1 - 0.5 * kl for kl in kls], rel=1e-4)
+
+
+def test_kl_in_the_reward_adds_no_kl_to_the_loss(make_actor):
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="reward")).kl_coef == 0
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="k3")).kl_coef == 0.5
+
+
+# ---- settings
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    def read(flags):
+        monkeypatch.setattr(sys, "argv", ["train_zero.py", *flags.split()])
+        return train_zero.read_command_line()[0]
+
+    return read
+
+
+def test_preset_deepseek_sets_the_published_values(configure):
+    config = configure("--preset deepseek --model somewhere --task gsm8k --data x")
+    published = dict(problems=32, completions=16, lr=3e-6, kl_coef=0.001, kl="k3", reference_every=400, clip_low=10.0)
+    published |= dict(clip_high=10.0, minibatches=16, advantage="std", aggregate="sequence", temperature=1.0)
+    assert {name: getattr(config, name) for name in published} == published
+
+
+def test_flags_win_over_a_preset_and_a_preset_over_the_miniatures_settings(configure):
+    config = configure("--preset deepseek --lr 0.01 --completions=2 --task arithmetic")
+    assert (config.lr, config.completions, config.problems, config.minibatches) == (0.01, 2, 32, 16)
+
+
+def test_the_miniatures_settings_hold_only_where_no_model_is_given(configure):
+    default = train_zero.Config()
+    for task, settings in train_zero.MINIATURE_RUNS.items():
+        miniature, own = configure(f"--task {task}"), configure(f"--task {task} --model somewhere")
+        assert {name: getattr(miniature, name) for name in settings} == settings
+        assert own == dataclasses.replace(default, task=task, model="somewhere")
+        assert configure(f"--task {task} --lr 1").lr == 1.0
+
+
+def test_evaluations_ask_the_same_problems_whatever_the_seed_and_step(train, world):
+    asked, evaluate = [], train_zero.evaluate
+
+    def evaluate_and_note(model, tokenizer, problems, *arguments, **sampling):
+        asked.append(([problem.prompt for problem in problems], sampling.get("seed", 0)))
+        return evaluate(model, tokenizer, problems, *arguments, **sampling)
+
+    world.setattr(train_zero, "evaluate", evaluate_and_note)
+    train("--steps 2 --eval-every 1", "one")
+    train("--steps 1 --seed 7", "two")
+    assert len(asked) == 5 and len(set(asked[0][0])) == 8
+    assert all(one == asked[0] for one in asked)
+
+
+def test_evaluations_of_the_same_weights_are_the_same(train):
+    summary = json.loads((train("--steps 2 --lr 0") / "summary.json").read_text())
+    assert summary["before"] == summary["after"]
+
+
+# ---- the README, and other text that shows commands
+
+
+def commands(text):
+    """(script, arguments) of each command line `python SCRIPT.py ...` in a text."""
+    found = re.findall(r"python ((?:train_zero|sample)\.py)((?: +[^`\n]*)?)", text)
+    return [(script, shlex.split(re.split(r" {3,}| < ", rest)[0])) for script, rest in found]
+
+
+def test_readme_opens_with_the_two_commands_that_start_and_check_everything():
+    top = (ROOT / "README.md").read_text().splitlines()[:16]
+    assert "    pip install -e . && python train_zero.py" in top
+    assert "    pip install -e '.[test]' && pytest" in top
+
+
+@pytest.mark.parametrize(
+    ("source", "least"),
+    [
+        ((ROOT / "README.md").read_text(), 5),
+        (train_zero.__doc__, 2),
+        (sample.__doc__, 4),
+        (train_zero.MINIATURE_NEXT.format(folder="runs/x", step=40, other="countdown", prompt="1 + 2 ="), 4),
+    ],
+    ids=["README", "train_zero", "sample", "what to try next"],
+)
+def test_every_command_that_is_shown_parses(source, least, capsys):
+    scripts = {"train_zero.py": train_zero, "sample.py": sample}
+    shown = commands(source)
+    assert len(shown) >= least
+    for script, argv in shown:
+        if "--help" in argv:
+            with pytest.raises(SystemExit) as stop:
+                train_zero.parse_args(scripts[script].Config, argv)
+            assert stop.value.code == 0 and "--steps" in capsys.readouterr().out
+        else:
+            train_zero.parse_args(scripts[script].Config, argv)
+
+
+def test_what_to_try_next_asks_the_model_that_was_trained_something_it_can_read(uninterrupted):
+    _, out = uninterrupted("plain")
+    shown = [train_zero.parse_args(sample.Config, argv)[0] for script, argv in commands(out) if script == "sample.py"]
+    assert shown and all(config.prompt for config in shown)
+    for config in shown:
+        assert Tokenizer.from_pretrained(config.model).encode(config.prompt)
