@@ -41,7 +41,7 @@ from nanor1.parallel import Workers, start_workers
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog, default_run_folder
 from nanor1.sampler import generate
-from nanor1.tasks import Problem, Task, make_task
+from nanor1.tasks import Problem, Task, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 
 
@@ -55,6 +55,7 @@ class Config:
     task: str = option("countdown", "countdown, arithmetic, gsm8k or math")
     data: str | None = option(None, "JSON lines of training problems")
     eval_data: str | None = option(None, "JSON lines of held-out problems; none: a tenth of the data is held out")
+    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
     template: Literal["auto", "r1-zero", "chat", "bare"] = option("auto", "prompt; auto: chat if the model has one")
     out: str | None = option(None, "run folder; none: runs/zero-TASK-TIME")
     resume: str | None = option(None, "continue the run in this folder")
@@ -65,6 +66,7 @@ class Config:
     problems: int = option(16, "problems a step (P)")
     completions: int = option(8, "completions a problem (G), at least 2")
     max_new_tokens: int = option(512, "length limit of a completion")
+    stop_text: str | None = option(None, "a completion also ends once it holds this text (base models)")
     temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities")
     max_rows: int = option(512, "completions sampled at once")
     resample: int = option(0, "at most this many further rounds of sampling to replace groups of equal reward")
@@ -270,7 +272,7 @@ def read_command_line() -> tuple[Config, Path | None]:
         if config.model is None:
             if config.task not in MINIATURE_RUNS:
                 raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
-            for name in given & {"data", "eval_data"}:
+            for name in given & {"data", "eval_data", "task_args"}:
                 raise ValueError(f"--{name.replace('_', '-')} needs --model FOLDER: a miniature generates its problems")
             config = apply_preset(config, given, MINIATURE_RUNS[config.task])
         if config.preset:
@@ -298,7 +300,7 @@ def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str
     if config.model is None:
         task = miniature_task(MINIATURES[config.task])
     else:
-        task = make_task(config.task, data=config.data, eval_data=config.eval_data)
+        task = make_task(config.task, data=config.data, eval_data=config.eval_data, **task_parameters(config.task_args))
     template = config.template
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "r1-zero"
@@ -384,11 +386,17 @@ def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollo
         vocab_size=tokenizer.vocab_size,
         seed=request_seed(config.seed, index),
         max_rows=config.max_rows,
+        **stop_texts(actor),
     )
     return [
         [judge(problem, prompt, completion, tokenizer, actor.weights) for completion in group]
         for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
     ]
+
+
+def stop_texts(actor: Actor) -> dict:
+    text = actor.config.stop_text
+    return {"stop_texts": [text], "decode": actor.tokenizer.decode} if text else {}
 
 
 def request_seed(seed: int, index: int) -> int:
@@ -548,6 +556,7 @@ def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple
         temperature=config.eval_temperature,
         max_new_tokens=config.max_new_tokens,
         max_rows=config.max_rows,
+        **stop_texts(actor),
     )
 
 

@@ -65,14 +65,19 @@ class RunLog:
     def create(
         cls, folder: str | Path, arguments: Mapping[str, object], columns: Columns = (), console: TextIO | None = None
     ) -> "RunLog":
-        """Start a run in a new or empty folder and write its config.json; ValueError where the folder holds files."""
+        """Start a run in a new folder and write its config.json; ValueError where the folder holds a run.
+
+        A run that failed before it logged a first line of metrics may be started again in its folder.
+        """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not is_fresh(folder):
             raise ValueError(f"{folder} already holds files; choose another --out, or continue that run with --resume")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"the run folder {folder} cannot be made ({error.strerror}); choose another --out") from error
+            raise ValueError(
+                f"the run folder {folder} cannot be made ({error.strerror}); choose another --out"
+            ) from error
         write_json(folder / "config.json", {"arguments": dict(arguments)} | environment())
         return cls(folder, columns, console)
 
@@ -169,6 +174,15 @@ def rounded(value: object, name: str, non_finite: list[str]) -> object:
     if isinstance(value, (list, tuple)):
         return [rounded(item, name, non_finite) for item in value]
     return value
+
+
+def is_fresh(folder: Path) -> bool:
+    """Whether the folder is empty, or holds only what `RunLog.create` makes before anything is measured."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    measured = [folder / name for name in LINE_FILES if name.endswith(".jsonl")]
+    return names <= {"config.json", *LINE_FILES} and not any(path.exists() and path.stat().st_size for path in measured)
 
 
 def cut_back(path: Path, step: int) -> int:

@@ -12,6 +12,7 @@ conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
 
 import ast
 import hashlib
+import inspect
 import json
 import operator
 import random
@@ -76,6 +77,10 @@ def make_task(
     }
     if name not in sources:
         raise ValueError(f"unknown task {name!r}; choose one of {', '.join(sources)}")
+    unknown = set(parameters) - set(inspect.signature(sources[name]).parameters)
+    if unknown:
+        known = ", ".join(inspect.signature(sources[name]).parameters) or "none"
+        raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
     draw, to_problem = sources[name](**parameters)
     if not to_problem and (data or eval_data):
         raise ValueError(f"the {name} task is generated; leave data and eval_data out")
@@ -98,6 +103,21 @@ def _listed_task(name: str, problems: list[Problem], evaluation: list[Problem], 
             "give more data, or an eval_data file of other problems"
         )
     return Task(name, partial(_sample_listed, train), partial(_held_out_listed, evaluation))
+
+
+def task_parameters(text: str) -> dict:
+    """Read the parameters of a task from a JSON object, the empty text as none; ValueError for anything else.
+
+    >>> task_parameters('{"n_numbers": 3}')
+    {'n_numbers': 3}
+    """
+    try:
+        parameters = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"task parameters {text!r} are no JSON object ({error})") from error
+    if not isinstance(parameters, dict):
+        raise ValueError(f"task parameters {text!r} are no JSON object")
+    return parameters
 
 
 # ---- what is held out

@@ -56,7 +56,7 @@ def calls(tree):
 
 def test_the_sources_are_found():
     assert {"grpo", "model", "tasks"} <= MODULES.keys() and "train_zero" in SCRIPTS
-    assert {"logprobs"} == own(MODULES["grpo"]) and "tasks" in reached("evaluate")
+    assert {"logprobs", "parallel"} == own(MODULES["grpo"]) and "tasks" in reached("evaluate")
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

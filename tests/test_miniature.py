@@ -83,6 +83,15 @@ def test_the_corpus_answers_problems_and_never_a_held_out_one(name):
     assert not answered & {tuple(sorted(problem.numbers)) for problem in held_out}
 
 
+def test_no_drill_works_out_a_held_out_countdown_problem():
+    """A drill of two steps with a held-out problem's numbers would be one of its solutions."""
+    share = COUNTDOWN.problems["held_out_share"]
+    steps = re.compile(r"(\d+) [-+*] (\d+) = \d+ [-+*] (\d+) = \d+ <end>")
+    drills = [tuple(map(int, match.groups())) for match in map(steps.fullmatch, corpus("countdown", 8000)) if match]
+    assert len(drills) > 1000
+    assert not [numbers for numbers in drills if is_held_out(Problem("", "", "countdown", numbers), share)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_document_is_within_vocabulary_and_context_and_ends_with_the_stop_token(name):
     tokenizer = make_tokenizer(MINIATURES[name])

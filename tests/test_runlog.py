@@ -33,7 +33,10 @@ def test_a_new_run_records_what_it_depends_on(tmp_path):
 
 
 def test_a_folder_that_holds_files_is_never_overwritten(tmp_path):
-    RunLog.create(tmp_path, {"steps": 1}).close()  # an empty folder is fine
+    with RunLog.create(tmp_path, {"steps": 0}):
+        pass  # a start that failed before it measured anything
+    with RunLog.create(tmp_path, {"steps": 1}) as log:  # may be repeated
+        log.metrics(1, {"reward": 0.5})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="--out.*--resume"):
         RunLog.create(tmp_path, {"steps": 2})
