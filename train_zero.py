@@ -228,7 +228,8 @@ def main() -> None:
             log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
             log.line(progress.step, metrics)
             progress.wall_s = time.monotonic() - start_s
-            is_due = config.save_every and progress.step % config.save_every == 0
+            is_due = bool(config.save_every) and progress.step % config.save_every == 0
+            is_due |= progress.best_step == progress.step
             if is_due or progress.step == config.steps or interrupt.is_asked:
                 save(log, actor, optimizer, reference, progress)
 
@@ -583,6 +584,10 @@ def finish(log: RunLog, config: Config, progress: Progress, evaluation: Evaluati
     for name in names:
         log.say(f"{name.replace('_', ' '):<24}{progress.before[name]:>9.3f}{after[name]:>9.3f}")
     log.say(f"\nafter:  {evaluation}")
+    if progress.best_step:
+        log.say(
+            f"best evaluation on the way: {progress.best_accuracy:.3f} at step {progress.best_step}, checkpoint kept"
+        )
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     if config.model is None:
         other = "countdown" if config.task == "arithmetic" else "arithmetic"

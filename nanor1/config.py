@@ -44,9 +44,13 @@ def user_errors() -> Iterator[None]:
     """Turn a ValueError or OSError raised by nanor1 or its scripts into `fail`; also a decorator, `@user_errors()`.
 
     The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
+    Ctrl-C ends the program with 130, as a shell expects, and without one.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         folder = Path(frame.f_code.co_filename).resolve().parent
