@@ -62,4 +62,3 @@ def test_greedy_gsm8k_answers_of_qwen_are_those_of_transformers():
     print(f"\n{evaluation}; same text {n_same_text}, same answer {n_same_answer} of {N_PROBLEMS}")
     assert n_same_answer >= N_PROBLEMS - 2
     assert n_same_text >= N_PROBLEMS - 5
-    assert evaluation.accuracy > 0.0  # it solves easy problems: real answers are read and graded
