@@ -17,12 +17,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Literal, TextIO
 
 import torch
 
-from nanor1.config import apply_preset, parse_args, user_errors
+from nanor1.config import apply_preset, option, parse_args, user_errors
 from nanor1.evaluate import evaluate, summarize, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.machine import choose_device
@@ -30,14 +30,8 @@ from nanor1.miniature import MINIATURES, Miniature, make_tokenizer, miniature_ta
 from nanor1.model import Transformer
 from nanor1.rewards import final_answer
 from nanor1.sampler import generate
-from nanor1.tasks import Problem, countdown, format_prompt, gsm8k_problem, make_task, math_problem, read_problems
+from nanor1.tasks import Problem, format_prompt, make_task, read_task, task_parameters
 from nanor1.tokenizer import Tokenizer
-
-
-def option(default, help: str, group: str | None = None, positional: bool = False):
-    return field(
-        default=default, metadata=dict(help=help, positional=positional) | (dict(group=group) if group else {})
-    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,7 @@ class Config:
         None, "measure on this task", "evaluation"
     )
     data: str | None = option(None, "JSON lines of problems, taken in order; none: generated, held-out ones")
+    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
     limit: int = option(0, "problems; 0: all of the file, or 200 generated")
     out: str | None = option(None, "new file of JSON lines: each problem's answers and verdicts")
     max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take more memory")
@@ -80,19 +75,18 @@ class Config:
             raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
         if self.raw and self.template not in ("auto", "bare"):
             raise ValueError(f"--raw means --template bare; leave one of --raw and --template {self.template} out")
-        for name in ("prompt", "system") if self.task else ("data", "limit", "out"):
+        for name in ("prompt", "system") if self.task else ("data", "task_args", "limit", "out"):
             if getattr(self, name):
                 why = (
                     "is not for --task, which has its own prompts" if self.task else "is for an evaluation: add --task"
                 )
-                raise ValueError(f"{'the prompt' if name == 'prompt' else '--' + name} {why}")
+                raise ValueError(f"{'the prompt' if name == 'prompt' else '--' + name.replace('_', '-')} {why}")
         if self.task in ("gsm8k", "math") and not self.data:
             raise ValueError(f"--task {self.task} needs --data FILE, JSON lines of its problems")
         if self.task == "arithmetic" and self.data:
             raise ValueError("--task arithmetic is generated; leave --data out")
 
 
-READERS = {"gsm8k": gsm8k_problem, "math": math_problem, "countdown": countdown()[1]}
 N_GENERATED = 200  # problems where no --limit is given
 WAVES = 4  # --max-rows times this many answers make a batch: a row that ends early takes the next answer
 SEED_STRIDE = 1_000_003  # apart are the random numbers of one --seed and the next: problems and turns count up from it
@@ -395,15 +389,15 @@ def measure(engine: Engine) -> None:
 
 def load_problems(config: Config, miniature: Miniature | None) -> list[Problem]:
     """The file's problems in its order, or generated held-out ones, the same ones that train_zero.py evaluates on."""
-    if miniature and (config.task != miniature.task or config.data):
+    if miniature and (config.task != miniature.task or config.data or config.task_args):
         raise ValueError(
             f"{config.model} is the {miniature.task} miniature and knows no other words; give --task {miniature.task} "
-            "without --data"
+            "without --data and --task-args"
         )
     if config.data:
-        problems = read_problems(config.data, READERS[config.task])
+        problems = read_task(config.task, config.data, **task_parameters(config.task_args))
         return problems[: config.limit or len(problems)]
-    task = miniature_task(miniature) if miniature else make_task(config.task)
+    task = miniature_task(miniature) if miniature else make_task(config.task, **task_parameters(config.task_args))
     return task.held_out(config.limit or N_GENERATED)
 
 

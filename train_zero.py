@@ -14,14 +14,14 @@ import random
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from nanor1.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from nanor1.config import apply_preset, from_json, load_arguments, parse_args, to_json, user_errors
+from nanor1.config import apply_preset, from_json, load_arguments, option, parse_args, to_json, user_errors
 from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
 from nanor1.grpo import (
     LossSettings,
@@ -43,10 +43,6 @@ from nanor1.runlog import RunLog, default_run_folder
 from nanor1.sampler import generate
 from nanor1.tasks import Problem, Task, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
-
-
-def option(default, help: str, group: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"group": group} if group else {}))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False,
 PACKAGE = Path(__file__).resolve().parent
 
 
+def option(default, help: str, group: str | None = None, positional: bool = False):
+    """A field of a Config: its default (MISSING: required), its help, the heading it opens, if it is positional."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, positional=positional) | (dict(group=group) if group else {})
+    )
+
+
 def fail(message: str) -> typing.NoReturn:
     """Print `error: message` to stderr and exit with 2; NANOR1_DEBUG=1 shows the traceback first."""
     if os.environ.get("NANOR1_DEBUG") == "1" and sys.exc_info()[0] is not None:

@@ -69,6 +69,28 @@ def make_task(
 
         make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
     """
+    draw, to_problem = _source(name, parameters)
+    if not to_problem and (data or eval_data):
+        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
+    if not draw and not data:
+        raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
+    evaluation = read_problems(eval_data, to_problem) if eval_data else []
+    rule = _held_out_rule(evaluation, held_out_share)
+    if data:
+        return _listed_task(name, read_problems(data, to_problem), evaluation, rule)
+    held_out = partial(_held_out_listed, evaluation) if evaluation else partial(_held_out_drawn, draw, rule)
+    return Task(name, partial(_sample_drawn, draw, rule), held_out)
+
+
+def read_task(name: str, path: File, **parameters) -> list[Problem]:
+    """All problems of a task's file of JSON lines, in order; ValueError as in `make_task`."""
+    _, to_problem = _source(name, parameters)
+    if not to_problem:
+        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
+    return read_problems(path, to_problem)
+
+
+def _source(name: str, parameters: dict) -> Source:
     sources = {
         "countdown": countdown,
         "arithmetic": arithmetic,
@@ -81,17 +103,7 @@ def make_task(
     if unknown:
         known = ", ".join(inspect.signature(sources[name]).parameters) or "none"
         raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
-    draw, to_problem = sources[name](**parameters)
-    if not to_problem and (data or eval_data):
-        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
-    if not draw and not data:
-        raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
-    evaluation = read_problems(eval_data, to_problem) if eval_data else []
-    rule = _held_out_rule(evaluation, held_out_share)
-    if data:
-        return _listed_task(name, read_problems(data, to_problem), evaluation, rule)
-    held_out = partial(_held_out_listed, evaluation) if evaluation else partial(_held_out_drawn, draw, rule)
-    return Task(name, partial(_sample_drawn, draw, rule), held_out)
+    return sources[name](**parameters)
 
 
 def _listed_task(name: str, problems: list[Problem], evaluation: list[Problem], rule) -> Task:
