@@ -1,0 +1,73 @@
+"""Workers: replicas share weights, keep gradients of their own until they are gathered, and change no result."""
+
+import threading
+
+import pytest
+import torch
+
+from nanor1.parallel import SMALL, Workers, start_workers
+
+
+def new_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+
+def backward(model, x):
+    loss = model(x).square().sum()
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n_jobs", [0, 1, 2, 5])
+def test_results_come_in_the_order_of_the_jobs(n, n_jobs):
+    assert Workers(new_model(), n).map(lambda model, job: job * 10, list(range(n_jobs))) == [
+        job * 10 for job in range(n_jobs)
+    ]
+
+
+def test_gathered_gradients_are_those_of_one_model_and_the_replicas_start_afresh():
+    jobs = [torch.randn(4, 6) for _ in range(5)]
+    alone, workers = new_model(), Workers(new_model(), 2)
+    expected = [backward(alone, x) for x in jobs]
+    assert workers.map(backward, jobs) == pytest.approx(expected)
+    workers.gather_gradients()
+    for p, q in zip(alone.parameters(), workers.model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    assert all(p.grad is None for p in workers.models[1].parameters())
+
+
+def test_an_update_in_place_shows_in_every_replica():
+    workers = Workers(new_model(), 3)
+    with torch.no_grad():
+        for p in workers.model.parameters():
+            p.add_(1.0)
+    x = torch.randn(2, 6)
+    outputs = workers.map(lambda model, _: model(x), range(3))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_workers_run_torch_on_one_thread_each_and_leave_the_caller_its_own():
+    before = torch.get_num_threads()
+    seen = Workers(new_model(), 2).map(lambda model, _: (torch.get_num_threads(), threading.get_ident()), range(4))
+    assert {threads for threads, _ in seen} == {1}
+    assert threading.get_ident() not in {ident for _, ident in seen}
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    def fail(model, job):
+        raise ValueError(f"job {job}")
+
+    with pytest.raises(ValueError, match="job 0"):
+        Workers(new_model(), 2).map(fail, [0, 1])
+
+
+def test_only_a_small_model_gets_a_worker_a_thread_unasked(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert len(start_workers(new_model()).models) == 4
+    assert len(start_workers(new_model(), 2).models) == 2
+    with torch.device("meta"):
+        large = torch.nn.Linear(SMALL, 2, bias=False)
+    assert len(start_workers(large).models) == 1
