@@ -1,18 +1,39 @@
-"""Log-probabilities and entropy of given tokens, without holding all the logits at once.
+"""Log-probabilities and entropy of given tokens, and losses on them, without ever holding all the logits.
 
-With a vocabulary of 150,000 the logits of a training batch are larger than the model. Here they are made a chunk of
-tokens at a time, forward and backward: each chunk's logits are dropped after the forward and made again for its
-gradient (activation checkpointing, 1604.06174).
+With a vocabulary of 150,000 the logits of a training batch are larger than the model. Here they are made for a chunk of
+tokens at a time. Two functions share the chunk:
+
+- `token_logprobs` is a plain differentiable function: its backward makes each chunk's logits again. Four matrix
+  products of N x C x V: one forward; logits, gradient of hidden and gradient of weight backward.
+- `chunked_loss` also takes the loss, and so can form the gradient while a chunk's logits are there. Three products. It
+  asks that a token's loss depend on its own log-probability only, as in every policy loss and in cross-entropy.
+
+The maths, with l = hidden weight^T / temperature, lse = log sum_v exp(l_v), p = exp(l - lse):
+
+    logp = l_target - lse                                     d logp / d l_v = 1[v = target] - p_v
+    entropy = -sum_v p_v log p_v = lse - sum_v p_v l_v        (no gradient: it is for reporting)
+
+so that with g = d loss / d logp, error = p - 1[target] and s = -g / temperature of each token
+
+    d loss / d hidden = s * (error @ weight)                  d loss / d weight = error^T @ (s * hidden)
+
+Only logp, lse and entropy, one number a token, outlive a chunk. Departures from computing it plainly: everything is
+fp32 for weights of bf16 too (a bf16 logit between 16 and 32 is a multiple of 0.125, which would part the trainer from
+the sampler), and so is the sum of the weight's gradient over the chunks (a bf16 sum loses addends 256 times smaller).
 
 Letters: N tokens, C width, V vocabulary.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
-MAX_CHUNK_LOGITS = 2**26  # 256 MiB of fp32 at a time
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = defaultdict(lambda: 2**27, cuda=2**31)  # logits; small chunks read weight and its gradient too often
+BLOCK_BYTES = defaultdict(lambda: 2**21, cuda=2**28)  # of these, what is exponentiated at a time: fits a CPU's cache
+ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes, as tensor cores want
 
 
 def token_logprobs(
@@ -20,23 +41,189 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log p(target) at the sampling temperature, and the entropy of the whole distribution in nats; both fp32 [N].
 
-    The log-softmax is computed in fp32 whatever the dtype of hidden and weight. Ids at or above `vocab_size` (padding
-    of the output matrix) get probability 0, as in the sampler. The entropy is for reporting: it carries no gradient.
+    hidden and weight are of one dtype, fp32 or bf16, and get gradients of it (in fp64 all is fp64). Targets, int64, are
+    below `vocab_size`; ids at or above it (padding of the output matrix) get probability 0, as in the sampler. The
+    entropy carries no gradient; differentiating twice raises RuntimeError.
     """
-    weight_VC = weight_VC[:vocab_size]
-    chunk = max(1, MAX_CHUNK_LOGITS // len(weight_VC))
-    if len(targets_N) <= chunk:
-        return _chunk_logprobs(hidden_NC, weight_VC, targets_N, temperature)
-    parts = [
-        checkpoint(_chunk_logprobs, hidden, weight_VC, targets, temperature, use_reentrant=False)
-        for hidden, targets in zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    logp, entropy = zip(*parts, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
+    return _TokenLogprobs.apply(hidden_NC, weight_VC, targets_N, temperature, vocab_size or len(weight_VC))
 
 
-def _chunk_logprobs(hidden: Tensor, weight_VC: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logp_NV = F.log_softmax(F.linear(hidden, weight_VC).float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy_N = -(logp_NV.exp() * logp_NV).nan_to_num(0.0).sum(-1)
-    return logp_NV.gather(-1, targets[:, None]).squeeze(-1), entropy_N
+def chunked_loss(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    loss_fn: Callable[[Tensor, slice], Tensor],
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the chunks' losses, logp [N], entropy [N]); the loss alone carries a gradient.
+
+    `loss_fn(logp of some tokens, their slice of N)` returns a scalar, the sum of those tokens' losses, each a function
+    of that token's own logp alone. Its gradient is formed at once, so the loss's backward only multiplies it by what
+    comes from above; a second backward, and differentiating twice, raise RuntimeError. Shapes and dtypes are those of
+    `token_logprobs`.
+
+    >>> hidden, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(8, 4)
+    >>> loss, _, _ = chunked_loss(hidden, weight, torch.tensor([3, 5]), lambda logp, at: -logp.sum() / 2)
+    >>> round(loss.item(), 4)  # log(8)
+    2.0794
+    """
+    if not torch.is_grad_enabled():
+        hidden_NC, weight_VC = hidden_NC.detach(), weight_VC.detach()
+    return _ChunkedLoss.apply(hidden_NC, weight_VC, targets_N, loss_fn, temperature, vocab_size or len(weight_VC))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, targets_N, temperature, vocab_size):
+        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
+        logp_N, lse_N, entropy_N = hidden.new_empty(3, len(hidden), dtype=_wide(hidden.dtype))
+        for at, buffer in _chunks(hidden, weight):
+            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
+            logp_N[at], lse_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
+        ctx.save_for_backward(hidden_NC, weight_VC, targets_N, logp_N, lse_N)
+        ctx.settings = temperature, vocab_size
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp_N, _):
+        hidden_NC, weight_VC, targets_N, logp_N, lse_N = ctx.saved_tensors
+        temperature, vocab_size = ctx.settings
+        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
+        gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
+        scale_N = grad_logp_N / -temperature
+        for at, buffer in _chunks(hidden, weight):
+            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
+            error = _error(logits, targets_N[at], logp_N[at], lse_N[at], hidden.dtype)
+            _add_gradients(gradients, at, error, scale_N[at], hidden[at], weight)
+            del error  # before the next one is made
+        return *_in_dtype(gradients, hidden_NC.dtype), None, None, None
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, targets_N, loss_fn, temperature, vocab_size):
+        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
+        logp_N, entropy_N = hidden.new_empty(2, len(hidden), dtype=_wide(hidden.dtype))
+        gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
+        loss = logp_N.new_zeros(())
+        for at, buffer in _chunks(hidden, weight):
+            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
+            logp_N[at], lse, entropy_N[at] = _statistics(logits, targets_N[at])
+            chunk_loss, grad_logp = _loss_and_gradient(loss_fn, logp_N[at], at)
+            loss += chunk_loss
+            if any(ctx.needs_input_grad):
+                error = _error(logits, targets_N[at], logp_N[at], lse, hidden.dtype)
+                _add_gradients(gradients, at, error, grad_logp / -temperature, hidden[at], weight)
+                del error
+        ctx.gradients = _in_dtype(gradients, hidden_NC.dtype)
+        ctx.mark_non_differentiable(logp_N, entropy_N)
+        return loss, logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("chunked_loss has no second backward: its gradient is formed once, in the forward")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None
+
+
+def _loss_and_gradient(loss_fn, logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        logp = logp.detach().requires_grad_()
+        loss = loss_fn(logp, at)
+        (grad_logp,) = torch.autograd.grad(loss, logp)
+    return loss.detach(), grad_logp
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and sums: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """What the matrix products multiply: the vocabulary's rows alone, and bf16 only where a product of it is fp32.
+
+    That is on CUDA (torch.mm with out_dtype, torch >= 2.8). Elsewhere bf16 is converted, once a call: a product of bf16
+    would round the logits, and on a CPU without bf16 instructions takes five times as long (measured, Zen 3).
+    """
+    weight = weight_VC[: -(-vocab_size // ALIGNMENT) * ALIGNMENT]
+    if hidden_NC.is_cuda:
+        return hidden_NC, weight
+    return hidden_NC.to(_wide(hidden_NC.dtype)), weight.to(_wide(weight.dtype))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b into `out`, summed and returned in its dtype whatever that of a and b."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the tokens, each with room for its logits: always the same, as new memory pages cost more than exp."""
+    N, V = len(hidden), len(weight)
+    dtype = _wide(hidden.dtype)
+    n = max(1, CHUNK_BYTES[hidden.device.type] // (V * dtype.itemsize))
+    buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
+    for start in range(0, N, n):
+        at = slice(start, min(start + n, N))
+        yield at, buffer[: at.stop - start]
+
+
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    logits = _product(hidden, weight.T, out=buffer)
+    if temperature != 1:
+        logits /= temperature
+    logits[:, vocab_size:] = -1e30  # probability 0; -inf would make 0 * inf of it in the entropy
+    return logits
+
+
+def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logp of the targets, lse and entropy, a block of rows at a time; the logits stay as they are."""
+    N, V = logits.shape
+    rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
+    buffers = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
+    parts = [_lse_and_entropy(block, *buffers[:, : len(block)]) for block in logits.split(rows)]
+    lse, entropy = map(torch.cat, zip(*parts, strict=True))
+    return logits.gather(1, targets[:, None]).squeeze(1) - lse, lse, entropy
+
+
+def _lse_and_entropy(logits: Tensor, shifted: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
+    highest = logits.amax(1, keepdim=True)
+    torch.exp(torch.sub(logits, highest, out=shifted), out=exp)
+    total = exp.sum(1)
+    mean_shifted = torch.bmm(exp[:, None], shifted[:, :, None]).flatten() / total
+    return highest.squeeze(1) + total.log(), total.log() - mean_shifted
+
+
+def _error(logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """p - 1[target] in `dtype`; the logits' memory is used up."""
+    error = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    torch.exp(logits.sub_(lse[:, None]), out=error)
+    return error.scatter_(1, targets[:, None], logp.expm1().to(dtype)[:, None])
+
+
+def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:
+    wanted = zip((hidden_NC, weight_VC), needs_grad, strict=False)
+    return [torch.zeros_like(x, dtype=_wide(x.dtype)) if is_wanted else None for x, is_wanted in wanted]
+
+
+def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Add a chunk's part to both gradients; `scale` is multiplied into the small matrices, not into the error."""
+    grad_hidden_NC, grad_weight_VC = gradients
+    if grad_hidden_NC is not None:
+        _product(error, weight, out=grad_hidden_NC[at]).mul_(scale[:, None])
+    if grad_weight_VC is not None:
+        scaled, total = (hidden * scale[:, None]).to(hidden.dtype), grad_weight_VC[: len(weight)]
+        if total.dtype == error.dtype:
+            total.addmm_(error.T, scaled)
+        else:
+            total += _product(error.T, scaled, out=torch.empty_like(total))
+
+
+def _in_dtype(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]

@@ -3,11 +3,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from nanor1 import logprobs
-from nanor1.logprobs import token_logprobs
+from nanor1.logprobs import chunked_loss, token_logprobs
 
-N, C, V = 11, 6, 9
+N, C, V = 11, 6, 24
+USED = 21  # of the vocabulary, where some of it is padding
+ROWS = [1, 3, 4, N, 100]  # tokens a chunk: one; ragged last chunks; exactly all; more than there are
 
 
 def example(seed=0, dtype=torch.float32):
@@ -15,102 +20,338 @@ def example(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, C, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, C, generator=generator).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(0, V - 2, (N,), generator=generator)
+    return hidden, weight, torch.randint(0, USED, (N,), generator=generator)
 
 
-def rows_a_chunk(monkeypatch, n, vocab_size=V):
-    monkeypatch.setattr(logprobs, "MAX_CHUNK_LOGITS", n * vocab_size)
+def plain_logprobs(hidden, weight, targets, temperature=1.0, vocab_size=None):
+    return (hidden @ weight[:vocab_size].T / temperature).log_softmax(-1)[range(len(targets)), targets]
 
 
-def test_it_is_the_log_softmax_of_the_scaled_logits_at_the_targets():
+@pytest.fixture
+def rows_a_chunk(monkeypatch):
+    """Set the number of tokens a chunk and, smaller, a block of the statistics, for a vocabulary of V."""
+
+    def set_rows(rows, itemsize=4):
+        monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", rows * V * itemsize)
+        monkeypatch.setitem(logprobs.BLOCK_BYTES, "cpu", (rows + 2) // 3 * V * itemsize)
+
+    return set_rows
+
+
+@pytest.fixture
+def bf16_products(monkeypatch):
+    """Stand in for CUDA: operands stay bf16, their products are summed and returned in fp32."""
+    monkeypatch.setattr(logprobs, "_operands", lambda hidden, weight, vocab_size: (hidden, weight))
+    monkeypatch.setattr(logprobs, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
+
+
+def clipped_loss(old, advantage, weight, ref):
+    """A policy loss with everything: ratio and clip, k3 penalty, a detached importance weight."""
+
+    def loss_fn(logp, at):
+        ratio, log_ref_ratio = (logp - old[at]).exp(), ref[at] - logp
+        surrogate = torch.minimum(ratio * advantage[at], ratio.clamp(0.8, 1.28) * advantage[at])
+        k3 = log_ref_ratio.exp() - 1 - log_ref_ratio
+        return ((0.1 * k3 - surrogate * (logp.detach() - old[at]).exp().clamp(max=2)) * weight[at]).sum()
+
+    return loss_fn
+
+
+def loss_of(logp, seed):
+    """A clipped loss around given log-probabilities: some ratios in the clip, some beyond each end of it."""
+    generator = torch.Generator().manual_seed(seed)
+    old, ref = (logp.detach() + 0.5 * torch.randn(N, generator=generator) for _ in range(2))
+    return clipped_loss(old, torch.randn(N, generator=generator), torch.rand(N, generator=generator), ref)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.7, None), (1.5, USED)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_those_of_the_plain_log_softmax(rows_a_chunk, rows, temperature, vocab_size, dtype):
+    rows_a_chunk(rows, dtype.itemsize)
+    hidden, weight, targets = example(seed=rows, dtype=dtype)
+    expected = plain_logprobs(hidden, weight, targets, temperature, vocab_size)
+    grad = torch.linspace(-1, 2, N, dtype=dtype)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight), grad)
+    logp, _ = token_logprobs(hidden, weight, targets, temperature, vocab_size)
+    assert logp.dtype == dtype
+    tolerance = {torch.float32: {"atol": 2e-6, "rtol": 1e-5}, torch.float64: {"atol": 1e-14, "rtol": 1e-13}}[dtype]
+    torch.testing.assert_close(logp, expected, **tolerance)
+    for mine, theirs in zip(torch.autograd.grad(logp, (hidden, weight), grad), expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+        assert theirs.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rows", [3, N])
+def test_the_gradient_is_that_of_finite_differences(rows_a_chunk, rows):
+    rows_a_chunk(rows, 8)
+    hidden, weight, targets = example(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 0.7, USED)[0], (hidden, weight))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.7, USED)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_chunked_loss_has_the_value_and_gradient_of_the_loss_of_all_tokens(
+    rows_a_chunk, rows, temperature, vocab_size, dtype
+):
+    rows_a_chunk(rows, dtype.itemsize)
+    hidden, weight, targets = example(seed=rows, dtype=dtype)
+    expected_logp = plain_logprobs(hidden, weight, targets, temperature, vocab_size)
+    loss_fn = loss_of(expected_logp, seed=rows)
+    expected = loss_fn(expected_logp, slice(None))
+    expected_grads = torch.autograd.grad(3 * expected, (hidden, weight))
+    loss, logp, entropy = chunked_loss(hidden, weight, targets, loss_fn, temperature, vocab_size)
+    assert not logp.requires_grad and not entropy.requires_grad
+    torch.testing.assert_close(entropy, token_logprobs(hidden, weight, targets, temperature, vocab_size)[1])
+    grads = torch.autograd.grad(3 * loss, (hidden, weight))
+    rounding = {torch.float32: 1e-5, torch.float64: 1e-14}[dtype]
+    for mine, theirs in zip((loss, logp, *grads), (expected, expected_logp, *expected_grads), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=rounding * max(1.0, theirs.abs().max().item()))
+        assert theirs.abs().max() > 0.01
+
+
+def both_losses(targets):
+    """The same loss by either function, of (hidden, weight)."""
+    return [
+        lambda hidden, weight: token_logprobs(hidden, weight, targets)[0].square().sum(),
+        lambda hidden, weight: chunked_loss(hidden, weight, targets, lambda logp, at: logp.square().sum())[0],
+    ]
+
+
+def test_only_what_requires_a_gradient_gets_one():
     hidden, weight, targets = example()
-    logp, _ = token_logprobs(hidden, weight, targets, temperature=0.7)
-    expected = ((hidden @ weight.T) / 0.7).log_softmax(-1)[range(N), targets]
-    torch.testing.assert_close(logp, expected)
+    expected = torch.autograd.grad(plain_logprobs(hidden, weight, targets).square().sum(), (hidden, weight))
+    for loss in both_losses(targets):
+        torch.testing.assert_close(torch.autograd.grad(loss(hidden, weight.detach()), hidden)[0], expected[0])
+        torch.testing.assert_close(torch.autograd.grad(loss(hidden.detach(), weight), weight)[0], expected[1])
+        assert not loss(hidden.detach(), weight.detach()).requires_grad
+        with torch.no_grad():
+            assert not loss(hidden, weight).requires_grad
 
 
-@pytest.mark.parametrize("rows", [1, 3, 10])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch, rows):
-    results = []
-    for chunk in (N, rows):
-        rows_a_chunk(monkeypatch, chunk)
-        hidden, weight, targets = example()
-        logp, entropy = token_logprobs(hidden, weight, targets, temperature=0.7)
-        (logp * torch.linspace(-1, 2, N)).sum().backward()
-        results.append((logp.detach(), entropy, hidden.grad, weight.grad))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
-        assert whole.abs().max() > 0.1
-
-
-def test_no_chunk_holds_more_logits_than_allowed(monkeypatch):
-    rows_a_chunk(monkeypatch, 4)
-    sizes, softmax = [], F.log_softmax
-    monkeypatch.setattr(F, "log_softmax", lambda logits, dim: sizes.append(logits.numel()) or softmax(logits, dim=dim))
+def test_gradients_add_up_over_micro_batches_and_pass_through_a_weight_that_is_no_leaf():
     hidden, weight, targets = example()
-    token_logprobs(hidden, weight, targets)[0].sum().backward()
-    assert max(sizes) == 4 * V and len(sizes) == 6  # 4, 4 and 3 rows, forward and once more for the gradient
+    expected = torch.autograd.grad(plain_logprobs(hidden, weight, targets).square().sum(), weight)[0]
+    for loss in both_losses(targets):
+        weight.grad = None
+        for _ in range(2):
+            (0.5 * loss(hidden, 2 * (weight / 2))).backward()
+        torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [4, N])
-def test_ids_at_or_above_vocab_size_have_probability_zero_and_no_gradient(monkeypatch, rows):
-    rows_a_chunk(monkeypatch, rows, V - 2)
-    hidden, weight, _ = example()
-    total = sum(token_logprobs(hidden, weight, torch.full((N,), i), vocab_size=V - 2)[0].exp() for i in range(V - 2))
+def test_ids_at_or_above_vocab_size_have_probability_zero_and_no_gradient(rows_a_chunk, rows):
+    rows_a_chunk(rows)
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        weight[USED:] *= 1000  # would outweigh everything
+    total = sum(token_logprobs(hidden, weight, torch.full((N,), i), vocab_size=USED)[0].exp() for i in range(USED))
     torch.testing.assert_close(total, torch.ones(N))
-    token_logprobs(hidden, weight, torch.zeros(N, dtype=torch.int64), vocab_size=V - 2)[0].sum().backward()
-    assert not weight.grad[V - 2 :].any() and weight.grad[: V - 2].all()
+    token_logprobs(hidden, weight, targets, vocab_size=USED)[0].sum().backward()
+    assert not weight.grad[USED:].any() and weight.grad[:USED].all()
+
+
+def test_padding_costs_no_more_than_the_rounding_up_to_an_aligned_row(rows_a_chunk):
+    rows_a_chunk(N)
+    hidden, weight, targets = example()
+    wide = torch.cat((weight.detach(), torch.randn(5000, C)))
+    with LargestTensor() as seen:
+        token_logprobs(hidden, wide, targets, vocab_size=USED)
+    assert seen.numel == N * V  # 21 rounded up to a multiple of 8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation's new tensors, forward and backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {id(x) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x.numel() for x in tree_iter(out) if isinstance(x, torch.Tensor) and id(x) not in known]
+        self.numel = max([self.numel, *made])
+        return out
+
+
+def test_no_tensor_larger_than_a_chunk_of_logits_is_made_forward_or_backward(rows_a_chunk):
+    rows_a_chunk(15)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, C, generator=generator).requires_grad_() for n in (50, V))
+    targets = torch.randint(0, V, (50,), generator=generator)
+    with LargestTensor() as plain:
+        plain_logprobs(hidden, weight, targets).square().sum().backward()
+    assert plain.numel >= 50 * V  # what the watch is for, it sees
+    for loss in both_losses(targets):
+        with LargestTensor() as seen:
+            loss(hidden, weight).backward()
+        assert seen.numel == 15 * V
+
+
+def test_no_logits_are_kept_for_the_backward(rows_a_chunk):
+    rows_a_chunk(4)
+    hidden, weight, targets = example()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        token_logprobs(hidden, weight, targets)
+    assert sorted(x.numel() for x in kept) == sorted([N, N, N, N * C, V * C])
+
+
+class TiedModel(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embed = nn.Embedding.from_pretrained(embedding.clone(), freeze=False)
+        self.mix = nn.Linear(C, C, bias=False)
+        nn.init.eye_(self.mix.weight)
+
+    def forward(self, ids):
+        return self.mix(self.embed(ids)).tanh()
 
 
 @pytest.mark.parametrize("rows", [2, N])
-def test_weights_tied_to_the_embedding_get_the_gradient_of_both_uses(monkeypatch, rows):
-    rows_a_chunk(monkeypatch, rows)
+def test_weights_tied_to_the_embedding_get_the_gradient_of_both_uses(rows_a_chunk, rows):
+    rows_a_chunk(rows)
     _, weight, targets = example()
     ids = targets.flip(0)
-    token_logprobs(weight[ids], weight, targets)[0].sum().backward()
-    tied = weight.grad.clone()
-    embedding, head = (weight.detach().clone().requires_grad_() for _ in range(2))
-    (embedding[ids] @ head.T).log_softmax(-1)[range(N), targets].sum().backward()
-    torch.testing.assert_close(tied, embedding.grad + head.grad)
+    plain = TiedModel(weight.detach())
+    head = plain.embed.weight.detach().clone().requires_grad_()
+    plain_logprobs(plain(ids), head, targets).square().sum().backward()
+    expected = plain.embed.weight.grad + head.grad
+    for loss in both_losses(targets):
+        model = TiedModel(weight.detach())
+        loss(model(ids), model.embed.weight).backward()
+        torch.testing.assert_close(model.embed.weight.grad, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.mix.weight.grad, plain.mix.weight.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_the_softmax_of_bf16_logits_is_computed_in_fp32():
+def test_log_probabilities_of_bf16_weights_are_those_of_the_same_weights_in_fp32():
     hidden, weight, targets = example(dtype=torch.bfloat16)
     logp, entropy = token_logprobs(hidden, weight, targets, temperature=0.7)
     assert logp.dtype == entropy.dtype == torch.float32
-    logits = F.linear(hidden, weight).float() / 0.7
-    torch.testing.assert_close(logp, logits.log_softmax(-1)[range(N), targets])
-    total = sum(token_logprobs(hidden, weight, torch.full((N,), i))[0].exp() for i in range(V))
-    torch.testing.assert_close(total, torch.ones(N), atol=1e-5, rtol=0)  # in bf16 it would be off by some 0.01
-    logp.sum().backward()
-    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logp, plain_logprobs(hidden.float(), weight.float(), targets, 0.7))
+    rounded = plain_logprobs(hidden, weight, targets, 0.7).float()
+    assert (logp - rounded).abs().max() > 1e-3  # what logits of bf16 would do
+
+
+def bf16_example(n=200, width=32):
+    generator = torch.Generator().manual_seed(n)
+    hidden = torch.randn(n, width, generator=generator).bfloat16().requires_grad_()
+    weight = (2 * torch.randn(V, width, generator=generator) / width**0.5).bfloat16().requires_grad_()
+    return hidden, weight, torch.randint(0, V, (n,), generator=generator)
+
+
+def check_within_rounding(mine, expected, terms, n_roundings):
+    """|mine - expected| is at most the roundings (2^-8 each in bf16) of the terms of the sum, and of the result."""
+    assert mine.dtype == torch.bfloat16
+    bound = (n_roundings * terms + expected.abs()) * 2**-8 * 1.01 + 1e-6
+    assert ((mine.float() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows", [8, 64, 1000])
+@pytest.mark.parametrize("use_bf16_products", [False, True])
+def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(
+    request, rows_a_chunk, rows, use_bf16_products
+):
+    """bf16 products round the error, and hidden times its factor, before they are multiplied; fp32 ones nothing."""
+    if use_bf16_products:
+        request.getfixturevalue("bf16_products")
+    rows_a_chunk(rows)
+    hidden, weight, targets = bf16_example()
+    hidden_fp32, weight_fp32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    plain = plain_logprobs(hidden_fp32, weight_fp32, targets)
+    expected = torch.autograd.grad(plain.square().sum(), (hidden_fp32, weight_fp32))
+    with torch.no_grad():
+        error = F.one_hot(targets, V) - (hidden_fp32 @ weight_fp32.T).softmax(-1)
+        size = (error * 2 * plain[:, None]).abs()  # of each logit's gradient
+        terms = size @ weight_fp32.abs(), size.T @ hidden_fp32.abs()
+    for loss in both_losses(targets):
+        grads = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+        check_within_rounding(grads[0], expected[0], terms[0], 1 if use_bf16_products else 0)
+        check_within_rounding(grads[1], expected[1], terms[1], 2 if use_bf16_products else 0)
+
+
+@pytest.mark.parametrize("use_bf16_products", [False, True])
+def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks(
+    request, rows_a_chunk, use_bf16_products
+):
+    """One chunk of size 1 and 512 of 2^-9: the sum is 2; added in bf16, each of the 512 would vanish."""
+    if use_bf16_products:
+        request.getfixturevalue("bf16_products")
+    rows_a_chunk(1)
+    factor = torch.full((513,), 2.0**-9)
+    factor[0] = 1.0
+    hidden = torch.ones(513, 1, dtype=torch.bfloat16)
+    targets = torch.zeros(513, dtype=torch.int64)
+    for loss_of_factor in (
+        lambda weight: (token_logprobs(hidden, weight, targets)[0] * factor).sum(),
+        lambda weight: chunked_loss(hidden, weight, targets, lambda logp, at: (logp * factor[at]).sum())[0],
+    ):
+        weight = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
+        loss_of_factor(weight).backward()
+        assert weight.grad[0].item() == pytest.approx(2 * (1 - 1 / V), rel=2**-8)
+        assert weight.grad[1].item() == pytest.approx(-2 / V, rel=2**-8)
+
+
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.5, USED)])
+@pytest.mark.parametrize("rows", [4, N])
+def test_the_entropy_is_that_of_the_distribution_sampled_from(rows_a_chunk, rows, temperature, vocab_size):
+    rows_a_chunk(rows)
+    hidden, weight, targets = example()
+    expected = torch.distributions.Categorical(logits=hidden @ weight[:vocab_size].T / temperature).entropy()
+    entropy = token_logprobs(hidden, weight, targets, temperature, vocab_size)[1]
+    torch.testing.assert_close(entropy, expected.detach(), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "entropy"),
+    ("logits", "entropy"),
     [
-        ([0.25, 0.25, 0.25, 0.25], math.log(4)),
-        ([0.5, 0.25, 0.125, 0.125], 1.75 * math.log(2)),
-        ([0.5, 0.5, 0.0, 0.0], math.log(2)),  # logits of -infinity
-        ([1.0, 0.0, 0.0, 0.0], 0.0),
+        ([7.0, 7.0, 7.0, 7.0], math.log(4)),
+        ([math.log(4), math.log(2), 0.0, 0.0], 1.75 * math.log(2)),
+        ([0.0, 0.0, -300.0, -1e30], math.log(2)),  # probabilities that are zero in fp32
+        ([0.0, -300.0, -300.0, -300.0], 0.0),
     ],
 )
-def test_the_entropy_is_in_nats_and_knows_that_zero_times_log_zero_is_zero(probabilities, entropy):
-    weight = torch.tensor(probabilities).log()[:, None]
-    logp, mine = token_logprobs(torch.ones(1, 1), weight, torch.tensor([0]))
+def test_the_entropy_is_in_nats_and_knows_that_zero_times_log_zero_is_zero(logits, entropy):
+    _, mine = token_logprobs(torch.ones(1, 1), torch.tensor(logits)[:, None], torch.tensor([0]))
     assert mine.item() == pytest.approx(entropy, abs=1e-6)
-    assert logp.item() == pytest.approx(math.log(probabilities[0]), abs=1e-6)
 
 
-def test_the_entropy_is_that_of_the_distribution_sampled_from():
-    weight = torch.tensor([0.8, 0.2]).log()[:, None]
-    _, entropy = token_logprobs(torch.ones(1, 1), weight, torch.tensor([0]), temperature=0.5)
-    hot = 0.64 / 0.68  # squared and normalised
-    assert entropy.item() == pytest.approx(-hot * math.log(hot) - (1 - hot) * math.log(1 - hot), abs=1e-6)
+def test_large_logits_do_not_overflow():
+    logp, entropy = token_logprobs(torch.ones(1, 1), torch.tensor([[1000.0], [999.0]]), torch.tensor([1]))
+    assert logp.item() == pytest.approx(-1 - math.log1p(math.exp(-1)), rel=1e-4)
+    p = 1 / (1 + math.e)
+    assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-5)
 
 
-@pytest.mark.parametrize("rows", [4, N])
-def test_the_entropy_carries_no_gradient(monkeypatch, rows):
-    rows_a_chunk(monkeypatch, rows)
+def test_the_entropy_carries_no_gradient():
     logp, entropy = token_logprobs(*example())
     assert logp.requires_grad and not entropy.requires_grad
+
+
+def test_no_tokens_give_no_values_and_zero_gradients():
+    hidden, weight, _ = example()
+    targets = torch.zeros(0, dtype=torch.int64)
+    logp, entropy = token_logprobs(hidden[:0], weight, targets)
+    assert logp.shape == entropy.shape == (0,)
+    for loss in both_losses(targets):
+        weight.grad = None
+        loss(hidden[:0], weight).backward()
+        assert weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+def test_differentiating_twice_is_an_error():
+    hidden, weight, targets = example()
+    for loss in both_losses(targets):
+        (grad,) = torch.autograd.grad(loss(hidden, weight).square(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_a_second_backward_is_an_error_where_the_gradient_was_formed_once_and_repeats_where_it_is_recomputed():
+    hidden, weight, targets = example()
+    recomputed, formed_once = (loss(hidden, weight) for loss in both_losses(targets))
+    first, second = (torch.autograd.grad(recomputed, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+    formed_once.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        formed_once.backward()
