@@ -1,15 +1,22 @@
-"""Causal attention over packed sequences, and over a key/value cache: one call each.
+"""Causal attention over packed sequences, and over a key/value cache: one call each, three ways.
 
-Sequences lie end to end, `cu_seqlens_B1 = [0, len_0, len_0 + len_1, ...]`; no token attends across a boundary. This is
-the one module in which padding exists: torch's scaled_dot_product_attention (SDPA) wants a rectangle, so sequences are
-copied into one and the result is copied back. A padded key lies after every real token of its row, so the causal mask
-hides it, and no gradient reaches it.
+Sequences lie end to end, `cu_seqlens_B1 = [0, len_0, len_0 + len_1, ...]`; no token attends across a boundary. The
+queries of a sequence may be only its last positions: a chunk of a prompt, or a completion behind a prompt that others
+share. Then keys have their own `cu_seqlens_k_B1`, and query i of a sequence sees its keys j <= i + k_len - q_len.
 
-`reference_attention` says the same in the plainest way; the tests compare the two. Attention: Vaswani et al. 2017
-(1706.03762, eq. 1); grouped queries: Ainslie et al. 2023 (2305.13245).
+On CUDA the Triton kernels take them as they lie (kernels.py). Where those do not run, torch's
+scaled_dot_product_attention (SDPA) does; a warning says why, once. It wants a rectangle, so this is the one module in
+which padding exists: sequences are copied into one and the result is copied back. A padded key lies after every real
+token of its row, so the causal mask hides it, and no gradient reaches it. `reference_attention` says the same in the
+plainest way; the tests compare the three.
 
-Letters: N packed tokens, B sequences, T longest sequence, H query heads, K key/value heads, D head width.
+Attention: Vaswani et al. 2017 (1706.03762, eq. 1); grouped queries: Ainslie et al. 2023 (2305.13245).
+
+Letters: N packed queries, M packed keys, B sequences, T most queries of one, U most keys, H query heads, K key/value
+heads, D head width, S slots of a cache.
 """
+
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +25,51 @@ from torch import Tensor
 SHORT = 128  # up to this length plain matrix products beat SDPA's tiles on a CPU in fp32 (2x at 30 tokens)
 
 
-def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens_B1: Tensor, max_len: int) -> Tensor:
+def attention(
+    q_NHD: Tensor,
+    k_MKD: Tensor,
+    v_MKD: Tensor,
+    cu_seqlens_B1: Tensor,
+    max_len: int,
+    cu_seqlens_k_B1: Tensor | None = None,
+    max_len_k: int | None = None,
+) -> Tensor:
     """Causal attention within each packed sequence; returns out_NHD in q's dtype, scaled by D ** -0.5.
 
-    `cu_seqlens_B1` is int64 on q's device, starting at 0 and ending at N; `max_len` is the longest sequence. Neighbours
-    of similar length share a rectangle, so sequences sorted by length waste least.
+    `cu_seqlens_B1` is int64 on q's device, starting at 0 and ending at N; `max_len` is the longest sequence (the Triton
+    kernels do not look at it). The same of the keys, where a sequence has more of them than queries; None: as many.
+    On a CPU neighbours of similar length share a rectangle, so sequences sorted by length waste least.
     """
+    if cu_seqlens_k_B1 is None:
+        cu_seqlens_k_B1, max_len_k = cu_seqlens_B1, max_len
+    kernels = _triton_kernels(q_NHD)
+    if kernels is not None:
+        return kernels.flash_attention(q_NHD, k_MKD, v_MKD, cu_seqlens_B1, cu_seqlens_k_B1)
     if q_NHD.device.type != "cpu":  # one rectangle: its shape is known without asking the device
-        return _attend_in_rectangle(q_NHD, k_NKD, v_NKD, cu_seqlens_B1.diff(), max_len)
-    groups = _groups_of_similar_length(cu_seqlens_B1.diff().tolist())
-    sizes = [sum(group) for group in groups]
-    parts = zip(q_NHD.split(sizes), k_NKD.split(sizes), v_NKD.split(sizes), groups, strict=True)
-    return torch.cat([_attend_in_rectangle(q, k, v, torch.tensor(group), max(group)) for q, k, v, group in parts])
+        lengths_B = cu_seqlens_B1.diff()
+        lengths_k_B = lengths_B if cu_seqlens_k_B1 is cu_seqlens_B1 else cu_seqlens_k_B1.diff()
+        return _attend_in_rectangle(q_NHD, k_MKD, v_MKD, lengths_B, lengths_k_B, max_len, max_len_k)
+    return _attend_in_groups(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.diff().tolist(), cu_seqlens_k_B1.diff().tolist())
+
+
+def cached_attention(
+    q_BHD: Tensor, k_SKTD: Tensor, v_SKTD: Tensor, slot_B: Tensor | None, length_B: Tensor, max_len: int
+) -> Tensor:
+    """Attention of one query a row to the first length_B[b] keys of slot slot_B[b] (None: b); returns out_BHD.
+
+    A row of length 0 gives zeros. `max_len` is the longest length or more (the Triton kernels do not look at it); cells
+    of the cache up to there must be finite. Not differentiable on CUDA. Without kernels, slots other than None cost a
+    copy of the rows.
+    """
+    kernels = _triton_kernels(q_BHD)
+    if kernels is not None:
+        return kernels.flash_decode(q_BHD, k_SKTD, v_SKTD, slot_B, length_B)
+    rows = slice(len(q_BHD)) if slot_B is None else slot_B
+    mask_BT = torch.arange(max_len, device=q_BHD.device) < length_B[:, None]
+    out_BHD = decode_attention(q_BHD, k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], mask_BT)
+    if q_BHD.device.type == "cpu" and bool(length_B.all()):  # asking is quicker than filling, where nothing waits
+        return out_BHD
+    return out_BHD.masked_fill(length_B[:, None, None] == 0, 0.0)  # a mean of nothing is nan
 
 
 def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -48,76 +88,134 @@ def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask_BT: Ten
     return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(B, H, D)
 
 
-def reference_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
+def reference_attention(
+    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cu_seqlens_B1: Tensor, cu_seqlens_k_B1: Tensor | None = None
+) -> Tensor:
     """The same as `attention`, sequence by sequence, in fp32: slow, and easy to believe."""
-    group = q_NHD.shape[1] // k_NKD.shape[1]
+    group = q_NHD.shape[1] // k_MKD.shape[1]
+    bounds = cu_seqlens_B1.tolist()
+    bounds_k = bounds if cu_seqlens_k_B1 is None else cu_seqlens_k_B1.tolist()
     outputs = []
-    for start, end in zip(cu_seqlens_B1.tolist(), cu_seqlens_B1.tolist()[1:], strict=False):
+    for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
         q = q_NHD[start:end].float()
-        k, v = (x[start:end].float().repeat_interleave(group, dim=1) for x in (k_NKD, v_NKD))
-        scores_HTT = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-        future_TT = torch.ones_like(scores_HTT[0], dtype=torch.bool).triu(1)
-        weights_HTT = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(dim=-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights_HTT, v))
+        k, v = (x[start_k:end_k].float().repeat_interleave(group, dim=1) for x in (k_MKD, v_MKD))
+        scores_HTU = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        future_TU = torch.ones_like(scores_HTU[0], dtype=torch.bool).triu(1 + len(k) - len(q))
+        weights_HTU = scores_HTU.masked_fill(future_TU, float("-inf")).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights_HTU, v))
     return torch.cat(outputs).to(q_NHD.dtype)
 
 
-def _groups_of_similar_length(lengths: list[int], waste: float = 1.25, n_tokens: int = 512) -> list[list[int]]:
-    """Cut the row of lengths where a rectangle of `n_tokens` or more would exceed `waste` times its real tokens.
+def _triton_kernels(q: Tensor):
+    """The module of Triton kernels if it takes such queries; None on a CPU, and with a warning elsewhere."""
+    if q.device.type == "cpu":
+        return None
+    try:
+        from nanor1 import kernels  # triton comes with torch's CUDA builds only
+    except ImportError:
+        reason = "triton is not installed"
+    else:
+        reason = kernels.unsupported(q)
+        if reason is None:
+            return kernels
+    warnings.warn(f"attention runs in torch's SDPA, slower and padded: {reason}", stacklevel=2)
+    return None
 
-    >>> _groups_of_similar_length([9, 9, 8, 2, 2], n_tokens=16)
-    [[9, 9, 8], [2, 2]]
+
+def _attend_in_groups(q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths: list[int], lengths_k: list[int]) -> Tensor:
+    """Attention in a rectangle for each group of neighbours of similar length."""
+    groups = [list(zip(*group, strict=True)) for group in _groups_of_similar_length(lengths, lengths_k)]
+    sizes, sizes_k = ([sum(group[i]) for group in groups] for i in (0, 1))
+    parts = zip(q_NHD.split(sizes), k_MKD.split(sizes_k), v_MKD.split(sizes_k), groups, strict=True)
+    outputs = []
+    for q, k, v, (group, group_k) in parts:
+        lengths_B = torch.tensor(group)
+        lengths_k_B = lengths_B if group == group_k else torch.tensor(group_k)
+        outputs.append(_attend_in_rectangle(q, k, v, lengths_B, lengths_k_B, max(group), max(group_k)))
+    return torch.cat(outputs)
+
+
+def _groups_of_similar_length(
+    lengths: list[int], lengths_k: list[int], waste: float = 1.25, n_tokens: int = 512
+) -> list[list[tuple[int, int]]]:
+    """Cut the row of (queries, keys) where a rectangle of `n_tokens` or more would exceed `waste` times the real ones.
+
+    >>> _groups_of_similar_length([9, 9, 8, 2, 2], [9, 9, 8, 9, 9], n_tokens=16)
+    [[(9, 9), (9, 9), (8, 8)], [(2, 9), (2, 9)]]
     """
-    groups, longest, total = [[]], 0, 0
-    for length in lengths:
-        longest = max(longest, length)
-        if total >= n_tokens and longest * (len(groups[-1]) + 1) > waste * (total + length):
+    groups, longest, total = [[]], (0, 0), (0, 0)
+    for pair in zip(lengths, lengths_k, strict=True):
+        longest, total = tuple(map(max, longest, pair)), (total[0] + pair[0], total[1] + pair[1])
+        cells = [most * (len(groups[-1]) + 1) for most in longest]
+        if total[1] - pair[1] >= n_tokens and any(n > waste * real for n, real in zip(cells, total, strict=True)):
             groups.append([])
-            longest, total = length, 0
-        groups[-1].append(length)
-        total += length
+            longest = total = pair
+        groups[-1].append(pair)
     return groups
 
 
-def _attend_in_rectangle(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths_B: Tensor, max_len: int) -> Tensor:
-    shape = len(lengths_B), max_len
-    if len(lengths_B) * max_len == len(q_NHD):  # equal lengths: the packed tokens are the rectangle already
-        q, k, v = (x.unflatten(0, shape) for x in (q_NHD, k_NKD, v_NKD))
-        return _causal(q, k, v).flatten(0, 1)
-    packed_index, padded_index = _rectangle(lengths_B, max_len)
-    q, k, v = (_Pad.apply(x, packed_index, padded_index, shape) for x in (q_NHD, k_NKD, v_NKD))
-    return _Unpad.apply(_causal(q, k, v), padded_index)
+def _attend_in_rectangle(
+    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths_B: Tensor, lengths_k_B: Tensor, max_len: int, max_len_k: int
+) -> Tensor:
+    """`lengths_k_B` is the very tensor `lengths_B` where no sequence has more keys than queries."""
+    is_square = lengths_k_B is lengths_B
+    cells = _rectangle(lengths_B, max_len, len(q_NHD))
+    cells_k = cells if is_square else _rectangle(lengths_k_B, max_len_k, len(k_MKD))
+    q_BTHD = _pad(q_NHD, cells, (len(lengths_B), max_len))
+    k_BUKD, v_BUKD = (_pad(x, cells_k, (len(lengths_B), max_len_k)) for x in (k_MKD, v_MKD))
+    out_BTHD = _causal(q_BTHD, k_BUKD, v_BUKD, None if is_square else lengths_k_B - lengths_B)
+    return out_BTHD.flatten(0, 1) if cells is None else _Unpad.apply(out_BTHD, cells[1])
 
 
-def _causal(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
+def _causal(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None) -> Tensor:
+    """Query i of row b sees the keys j <= i + offset_B[b]; None says the offsets are 0."""
     if q_BTHD.shape[1] <= SHORT and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.float32:
-        return _causal_products(q_BTHD, k_BTKD, v_BTKD)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        return _causal_products(q_BTHD, k_BUKD, v_BUKD, offset_B)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BUKD, v_BUKD))
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    mask = None if offset_B is None else _is_seen(q.shape[2], k.shape[2], offset_B)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
 
-def _causal_products(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
+def _causal_products(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None) -> Tensor:
     """Scores in full; the query heads that share a key/value head are rows of one matrix product with it."""
     B, T, H, D = q_BTHD.shape
-    K = k_BTKD.shape[2]
-    future_TT = torch.full((T, T), float("-inf"), dtype=q_BTHD.dtype).triu(1)
+    U, K = k_BUKD.shape[1:3]
+    if offset_B is None:
+        hidden_BTU = torch.full((1, T, T), float("-inf")).triu(1)
+    else:
+        hidden_BTU = torch.zeros(B, T, U).masked_fill_(~_is_seen(T, U, offset_B), float("-inf"))
     q = (q_BTHD * D**-0.5).reshape(B, T, K, H // K, D).transpose(1, 2).reshape(B * K, T * (H // K), D)
-    k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k_BTKD, v_BTKD))
-    scores = torch.bmm(q, k.mT).view(B * K, T, H // K, T) + future_TT[:, None]
-    out = torch.bmm(scores.softmax(dim=-1).flatten(1, 2), v)
+    k, v = (x.transpose(1, 2).reshape(B * K, U, D) for x in (k_BUKD, v_BUKD))
+    scores = torch.bmm(q, k.mT).view(B, K, T, H // K, U) + hidden_BTU[:, None, :, None]
+    out = torch.bmm(scores.softmax(dim=-1).view(B * K, T * (H // K), U), v)
     return out.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
-def _rectangle(lengths_B: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    """For each cell of the [B, T] rectangle its packed token (0 where padded), and for each packed token its cell."""
+def _is_seen(T: int, U: int, offset_B: Tensor) -> Tensor:
+    """[B, T, U]: may query i look at key j? A padded query looks at something, so that nothing is nan."""
+    i_T1, j_U = torch.arange(T, device=offset_B.device)[:, None], torch.arange(U, device=offset_B.device)
+    return j_U <= i_T1 + offset_B[:, None, None]
+
+
+def _rectangle(lengths_B: Tensor, max_len: int, n_tokens: int) -> tuple[Tensor, Tensor] | None:
+    """For each cell of the [B, T] rectangle its packed token (0 where padded), and for each packed token its cell.
+
+    None where lengths are equal: the packed tokens are the rectangle already.
+    """
+    if len(lengths_B) * max_len == n_tokens:
+        return None
     starts_B = lengths_B.cumsum(0) - lengths_B
     column_T = torch.arange(max_len, device=lengths_B.device)
     is_real_BT = column_T < lengths_B[:, None]
     packed_index_BT = torch.where(is_real_BT, starts_B[:, None] + column_T, 0)
     return packed_index_BT.flatten(), is_real_BT.flatten().nonzero().squeeze(1)
+
+
+def _pad(x_NHD: Tensor, cells: tuple[Tensor, Tensor] | None, shape: tuple[int, int]) -> Tensor:
+    return x_NHD.unflatten(0, shape) if cells is None else _Pad.apply(x_NHD, *cells, shape)
 
 
 class _Pad(torch.autograd.Function):

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nanor1.attention import attention, decode_attention, reference_attention
+from nanor1.attention import attention, cached_attention, decode_attention, reference_attention
 
 LENGTHS = {
     "ragged": [5, 1, 9, 3],
@@ -18,15 +18,37 @@ LENGTHS = {
 }
 
 
-def packed_inputs(lengths, n_heads, n_kv_heads, head_dim=8, dtype=torch.float64, seed=0):
+FEWER_QUERIES = {  # (queries, keys) of each sequence
+    "a chunk each": [(3, 8), (1, 5), (4, 4), (2, 9)],
+    "equal chunks": [(2, 6), (2, 6), (2, 6)],
+    "a prompt, then completions behind it": [(100, 100), (93, 193), (101, 201), (7, 107), (99, 199), (100, 200)],
+    "a long prompt, then completions behind it": [(700, 700), (30, 730), (1, 701), (28, 728)],
+    "longer than plain products": [(150, 300), (3, 3), (131, 200)],
+    "one token": [(1, 1), (1, 300), (1, 40)],
+    "nothing new": [(0, 4), (3, 4), (0, 0)],
+}
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def packed_inputs(lengths, n_heads, n_kv_heads, head_dim=8, dtype=torch.float64, seed=0, lengths_k=None):
     generator = torch.Generator().manual_seed(seed)
-    n_tokens = sum(lengths)
+    n_keys = sum(lengths_k or lengths)
     q, k, v = (
         torch.randn(n_tokens, heads, head_dim, generator=generator, dtype=dtype)
-        for heads in (n_heads, n_kv_heads, n_kv_heads)
+        for n_tokens, heads in ((sum(lengths), n_heads), (n_keys, n_kv_heads), (n_keys, n_kv_heads))
     )
-    cu_seqlens_B1 = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    return q, k, v, cu_seqlens_B1
+    return q, k, v, cu_seqlens(lengths)
+
+
+def outputs_and_gradients(function, *qkv):
+    """What `function` gives for q, k, v, and the gradients for one fixed random gradient of it."""
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    out = function(*leaves)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(out.dtype))
+    return [out, *(leaf.grad for leaf in leaves)]
 
 
 def test_reference_with_equal_scores_averages_the_values_so_far_of_the_own_sequence():
@@ -49,17 +71,34 @@ def test_scores_are_divided_by_the_root_of_the_head_width():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_attention_equals_the_reference_forward_and_backward(lengths, n_heads, n_kv_heads):
     q, k, v, cu_seqlens_B1 = packed_inputs(lengths, n_heads, n_kv_heads, dtype=torch.float32)
-    results = []
-    for function in (
-        lambda *qkv: attention(*qkv, cu_seqlens_B1, max(lengths)),
-        lambda *qkv: reference_attention(*qkv, cu_seqlens_B1),
-    ):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = function(*leaves)
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
-        results.append([out, *(leaf.grad for leaf in leaves)])
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_seqlens_B1, max(lengths)), q, k, v)
+    wanted = outputs_and_gradients(lambda *qkv: reference_attention(*qkv, cu_seqlens_B1), q, k, v)
+    torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (7, 1), (14, 2)])
+@pytest.mark.parametrize("pairs", FEWER_QUERIES.values(), ids=FEWER_QUERIES)
+def test_sequences_with_fewer_queries_than_keys_equal_the_reference_forward_and_backward(pairs, n_heads, n_kv_heads):
+    lengths, lengths_k = map(list, zip(*pairs, strict=True))
+    *qkv, cu_q = packed_inputs(lengths, n_heads, n_kv_heads, dtype=torch.float32, lengths_k=lengths_k)
+    cu_k = cu_seqlens(lengths_k)
+    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_q, max(lengths), cu_k, max(lengths_k)), *qkv)
+    wanted = outputs_and_gradients(lambda *qkv: reference_attention(*qkv, cu_q, cu_k), *qkv)
+    torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_fewer_queries_than_keys_give_the_last_rows_of_the_whole():
+    *qkv, cu_k = packed_inputs([9, 6], 4, 2, dtype=torch.float32)
+    whole = attention(*qkv, cu_k, 9)
+    last = [7, 8, 14]
+    q, k, v = qkv
+    for function in (lambda *a: attention(*a[:4], 2, a[4], 9), reference_attention):
+        torch.testing.assert_close(function(q[last], k, v, cu_seqlens([2, 1]), cu_k), whole[last])
+
+
+def test_equal_numbers_of_keys_given_twice_change_nothing():
+    *qkv, cu = packed_inputs([5, 1, 9], 4, 2, dtype=torch.float32)
+    torch.testing.assert_close(attention(*qkv, cu, 9, cu.clone(), 9), attention(*qkv, cu, 9))
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2]], ids=["ragged", "equal"])
@@ -110,3 +149,41 @@ def test_decode_attention_without_a_mask_looks_at_every_position():
     cache_k, cache_v = (x.view(2, 6, 2, 8).transpose(1, 2) for x in (k, v))
     out = decode_attention(q[[5, 11]], cache_k, cache_v, None)
     torch.testing.assert_close(out, reference_attention(q, k, v, cu_seqlens_B1)[[5, 11]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slots", [None, [4, 0, 2]], ids=["first rows", "permuted slots"])
+def test_cached_attention_is_the_last_row_of_attention_over_the_tokens_in_the_slot(slots, dtype):
+    lengths = [5, 1, 8]
+    q, k, v, cu_seqlens_B1 = packed_inputs(lengths, 14, 2, dtype=dtype)
+    cache_k, cache_v = (torch.full((5, 2, 12, 8), 1e4, dtype=dtype) for _ in range(2))
+    for row, (start, end) in enumerate(pairwise(cu_seqlens_B1.tolist())):
+        slot = row if slots is None else slots[row]
+        cache_k[slot, :, : end - start] = k[start:end].transpose(0, 1)
+        cache_v[slot, :, : end - start] = v[start:end].transpose(0, 1)
+    last, slot_B = cu_seqlens_B1[1:] - 1, None if slots is None else torch.tensor(slots)
+    out = cached_attention(q[last], cache_k, cache_v, slot_B, torch.tensor(lengths), 8)
+    wanted = reference_attention(q, k, v, cu_seqlens_B1)[last]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_a_row_with_nothing_cached_gives_zeros_and_leaves_the_others_alone():
+    q, k, v, _ = packed_inputs([3], 4, 2, dtype=torch.float32)
+    cache_k, cache_v = (x.transpose(0, 1).expand(2, 2, 3, 8) for x in (k, v))
+    out = cached_attention(q[[1, 1]], cache_k, cache_v, None, torch.tensor([0, 2]), 3)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(out[1], reference_attention(q, k, v, cu_seqlens([3]))[1])
+
+
+def test_where_the_kernels_do_not_run_a_warning_says_why_and_the_result_is_the_same():
+    """A tensor of a subclass says it lives on another device, which leads to one rectangle for all sequences."""
+
+    class Elsewhere(torch.Tensor):
+        device = property(lambda self: torch.device("xpu"))
+
+    q, k, v, cu = packed_inputs([5, 1, 3], 4, 2, head_dim=64, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="SDPA.*(device xpu|not installed)"):
+        out = attention(q.as_subclass(Elsewhere), k, v, cu, 5)
+    wanted = reference_attention(q, k, v, cu)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), wanted, atol=1e-5, rtol=1e-4)
