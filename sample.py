@@ -29,7 +29,7 @@ from nanor1.machine import choose_device
 from nanor1.miniature import MINIATURES, Miniature, make_tokenizer, miniature_task
 from nanor1.model import Transformer
 from nanor1.rewards import final_answer
-from nanor1.sampler import generate
+from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, format_prompt, make_task, read_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 
@@ -121,14 +121,14 @@ def main() -> None:
 class Engine:
     """A model ready to answer, and how it is asked to."""
 
-    model: Transformer
+    sampler: Sampler
     tokenizer: Tokenizer
     template: str
     config: Config
 
     def sampling(self) -> dict:
-        """The arguments of sampler.generate that are the same for every prompt."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "max_rows")
+        """The arguments of Sampler.generate that are the same for every prompt."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p")
         stop_texts = [self.config.stop_text] if self.config.stop_text else []
         return {name: getattr(self.config, name) for name in names} | dict(
             stop_texts=stop_texts, decode=self.tokenizer.decode
@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        return self.model.config.max_position_embeddings
+        return self.sampler.model.config.max_position_embeddings
 
 
 def say(text: str) -> None:
@@ -163,7 +163,7 @@ def load_engine(config: Config) -> Engine:
     say(f"model: {config.model}; template: {template} ({reason})")
     if config.system and template != "chat":
         raise ValueError(f"--system needs the template chat, and this is {template}; write it into the prompt")
-    return Engine(model, tokenizer, template, config)
+    return Engine(Sampler(model, config.max_rows), tokenizer, template, config)
 
 
 def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -249,8 +249,7 @@ def answer(engine: Engine, messages: list[dict[str, str]], seed: int) -> list[An
     print_title(0, n)
     start_s = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
-        generate(
-            engine.model,
+        engine.sampler.generate(
             [prompt_ids],
             n=n,
             stop_ids=tokenizer.stop_ids,
@@ -415,7 +414,7 @@ def open_rows(path: str | None) -> contextlib.AbstractContextManager[TextIO | No
 def answer_batch(engine: Engine, problems: list[Problem], first: int, progress: "Progress") -> list[list[Rollout]]:
     """The judged answers to problems `first`, `first` + 1, ...; each problem has random numbers of its own."""
     _, groups = evaluate(
-        engine.model,
+        engine.sampler,
         engine.tokenizer,
         problems,
         engine.template,

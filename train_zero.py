@@ -8,12 +8,10 @@ the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the 
 """
 
 import copy
+import json
 import math
-import os
 import random
-import signal
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,19 +26,22 @@ from nanor1.grpo import (
     Rollout,
     add_gradient,
     completion_logprobs,
+    describe,
     group_advantages,
     kl_estimate,
+    mean,
     pack,
     step_metrics,
 )
-from nanor1.machine import choose_device, peak_memory_gib
+from nanor1.machine import Interrupt, choose_device, peak_flops, peak_memory_gib
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
-from nanor1.optim import MasterAdamW, is_finite, learning_rate
+from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 from nanor1.parallel import Workers, start_workers
+from nanor1.pretrained import read_config
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog, default_run_folder
-from nanor1.sampler import generate
+from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, Task, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 
@@ -86,7 +87,8 @@ class Config:
     decay: Literal["constant", "linear", "cosine"] = option("constant", "after warm-up, to a tenth of the peak")
     weight_decay: float = option(0.0, "AdamW's, on matrices")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    tokens_per_batch: int = option(8192, "tokens a forward and backward pass")
+    tokens_per_batch: int = option(8192, "tokens a forward and backward pass; a prompt's completions share it")
+    checkpoint_activations: bool = option(False, "less memory in learning, for a third more work")
 
     eval_every: int = option(20, "evaluate every so many steps; 0: only before and after", "evaluation")
     eval_problems: int = option(200, "held-out problems")
@@ -99,8 +101,9 @@ class Config:
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, else float32"
+        "auto", "of the weights; auto: bfloat16 on cuda, and on CPUs where it is measured to be faster"
     )
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice")
     workers: int = option(0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads")
 
@@ -120,6 +123,8 @@ class Config:
             overlong_penalty(0, self.max_new_tokens, self.overlong_buffer)
         if self.importance_cap and self.minibatches > 1:
             raise ValueError("--importance-cap needs --minibatches 1: with several the ratio is to the sampler already")
+        if self.compile == "on" and self.workers > 1:
+            raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
         parse_rewards(self.rewards)
 
 
@@ -157,7 +162,6 @@ MINIATURE_NEXT = """what to try next:
   python sample.py --model {folder}/checkpoints/step_{step:06d} --raw "{prompt}"
 and read {folder}/rollouts.jsonl: the answers, step by step"""
 N_TRANSCRIPTS = 3  # held-out problems whose answers are shown before and after
-MAX_SKIPPED = 3  # updates in a row that may be skipped for a non-finite gradient
 
 
 @dataclass
@@ -172,81 +176,89 @@ class Progress:
     best_accuracy: float = -1.0
 
 
-@user_errors()
-def main() -> None:
-    start_s = time.monotonic()
-    config, checkpoint = read_command_line()
-    tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
-    progress = Progress(**state)
-    start_s -= progress.wall_s
-    if config.threads:
-        torch.set_num_threads(config.threads)
-
-    with open_log(config, checkpoint, progress.step) as log:
-        device, dtype = choose_device(config.device, config.dtype, log.say)
-        model, tokenizer = load_model(config, checkpoint, device, dtype, log)
-        task, template, weights = load_task(config, tokenizer)
-        reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
-        optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
-        if checkpoint:
-            restore(optimizer, reference, tensors)
-        held_out = task.held_out(config.eval_problems)
-        actor = Actor(start_workers(model, config.workers), tokenizer, task, template, weights, config)
-        interrupt, guard = Interrupt(), NonFiniteGuard()
-
-        if progress.before is None:
-            evaluation, rollouts_PG = run_evaluation(actor, held_out, config.eval_samples)
-            progress.before = evaluation.to_dict()
-            progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
-            log.metrics(0, {f"eval_{key}": value for key, value in progress.before.items()})
-            log.say(f"before: {evaluation}\n")
-            if interrupt.is_asked or not config.steps:
-                save(log, actor, optimizer, reference, progress)
-
-        while progress.step < config.steps and not interrupt.is_asked:
-            step_start_s = time.monotonic()
-            rollouts_PG, advantages_PG = act(actor, reference, progress.step)
-            rollout_s = time.monotonic() - step_start_s
-            learned = learn(actor, reference, optimizer, rollouts_PG, advantages_PG, progress.step)
-            guard.check(learned["skipped_updates"], learned["updates"])
-            progress.step += 1
-            if reference and config.reference_every and progress.step % config.reference_every == 0:
-                reference.load_state_dict(model.state_dict())
-
-            metrics = describe(rollouts_PG, advantages_PG) | learned | throughput(rollouts_PG, rollout_s, learned)
-            if config.eval_every and progress.step % config.eval_every == 0 and progress.step < config.steps:
-                evaluation, _ = run_evaluation(actor, held_out, config.eval_samples_during)
-                metrics |= {f"eval_{key}": value for key, value in evaluation.to_dict().items()}
-                if evaluation.accuracy > progress.best_accuracy:
-                    progress.best_step, progress.best_accuracy = progress.step, evaluation.accuracy
-            metrics["step_s"] = time.monotonic() - step_start_s
-            log.metrics(progress.step, metrics)
-            log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
-            log.line(progress.step, metrics)
-            progress.wall_s = time.monotonic() - start_s
-            is_due = bool(config.save_every) and progress.step % config.save_every == 0
-            is_due |= progress.best_step == progress.step
-            if is_due or progress.step == config.steps or interrupt.is_asked:
-                save(log, actor, optimizer, reference, progress)
-
-        if interrupt.is_asked:
-            log.say(f"stopped after step {progress.step}; continue with: python train_zero.py --resume {log.folder}")
-            return
-        evaluation, rollouts_PG = run_evaluation(actor, held_out, config.eval_samples)
-        progress.wall_s = time.monotonic() - start_s
-        finish(log, config, progress, evaluation, rollouts_PG)
-
-
 @dataclass(frozen=True)
 class Actor:
     """Everything it takes to answer problems and have the answers judged."""
 
     workers: Workers  # the model, on one CPU thread or more
+    sampler: Sampler  # of the same model
     tokenizer: Tokenizer
     task: Task
     template: str
     weights: dict[str, float]
     config: Config
+
+
+@dataclass
+class Run:
+    """Everything a run holds."""
+
+    config: Config
+    actor: Actor
+    reference: Transformer | None  # of the KL term
+    optimizer: MasterAdamW
+    held_out: list[Problem]
+    progress: Progress
+    log: RunLog
+    interrupt: Interrupt
+    peak_flops: float  # FLOP/s of matrix products on this device
+    start_s: float  # less what earlier parts of the run took
+
+
+@user_errors()
+def main() -> None:
+    start_s = time.monotonic()
+    config, checkpoint = read_command_line()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    progress = Progress(**state)
+    if checkpoint and is_finished(config, progress):
+        print(
+            f"{config.resume} is finished: see summary.json there; to train on, give more than --steps {config.steps}"
+        )
+        return
+    with open_log(config, checkpoint, progress.step) as log:
+        run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
+        del tensors  # twice the model's size
+        if progress.before is None:
+            evaluate_before(run)
+        train(run)
+        if run.interrupt.is_asked:
+            log.say(f"stopped after step {progress.step}; continue with: python train_zero.py --resume {log.folder}")
+        else:
+            finish(run)
+
+
+def train(run: Run) -> None:
+    """The steps: act, judge, learn, and what is due after each."""
+    config, progress, guard = run.config, run.progress, NonFiniteGuard()
+    while progress.step < config.steps and not run.interrupt.is_asked:
+        step_start_s = time.monotonic()
+        rollouts_PG, advantages_PG = act(run.actor, run.reference, progress.step)
+        rollout_s = time.monotonic() - step_start_s
+        learned = learn(run.actor, run.reference, run.optimizer, rollouts_PG, advantages_PG, progress.step)
+        guard.check(learned["skipped_updates"], learned["updates"])
+        progress.step += 1
+        if run.reference and is_due(config.reference_every, progress.step):
+            run.reference.load_state_dict(run.actor.workers.model.state_dict())
+
+        metrics = describe(rollouts_PG, advantages_PG) | learned
+        metrics |= throughput(rollouts_PG, rollout_s, learned, run.peak_flops)
+        if is_due(config.eval_every, progress.step) and progress.step < config.steps:
+            metrics |= evaluate_during(run)
+        metrics["step_s"] = time.monotonic() - step_start_s
+        run.log.metrics(progress.step, metrics)
+        run.log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
+        run.log.line(progress.step, metrics)
+        progress.wall_s = time.monotonic() - run.start_s
+        is_last = progress.step == config.steps or run.interrupt.is_asked
+        if is_last or is_due(config.save_every, progress.step) or progress.best_step == progress.step:
+            save(run)
+
+
+def is_due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 # ---- start, resume, save
@@ -284,12 +296,55 @@ def open_log(config: Config, checkpoint: Path | None, step: int) -> RunLog:
     return RunLog.create(config.out or default_run_folder(f"zero-{config.task}"), to_json(config), COLUMNS)
 
 
-def load_model(config: Config, checkpoint: Path | None, device, dtype, log: RunLog) -> tuple[Transformer, Tokenizer]:
-    folder = checkpoint or config.model
-    if folder is None:
-        folder = base_model(MINIATURES[config.task], config.seed, log)
+def is_finished(config: Config, progress: Progress) -> bool:
+    """Whether the resumed run has made its steps and its final evaluation."""
+    summary = Path(config.resume) / "summary.json"
+    return (
+        progress.step >= config.steps
+        and summary.exists()
+        and json.loads(summary.read_text(encoding="utf-8"))["steps"] == progress.step
+    )
+
+
+def set_up(
+    config: Config, checkpoint: Path | None, tensors: dict, progress: Progress, log: RunLog, start_s: float
+) -> Run:
+    folder = checkpoint or config.model or base_model(MINIATURES[config.task], config.seed, log)
     log.say(f"model: {folder}")
-    return Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
+    device, dtype = choose_machine(config, checkpoint, folder, log)
+    model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
+    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
+    if checkpoint:
+        restore(optimizer, reference, tensors)
+    model.checkpoints_activations = config.checkpoint_activations
+    is_compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    if is_compiled:
+        model.compile_blocks()
+    task, template, weights = load_task(config, tokenizer)
+    workers = start_workers(model, 1 if is_compiled else config.workers)
+    sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
+    return Run(
+        config=config,
+        actor=Actor(workers, sampler, tokenizer, task, template, weights, config),
+        reference=reference,
+        optimizer=optimizer,
+        held_out=task.held_out(config.eval_problems),
+        progress=progress,
+        log=log,
+        interrupt=Interrupt(),
+        peak_flops=peak_flops(device, dtype, log.say),
+        start_s=start_s,
+    )
+
+
+def choose_machine(
+    config: Config, checkpoint: Path | None, folder: Path | str, log: RunLog
+) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of the weights; a resumed run keeps its dtype, so that it is the same run."""
+    hf_config, model_config = read_config(folder)
+    dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype
+    return choose_device(config.device, dtype, log.say, model_config.hidden_size)
 
 
 def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str, float]]:
@@ -310,41 +365,28 @@ def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict
         reference.load_state_dict({name: tensors[f"reference.{name}"] for name in reference.state_dict()})
 
 
-def save(log: RunLog, actor: Actor, optimizer: MasterAdamW, reference, progress: Progress) -> None:
+def save(run: Run) -> None:
     """Save a checkpoint that `--resume` continues bit for bit: sampling and data order follow from seed and step."""
-    if not is_finite(actor.workers.model.parameters()):
+    model, progress = run.actor.workers.model, run.progress
+    if not is_finite(model.parameters()):
         raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
 
     def write_model(folder: Path) -> None:
-        actor.workers.model.save_pretrained(folder)
-        actor.tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        run.actor.tokenizer.save_pretrained(folder)
 
-    tensors = optimizer.state_tensors()
-    if reference:
-        tensors |= {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()}
+    tensors = run.optimizer.state_tensors()
+    if run.reference:
+        tensors |= {f"reference.{name}": tensor for name, tensor in run.reference.state_dict().items()}
     save_checkpoint(
-        log.folder / "checkpoints",
+        run.log.folder / "checkpoints",
         progress.step,
         write_model=write_model,
         tensors=tensors,
         state=vars(progress),
-        keep_last=actor.config.keep_last,
+        keep_last=run.config.keep_last,
         keep_best=progress.best_step,
     )
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to finish its step, save and exit; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.is_asked = False
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number: int, frame: object) -> None:
-        self.is_asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")  # print is not safe here
 
 
 # ---- act and judge
@@ -373,8 +415,7 @@ def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollo
     """G judged completions of each problem."""
     config, tokenizer = actor.config, actor.tokenizer
     prompts = [write_prompt(problem, actor.template, tokenizer) for problem in problems]
-    completions_PG = generate(
-        actor.workers.model,
+    completions_PG = actor.sampler.generate(
         [ids for _, ids in prompts],
         n=config.completions,
         max_new_tokens=config.max_new_tokens,
@@ -382,7 +423,6 @@ def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollo
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
         seed=request_seed(config.seed, index),
-        max_rows=config.max_rows,
         **stop_texts(actor),
     )
     return [
@@ -422,10 +462,8 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
     for batch in pack(rollouts, zeros, zeros, config.tokens_per_batch):
         batch = batch.to(reference.head_weight_VC.device)
         ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
-        k1_N = torch.zeros_like(batch.sampler_logp_N)
-        k1_N[batch.loss_mask_N] = kl_estimate(batch.sampler_logp_N[batch.loss_mask_N], ref_logp_M, "k1")
-        sums = [float(k1.sum()) for k1 in k1_N.split(batch.cu_seqlens_B1.diff().tolist())]
-        values[batch.rollout_B.cpu()] = torch.tensor(sums)
+        k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
+        values.index_add_(0, batch.rollout_M.cpu(), k1_M.cpu())
     return values.tolist()
 
 
@@ -442,20 +480,24 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
         for rollout, advantage in zip(group, advantages, strict=True)
         if advantage is not None and not (config.overlong == "mask" and rollout.completion.finish == "length")
     ]
-    random.Random(f"{config.seed} {step}").shuffle(chosen)
+    order = list(range(len(chosen)))
+    random.Random(f"{config.seed} {step}").shuffle(order)
     lr = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
     updates, grad_norms, settings = [], [], loss_settings(actor)
     for i in range(min(config.minibatches, len(chosen))):
-        rollouts, advantages = map(list, zip(*chosen[i :: config.minibatches], strict=True))
+        share = sorted(order[i :: config.minibatches])  # those of one prompt lie side by side and share it
+        rollouts, advantages = map(list, zip(*(chosen[j] for j in share), strict=True))
         updates.append(add_gradient(actor.workers, reference, rollouts, advantages, settings))
         grad_norms.append(optimizer.step(lr, config.max_grad_norm))
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    return step_metrics(updates) | {
+    learn_s, metrics = time.monotonic() - start_s, step_metrics(updates)
+    return metrics | {
         "grad_norm": mean(finite),
         "updates": len(finite),
         "skipped_updates": len(grad_norms) - len(finite),
         "lr": lr,
-        "learn_s": time.monotonic() - start_s,
+        "learn_s": learn_s,
+        "learn_flops_per_s": metrics.pop("learn_flops") / learn_s,
     }
 
 
@@ -476,54 +518,16 @@ def loss_settings(actor: Actor) -> LossSettings:
     )
 
 
-class NonFiniteGuard:
-    """Stops a run whose updates are skipped for non-finite gradients several times in a row."""
-
-    def __init__(self):
-        self.n_in_a_row = 0
-
-    def check(self, n_skipped: int, n_made: int) -> None:
-        self.n_in_a_row = 0 if n_made else self.n_in_a_row + n_skipped
-        if self.n_in_a_row >= MAX_SKIPPED:
-            raise ValueError(
-                f"the gradient was not finite in {self.n_in_a_row} updates in a row; the last checkpoint is whole: "
-                "lower --lr, raise --warmup, or use --dtype float32, and start again from it"
-            )
-
-
 # ---- what is logged
 
 
-def describe(rollouts_PG: list[list[Rollout]], advantages_PG: list[list[float | None]]) -> dict:
-    """Rewards, lengths and groups of a step."""
-    flat = [rollout for group in rollouts_PG for rollout in group]
-    lengths = [len(rollout.completion.ids) for rollout in flat]
-    parts = {name: mean(rollout.parts[name] for rollout in flat) for name in flat[0].parts}
-    return {
-        "reward": mean(rollout.reward for rollout in flat),
-        **parts,
-        "response_tokens": mean(lengths),
-        "response_tokens_max": max(lengths),
-        "truncated": mean(float(rollout.completion.finish == "length") for rollout in flat),
-        "rollouts": len(flat),
-        "unjudged": sum(rollout.reward is None for rollout in flat),
-        "groups": len(rollouts_PG),
-        "dropped_groups": sum(not any(advantages) for advantages in advantages_PG),
-    }
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def throughput(rollouts_PG: list[list[Rollout]], rollout_s: float, learned: dict) -> dict:
+def throughput(rollouts_PG: list[list[Rollout]], rollout_s: float, learned: dict, peak_flops: float) -> dict:
     n_tokens = sum(len(rollout.completion.ids) for group in rollouts_PG for rollout in group)
     return {
         "rollout_s": rollout_s,
         "rollout_tokens_per_s": n_tokens / rollout_s,
         "learn_tokens_per_s": learned["learned_tokens"] / learned["learn_s"],
+        "mfu": learned["learn_flops_per_s"] / peak_flops,
         "peak_memory_gib": peak_memory_gib(),
     }
 
@@ -544,7 +548,7 @@ def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple
     """On the same problems with the same random numbers each time, so that curves compare weights and nothing else."""
     config = actor.config
     return evaluate(
-        actor.workers.model,
+        actor.sampler,
         actor.tokenizer,
         problems,
         actor.template,
@@ -552,25 +556,54 @@ def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple
         samples=samples if config.eval_temperature else 1,
         temperature=config.eval_temperature,
         max_new_tokens=config.max_new_tokens,
-        max_rows=config.max_rows,
         **stop_texts(actor),
     )
 
 
-def finish(log: RunLog, config: Config, progress: Progress, evaluation: Evaluation, rollouts_PG) -> None:
-    """Say and write what the run came to."""
+def evaluate_before(run: Run) -> None:
+    """The starting model's evaluation, kept for the end."""
+    evaluation, rollouts_PG = run_evaluation(run.actor, run.held_out, run.config.eval_samples)
+    run.progress.before = evaluation.to_dict()
+    run.progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
+    run.log.metrics(0, {f"eval_{key}": value for key, value in run.progress.before.items()})
+    run.log.say(f"before: {evaluation}\n")
+    if run.interrupt.is_asked or not run.config.steps:
+        save(run)
+
+
+def evaluate_during(run: Run) -> dict:
+    """An evaluation's metrics; the best one so far is noted, and its checkpoint kept."""
+    evaluation, _ = run_evaluation(run.actor, run.held_out, run.config.eval_samples_during)
+    if evaluation.accuracy > run.progress.best_accuracy:
+        run.progress.best_step, run.progress.best_accuracy = run.progress.step, evaluation.accuracy
+    return {f"eval_{key}": value for key, value in evaluation.to_dict().items()}
+
+
+def finish(run: Run) -> None:
+    """Evaluate the trained model; say and write what the run came to."""
+    config, progress, log = run.config, run.progress, run.log
+    evaluation, rollouts_PG = run_evaluation(run.actor, run.held_out, config.eval_samples)
+    progress.wall_s = time.monotonic() - run.start_s
     after = evaluation.to_dict()
     log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
-    log.summary(
-        {
-            "before": progress.before,
-            "after": after,
-            "wall_s": progress.wall_s,
-            "steps": progress.step,
-            "seed": config.seed,
-        }
-    )
-    for before_text, (rollout, *_) in zip(progress.transcripts, rollouts_PG, strict=False):
+    times = dict(wall_s=progress.wall_s, steps=progress.step, seed=config.seed)
+    log.summary({"before": progress.before, "after": after} | times)
+    say_what_changed(run, after, rollouts_PG)
+    log.say(f"\nafter:  {evaluation}")
+    if progress.best_step:
+        best = f"{progress.best_accuracy:.3f} at step {progress.best_step}"
+        log.say(f"best evaluation on the way: {best}, checkpoint kept")
+    log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
+    if config.model is None:
+        other = "countdown" if config.task == "arithmetic" else "arithmetic"
+        prompt = rollouts_PG[0][0].problem.prompt
+        log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step, other=other, prompt=prompt))
+
+
+def say_what_changed(run: Run, after: dict, rollouts_PG: list[list[Rollout]]) -> None:
+    """Some answers before and after, and a table of the evaluations' figures."""
+    before, log = run.progress.before, run.log
+    for before_text, (rollout, *_) in zip(run.progress.transcripts, rollouts_PG, strict=False):
         log.say(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
         log.say(f"  before: {shorten(before_text)}")
         log.say(f"  after:  {shorten(rollout.text)}")
@@ -578,17 +611,7 @@ def finish(log: RunLog, config: Config, progress: Progress, evaluation: Evaluati
     names += [name for name in after if name.startswith("majority") and after[name] is not None]
     log.say(f"\n{'held-out, ' + str(after['n']) + ' x ' + str(after['samples']):<24}{'before':>9}{'after':>9}")
     for name in names:
-        log.say(f"{name.replace('_', ' '):<24}{progress.before[name]:>9.3f}{after[name]:>9.3f}")
-    log.say(f"\nafter:  {evaluation}")
-    if progress.best_step:
-        log.say(
-            f"best evaluation on the way: {progress.best_accuracy:.3f} at step {progress.best_step}, checkpoint kept"
-        )
-    log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
-    if config.model is None:
-        other = "countdown" if config.task == "arithmetic" else "arithmetic"
-        prompt = rollouts_PG[0][0].problem.prompt
-        log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step, other=other, prompt=prompt))
+        log.say(f"{name.replace('_', ' '):<24}{before[name]:>9.3f}{after[name]:>9.3f}")
 
 
 def shorten(text: str, limit: int = 400) -> str:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from nanor1.grpo import Rollout
-from nanor1.model import Transformer
 from nanor1.rewards import REWARDS, combine, final_answer
-from nanor1.sampler import Completion, generate
+from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
 
@@ -48,7 +47,7 @@ def judge(
 
 
 def evaluate(
-    model: Transformer,
+    sampler: Sampler,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     template: str,
@@ -58,10 +57,9 @@ def evaluate(
     on_token: Callable[[int, int, int], None] | None = None,
     **sampling,
 ) -> tuple["Evaluation", list[list[Rollout]]]:
-    """Answer and judge each problem `samples` times; `sampling` goes to sampler.generate."""
+    """Answer and judge each problem `samples` times; `sampling` goes to Sampler.generate."""
     prompts = [write_prompt(problem, template, tokenizer) for problem in problems]
-    completions_PG = generate(
-        model,
+    completions_PG = sampler.generate(
         [ids for _, ids in prompts],
         n=samples,
         stop_ids=tokenizer.stop_ids,

@@ -15,13 +15,18 @@ paper where later work found a bias or no use:
 Letters: P problems, G completions a problem, B sequences, N packed tokens, M tokens with a loss.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanor1.logprobs import token_logprobs
+from nanor1.logprobs import chunked_loss, token_logprobs
+from nanor1.packing import attended_pairs
 from nanor1.parallel import Workers
 
 
@@ -39,15 +44,21 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rollouts laid end to end; the loss falls on completion tokens alone."""
+    """Rollouts laid end to end (see nanor1/packing.py); the loss falls on completion tokens, the stop token included.
 
-    rollout_B: Tensor  # int64: which of the rollouts given to `pack` each sequence is
-    ids_N: Tensor  # int64
-    cu_seqlens_B1: Tensor  # int64
-    loss_mask_N: Tensor  # bool: completion tokens, the stop token included
-    advantage_N: Tensor  # fp32, and so the two below
-    sampler_logp_N: Tensor
-    weight_N: Tensor  # of each token in the step's loss: sums to 1 over all batches of a step (see `token_weights`)
+    A prompt that several completions continue is there once. A completion's last token predicts nothing: it is left
+    out, and is a target only.
+    """
+
+    ids_N: Tensor  # int64, and so the five below
+    cu_seqlens_B1: Tensor
+    parent_B: Tensor  # the sequence of a completion's prompt; -1: prompts, and completions that lie behind their own
+    predictor_M: Tensor  # the packed token whose hidden state predicts the target; for the first the prompt's last
+    target_M: Tensor  # the completion tokens
+    rollout_M: Tensor  # which of the rollouts given to `pack` they are of
+    advantage_M: Tensor  # fp32, and so the two below
+    sampler_logp_M: Tensor
+    weight_M: Tensor  # in the step's loss: sums to 1 over all batches of a step (see `token_weights`)
 
     def to(self, device) -> "PackedBatch":
         return PackedBatch(*(x.to(device) for x in vars(self).values()))
@@ -99,53 +110,79 @@ def token_weights(lengths: list[int], aggregate: str, constant_length: int | Non
 def pack(
     rollouts: list[Rollout], advantages: list[float], weights: list[float], tokens_per_batch: int
 ) -> list[PackedBatch]:
-    """Lay rollouts end to end, longest first, in batches of at most `tokens_per_batch` tokens (or of one rollout).
+    """Lay rollouts end to end, in batches of at most `tokens_per_batch` packed tokens (or of one rollout).
 
-    Neighbours of equal length waste least where attention pads, and the largest batch comes first, so that a run that
-    does not fit in memory fails at once.
+    Neighbours with the same prompt share one copy of it in a batch. Groups come longest first: the first batch is then
+    the most demanding, so that a run that does not fit in memory fails at once.
     """
-    order = sorted(range(len(rollouts)), key=lambda i: -_n_tokens(rollouts[i]))
-    batches, current, n_tokens = [], [], 0
-    for i in order:
-        if current and n_tokens + _n_tokens(rollouts[i]) > tokens_per_batch:
-            batches.append(current)
-            current, n_tokens = [], 0
-        current.append(i)
-        n_tokens += _n_tokens(rollouts[i])
-    batches += [current] if current else []
-    return [_pack_one([(i, rollouts[i], advantages[i], weights[i]) for i in batch]) for batch in batches]
+    groups = groupby((i for i, r in enumerate(rollouts) if r.completion.ids), lambda i: rollouts[i].prompt_ids)
+    by_length = [sorted(group, key=lambda i: -_n_tokens(rollouts[i])) for _, group in groups]
+    by_length.sort(key=lambda group: -_n_tokens(rollouts[group[0]]))
+    batches, n_tokens, prompt = [], 0, None
+    for i in (i for group in by_length for i in group):
+        n_alone = _n_tokens(rollouts[i])
+        n_more = n_alone - len(prompt) if prompt == rollouts[i].prompt_ids else n_alone
+        if not batches or n_tokens + n_more > tokens_per_batch:
+            batches.append([])
+            n_tokens, n_more = 0, n_alone
+        batches[-1].append(i)
+        n_tokens += n_more
+        prompt = rollouts[i].prompt_ids
+    return [_pack_one(rollouts, batch, advantages, weights) for batch in batches]
 
 
 def _n_tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion.ids)
+    return len(rollout.prompt_ids) + len(rollout.completion.ids) - 1
 
 
-def _pack_one(items: list[tuple[int, Rollout, float, float]]) -> PackedBatch:
-    ids, is_trained, advantage, logp, weight, ends = [], [], [], [], [], [0]
-    for _, rollout, a, w in items:
-        n_prompt, n_completion = len(rollout.prompt_ids), len(rollout.completion.ids)
-        ids += rollout.prompt_ids
-        ids += rollout.completion.ids
-        is_trained += [False] * n_prompt + [True] * n_completion
-        advantage += [0.0] * n_prompt + [a] * n_completion
-        logp += [0.0] * n_prompt
-        logp += rollout.completion.logprobs
-        weight += [0.0] * n_prompt + [w] * n_completion
-        ends.append(len(ids))
+def _pack_one(rollouts: list[Rollout], chosen: list[int], advantages: list[float], weights: list[float]) -> PackedBatch:
+    """Prompts first, then the completions that continue them, both longest first: see nanor1/attention.py.
+
+    A prompt with one completion is one sequence with it.
+    """
+    groups = [list(group) for _, group in groupby(chosen, lambda i: rollouts[i].prompt_ids)]
+    row = {i: b for b, group in enumerate(groups) for i in group}  # of the sequence that a rollout's prompt opens
+    alone = {i for i, *others in groups if not others}
+    shared = [i for i in chosen if i not in alone and len(rollouts[i].completion.ids) > 1]
+    shared.sort(key=lambda i: -_n_tokens(rollouts[i]))
+    sequences = [rollouts[i].prompt_ids + (rollouts[i].completion.ids[:-1] if i in alone else []) for i, *_ in groups]
+    sequences += [rollouts[i].completion.ids[:-1] for i in shared]
+    starts = list(accumulate(map(len, sequences), initial=0))
+    start_of = dict(zip(shared, starts[len(groups) :], strict=False))
+
+    predictor, target, logp, rollout = [], [], [], []
+    for i in chosen:
+        completion, prompt_end = rollouts[i].completion, starts[row[i]] + len(rollouts[i].prompt_ids)
+        start = start_of.get(i, prompt_end)
+        predictor += [prompt_end - 1, *range(start, start + len(completion.ids) - 1)]
+        target += completion.ids
+        logp += completion.logprobs
+        rollout += [i] * len(completion.ids)
+    rollout_M = torch.tensor(rollout)
     return PackedBatch(
-        torch.tensor([i for i, *_ in items]),
-        torch.tensor(ids),
-        torch.tensor(ends),
-        torch.tensor(is_trained),
-        *map(torch.tensor, (advantage, logp, weight)),
+        torch.tensor([token for sequence in sequences for token in sequence]),
+        torch.tensor(starts),
+        torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
+        torch.tensor(predictor),
+        torch.tensor(target),
+        rollout_M,
+        torch.tensor(advantages)[rollout_M],
+        torch.tensor(logp),
+        torch.tensor(weights)[rollout_M],
     )
 
 
+def predictor_states(model, batch: PackedBatch) -> Tensor:
+    """The hidden state that predicts each completion token: [M, C]."""
+    hidden_NC = model(batch.ids_N, batch.cu_seqlens_B1, parent_B=batch.parent_B)
+    # the first tokens of a group share their predictor; this gather's backward always adds up in the same order
+    return F.embedding(batch.predictor_M, hidden_NC)
+
+
 def completion_logprobs(model, batch: PackedBatch, temperature: float, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The model's log-probability of each completion token, and its entropy there: fp32 [M], in packed order."""
-    hidden_NC = model(batch.ids_N, batch.cu_seqlens_B1)
-    at_M = batch.loss_mask_N.nonzero().squeeze(1)  # a token is predicted by the hidden state before it
-    return token_logprobs(hidden_NC[at_M - 1], model.head_weight_VC, batch.ids_N[at_M], temperature, vocab_size)
+    """The model's log-probability of each completion token, and its entropy there: fp32 [M]."""
+    states_MC = predictor_states(model, batch)
+    return token_logprobs(states_MC, model.head_weight_VC, batch.target_M, temperature, vocab_size)
 
 
 def policy_loss(
@@ -234,39 +271,45 @@ def add_gradient(
 
 
 def _backward(model, reference, batch: PackedBatch, settings: LossSettings) -> "BatchTerms":
-    batch = batch.to(model.head_weight_VC.device)
-    mask, sampler_logp_M = batch.loss_mask_N, batch.sampler_logp_N[batch.loss_mask_N]
-    logp_M, entropy_M = completion_logprobs(model, batch, settings.temperature, settings.vocab_size)
-    importance_M = ref_logp_M = None
-    if settings.importance_cap:
-        importance_M = importance_weights(logp_M, sampler_logp_M, settings.importance_cap)
+    n_pairs = attended_pairs(batch.cu_seqlens_B1, batch.parent_B)
+    batch, ref_logp_M = batch.to(model.head_weight_VC.device), None
     if reference is not None:
         with torch.no_grad():
             ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
-    loss, is_clipped_M = policy_loss(
-        logp_M,
-        sampler_logp_M if settings.is_batch_reused else logp_M.detach(),
-        batch.advantage_N[mask],
-        batch.weight_N[mask],
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        importance_M=importance_M,
-        ref_logp_M=ref_logp_M,
-        kl_coef=settings.kl_coef,
-        kl=settings.kl,
+    loss_of = partial(_batch_loss, batch, ref_logp_M, settings)
+    loss, logp_M, entropy_M = chunked_loss(
+        predictor_states(model, batch),
+        model.head_weight_VC,
+        batch.target_M,
+        lambda logp, at: loss_of(logp, at)[0],
+        settings.temperature,
+        settings.vocab_size,
     )
     loss.backward()
-    logp_M = logp_M.detach()
-    gap_M = (logp_M - sampler_logp_M).abs()
-    return BatchTerms(
-        n_packed=len(batch.ids_N),
-        n_tokens=len(logp_M),
-        loss=float(loss.detach()),
-        entropy=float(entropy_M.sum()),
-        clipped=float(is_clipped_M.sum()),
-        gap=float(gap_M.sum()),
-        gap_max=float(gap_M.max()),
-        kl=None if ref_logp_M is None else float(kl_estimate(logp_M, ref_logp_M, "k3").sum()),
+    _, is_clipped_M = loss_of(logp_M, slice(None))
+    gap_M = (logp_M - batch.sampler_logp_M).abs()
+    sums = [loss.detach(), entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
+    if reference is not None:
+        sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
+    flops = model.training_flops(len(batch.ids_N), n_pairs, len(batch.target_M))
+    return BatchTerms(len(batch.ids_N), len(batch.target_M), flops, *torch.stack(sums).tolist())
+
+
+def _batch_loss(batch: PackedBatch, ref_logp_M: Tensor | None, settings: LossSettings, logp: Tensor, at: slice):
+    """`policy_loss` of the tokens `at` of a batch, whose log-probabilities are `logp`."""
+    sampler_logp = batch.sampler_logp_M[at]
+    is_capped = settings.importance_cap > 0
+    return policy_loss(
+        logp,
+        sampler_logp if settings.is_batch_reused else logp.detach(),
+        batch.advantage_M[at],
+        batch.weight_M[at],
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        importance_M=importance_weights(logp, sampler_logp, settings.importance_cap) if is_capped else None,
+        ref_logp_M=None if ref_logp_M is None else ref_logp_M[at],
+        kl_coef=settings.kl_coef,
+        kl=settings.kl,
     )
 
 
@@ -276,22 +319,23 @@ class BatchTerms:
 
     n_packed: int  # tokens, prompts included
     n_tokens: int  # with a loss; the sums below are over these
+    flops: float  # of the model (see Transformer.training_flops)
     loss: float
     entropy: float
     clipped: float
     gap: float  # |log-probability of the trainer - of the sampler|
     gap_max: float
-    kl: float | None
+    kl: float | None = None
 
 
 def step_metrics(updates: list[list[BatchTerms]]) -> dict[str, float]:
-    """Means a token over all updates of a step, one inner list an update; only the count where there was none.
+    """Means a token over all updates of a step, one inner list an update; only the counts where there was none.
 
     The gap between sampler and trainer is taken from the first update, before which both hold the same weights.
     """
     terms = [term for update in updates for term in update]
     if not terms:
-        return {"learned_tokens": 0}
+        return {"learned_tokens": 0, "learn_flops": 0.0}
     n_tokens = sum(term.n_tokens for term in terms)
     kl = {} if terms[0].kl is None else {"kl": sum(term.kl for term in terms) / n_tokens}
     return kl | {
@@ -301,4 +345,29 @@ def step_metrics(updates: list[list[BatchTerms]]) -> dict[str, float]:
         "logp_gap_mean": sum(term.gap for term in updates[0]) / sum(term.n_tokens for term in updates[0]),
         "logp_gap_max": max(term.gap_max for term in updates[0]),
         "learned_tokens": sum(term.n_packed for term in terms),
+        "learn_flops": sum(term.flops for term in terms),
     }
+
+
+def describe(rollouts_PG: list[list[Rollout]], advantages_PG: list[list[float | None]]) -> dict[str, float | None]:
+    """Rewards, lengths and groups of a step's rollouts, as metrics."""
+    flat = [rollout for group in rollouts_PG for rollout in group]
+    lengths = [len(rollout.completion.ids) for rollout in flat]
+    parts = {name: mean(rollout.parts[name] for rollout in flat) for name in flat[0].parts}
+    return {
+        "reward": mean(rollout.reward for rollout in flat),
+        **parts,
+        "response_tokens": mean(lengths),
+        "response_tokens_max": max(lengths),
+        "truncated": mean(float(rollout.completion.finish == "length") for rollout in flat),
+        "rollouts": len(flat),
+        "unjudged": sum(rollout.reward is None for rollout in flat),
+        "groups": len(rollouts_PG),
+        "dropped_groups": sum(not any(advantages) for advantages in advantages_PG),
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanor1.logprobs import token_logprobs
+from nanor1.logprobs import chunked_loss
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
 from nanor1.parallel import start_workers
@@ -324,8 +324,9 @@ def backward(model: Transformer, documents: list[list[int]], n_targets: int) -> 
     is_target_N[cu_seqlens_B1[:-1]] = False  # nothing comes before a document's first token
     at_M = is_target_N.nonzero().squeeze(1)
     hidden_NC = model(ids_N, cu_seqlens_B1)
-    logp_M, _ = token_logprobs(hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M])
-    loss = -logp_M.sum() / n_targets
+    loss, _, _ = chunked_loss(
+        hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M], lambda logp, _: -logp.sum() / n_targets
+    )
     loss.backward()
     return loss.item()
 

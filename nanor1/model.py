@@ -13,15 +13,18 @@ Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/val
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from nanor1.attention import attention, decode_attention
+from nanor1.attention import attention, cached_attention, decode_attention
+from nanor1.packing import Layout, layout, spread
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
 
 ACTIVATIONS = {
@@ -31,6 +34,29 @@ ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+FEW_ROWS, LARGE = 512, 100_000  # activations' rows up to which, and weights from which, (W x^T)^T is faster on a CPU
+
+
+def linear(x_NC: Tensor, weight_MC: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """x W^T + b, as torch.nn.functional.linear; [N, M].
+
+    A fp32 CPU product of a few rows with a large matrix is computed as (W x^T)^T: BLAS then works along the long side,
+    1.2 to 1.6 times as fast at 16 to 128 rows (LOG.md). The result is then a transposed view. Not in compiled code,
+    which would be compiled once for each side of the limit.
+    """
+    is_plain = x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or torch.compiler.is_compiling()
+    if is_plain or len(x_NC) > FEW_ROWS or weight_MC.numel() < LARGE:
+        return F.linear(x_NC, weight_MC, bias_M)
+    if bias_M is None:
+        return torch.mm(weight_MC, x_NC.t()).t()
+    return torch.addmm(bias_M[:, None], weight_MC, x_NC.t()).t()
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -59,10 +85,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=config.output_bias)
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=config.output_bias)
         if config.has_qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps)
             self.k_norm = RMSNorm(D, config.norm_eps)
@@ -70,7 +96,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, C] -> q [N, H, D], k [N, K, D], v [N, K, D], normalised and rotated."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (proj(x).contiguous() for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -82,9 +109,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(C, width, bias=bias) if config.is_gated else None
-        self.up_proj = nn.Linear(C, width, bias=bias)
-        self.down_proj = nn.Linear(width, C, bias=bias)
+        self.gate_proj = Linear(C, width, bias=bias) if config.is_gated else None
+        self.up_proj = Linear(C, width, bias=bias)
+        self.down_proj = Linear(width, C, bias=bias)
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; choose of {', '.join(ACTIVATIONS)}")
         self.act = ACTIVATIONS[config.hidden_act]
@@ -103,11 +130,40 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, attend) -> Tensor:
-        """x [N, C] -> [N, C]; `attend(q, k, v)` is attention over whatever the caller attends to."""
+    def forward(self, x: Tensor, rope, attend: Callable, *context) -> Tensor:
+        """x [N, C] -> [N, C]; `attend(q, k, v, *context)` is attention over whatever the caller attends to."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        x = x + self.self_attn.o_proj(attend(q, k, v).flatten(1))
+        x = x + self.self_attn.o_proj(attend(q, k, v, *context).flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor | None) -> Tensor:
+    """Attention within packed sequences, whose keys and values are also written to a cache if one is given."""
+    if k_SKTD is not None:
+        k_SKTD[where.row_N, :, where.position_N] = k
+        v_SKTD[where.row_N, :, where.position_N] = v
+    shared = where.shared
+    if shared is None:
+        return attention(q, k, v, where.cu_seqlens_B1, where.max_len)
+    k, v = spread(k, shared), spread(v, shared)
+    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, shared.cu_seqlens_B1, shared.max_len)
+
+
+def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """Attention of one token a row to the first rows of the cache, to which its own key and value are added first."""
+    B, T = mask_BT.shape
+    k_BKTD, v_BKTD = k_SKTD[:B, :, :T], v_SKTD[:B, :, :T]
+    row_B = torch.arange(B, device=q.device)
+    k_BKTD[row_B, :, position_B] = k
+    v_BKTD[row_B, :, position_B] = v
+    return decode_attention(q, k_BKTD, v_BKTD, mask_BT)
+
+
+def _attend_slots(q, k, v, k_SKTD, v_SKTD, slot_B: Tensor, position_B, length_B, max_len: int) -> Tensor:
+    """The same with slots of the cache anywhere."""
+    k_SKTD[slot_B, :, position_B] = k
+    v_SKTD[slot_B, :, position_B] = v
+    return cached_attention(q, k_SKTD, v_SKTD, slot_B, length_B, max_len)
 
 
 class Transformer(nn.Module):
@@ -115,6 +171,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.hf_config: dict = {}  # the config.json it was loaded from; what config does not know is saved again
+        self.checkpoints_activations = False  # keep only each block's input for the backward, and run it again there
+        self.attend_packed = _attend_packed  # compile_blocks may take it out of the graph
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope_theta is None:
@@ -122,7 +180,7 @@ class Transformer(nn.Module):
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = make_norm(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # no buffer: `.to(bfloat16)` would round it
         self.rope_frequencies = None if config.rope_theta is None else rope_frequencies(config)
 
@@ -149,57 +207,91 @@ class Transformer(nn.Module):
         """
         write_folder(folder, self.config, self.hf_config, self.state_dict() if state_dict is None else state_dict)
 
+    def compile_blocks(self, **options) -> None:
+        """Compile each block in place, for forwards with a gradient and for decoding in slots; parameter names stay.
+
+        All blocks share a program, and all lengths do, but for the limits at which torch changes its plan (4,096 tokens
+        on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
+        Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
+        """
+        if self.head_weight_VC.device.type == "cpu":
+            self.attend_packed = torch.compiler.disable(_attend_packed)
+        for block in self.model.layers:
+            block.compile(dynamic=True, **options)
+
+    def training_flops(self, n_tokens: int, n_pairs: int, n_targets: int) -> float:
+        """Floating-point operations of a forward and a backward over packed tokens, as model FLOPs utilisation counts.
+
+        A multiply-add of a weight is 6 a token (2 forward, 4 backward): the blocks' matrices for all tokens, the head
+        for the `n_targets` that have a loss, the embedding not at all. Attention is 12 H D a layer and pair of query
+        and key, of which there are `n_pairs` (nanor1.packing.attended_pairs): a pair that the causal mask hides is not
+        counted, where PaLM (2204.02311, appendix B) counts all T of a query. What is computed twice is counted once.
+        """
+        config, head_VC = self.config, self.head_weight_VC
+        n_weights = sum(p.numel() for p in self.model.layers.parameters() if p.dim() == 2)
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * n_pairs
+        return 6.0 * (n_weights * n_tokens + head_VC.numel() * n_targets) + attention
+
     @property
     def head_weight_VC(self) -> Tensor:
         """The output matrix; the embedding itself where the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., C] -> logits [..., V] in the compute dtype."""
-        return F.linear(hidden, self.head_weight_VC)
+        """hidden [N, C] -> logits [N, V]: fp32 on CUDA, where products of bf16 are to be had unrounded."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, self.head_weight_VC.t(), out_dtype=torch.float32)
+        return linear(hidden, self.head_weight_VC)
 
-    def forward(self, ids_N: Tensor, cu_seqlens_B1: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(
+        self, ids_N: Tensor, cu_seqlens_B1: Tensor, cache: "KVCache | None" = None, parent_B: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states [N, C] of packed sequences, each attending to itself causally.
 
-        With a cache, the keys and values of sequence b are also written to its row b (prefill).
+        With a cache, the keys and values of sequence b are also written to its row b (prefill). With `parent_B` [B],
+        sequence b continues the earlier sequence parent_B[b] (-1: none) and attends to that one, too.
         """
-        lengths_B = cu_seqlens_B1.diff()
-        max_len = int(lengths_B.max())
-        row_N = torch.arange(len(lengths_B), device=ids_N.device).repeat_interleave(lengths_B)
-        position_N = torch.arange(len(ids_N), device=ids_N.device) - cu_seqlens_B1[row_N]
+        where = layout(cu_seqlens_B1, parent_B)
+        caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
+        contexts = ((where, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
+        return self._run(ids_N, where.position_N, self.attend_packed, contexts)
 
-        def attend(layer, q, k, v):
-            if cache is not None:
-                cache.k[layer][row_N, :, position_N] = k
-                cache.v[layer][row_N, :, position_N] = v
-            return attention(q, k, v, cu_seqlens_B1, max_len)
+    def decode(
+        self,
+        ids_B: Tensor,
+        position_B: Tensor,
+        cache: "KVCache",
+        max_len: int,
+        slot_B: Tensor | None = None,
+        is_running_B: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, C] of one further token, at position_B of cache rows slot_B (None: 0..B-1).
 
-        return self._run(ids_N, position_N, attend)
-
-    def decode(self, ids_B: Tensor, position_B: Tensor, cache: "KVCache", max_len: int) -> Tensor:
-        """Hidden states [B, C] of one further token in cache rows 0..B-1, at position_B; the cache is extended.
-
-        `max_len` is at least position_B.max() + 1: how much of the cache is looked at.
+        The cache is extended. `max_len` is at least position_B.max() + 1: how much of the cache is looked at. With
+        slots, rows that are not running attend to nothing; their hidden states mean nothing.
         """
-        B = len(ids_B)
-        row_B = torch.arange(B, device=ids_B.device)
-        mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
+        if slot_B is None:
+            mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
+            attend, place = _attend_rows, (position_B, mask_BT)
+        else:
+            length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
+            attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)
+        contexts = ((k_SKTD, v_SKTD, *place) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
+        return self._run(ids_B, position_B, attend, contexts)
 
-        def attend(layer, q, k, v):
-            cache.k[layer][row_B, :, position_B] = k
-            cache.v[layer][row_B, :, position_B] = v
-            return decode_attention(q, cache.k[layer][:B, :, :max_len], cache.v[layer][:B, :, :max_len], mask_BT)
-
-        return self._run(ids_B, position_B, attend)
-
-    def _run(self, ids_N: Tensor, position_N: Tensor, attend) -> Tensor:
+    def _run(self, ids_N: Tensor, position_N: Tensor, attend: Callable, contexts: Iterable[tuple]) -> Tensor:
         x = self.model.embed_tokens(ids_N)
         if self.config.rope_theta is None:
             x, rope = x + self.model.embed_positions(position_N), None
         else:
             rope = self.rope_angles(position_N)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, rope, partial(attend, i))
+        for block, context in zip(self.model.layers, contexts, strict=False):
+            if torch.is_grad_enabled() and self.checkpoints_activations:
+                x = checkpoint(block, x, rope, attend, *context, use_reentrant=False)
+            elif torch.is_grad_enabled() or attend is _attend_slots:
+                x = block(x, rope, attend, *context)
+            else:
+                x = block.forward(x, rope, attend, *context)  # not compiled: a prefill would need programs of its own
         return self.model.norm(x)
 
     def rope_angles(self, position_N: Tensor) -> tuple[Tensor, Tensor]:

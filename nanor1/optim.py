@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+MAX_SKIPPED = 3  # updates in a row that may be skipped for a non-finite gradient
+
 
 class MasterAdamW:
     """AdamW over a model's parameters; matrices decay, vectors do not."""
@@ -25,7 +27,10 @@ class MasterAdamW:
         matrices = [p for p in self.masters.values() if p.dim() >= 2]
         vectors = [p for p in self.masters.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas)
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+        for p in self.masters.values():  # at once: memory that is free from now on is free to the sampler's cache
+            moments = {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)} | moments
 
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip the gradients, update, clear them; returns the norm before clipping. Non-finite: no update is made."""
@@ -51,7 +56,7 @@ class MasterAdamW:
         """Everything a resumed run needs, by parameter name: moments, step counts, and masters where they exist."""
         tensors = {}
         for name, master in self.masters.items():
-            for key, value in self.adamw.state.get(master, {}).items():
+            for key, value in self.adamw.state[master].items():
                 tensors[f"{key}.{name}"] = value
             if master is not self.params[name]:
                 tensors[f"master.{name}"] = master.detach()
@@ -61,13 +66,27 @@ class MasterAdamW:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave, also where the weights were held in another dtype then."""
         for name, master in self.masters.items():
-            if f"step.{name}" in tensors:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state = {key: tensors[f"{key}.{name}"].clone() for key in keys}
-                self.adamw.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
+            for key, value in self.adamw.state[master].items():
+                if f"{key}.{name}" in tensors:
+                    value.copy_(tensors[f"{key}.{name}"])
             if f"master.{name}" in tensors:
                 master.copy_(tensors[f"master.{name}"])
         self._round_into_model()
+
+
+class NonFiniteGuard:
+    """Stops a run whose updates are skipped for non-finite gradients several times in a row."""
+
+    def __init__(self):
+        self.n_in_a_row = 0
+
+    def check(self, n_skipped: int, n_made: int) -> None:
+        self.n_in_a_row = 0 if n_made else self.n_in_a_row + n_skipped
+        if self.n_in_a_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"the gradient was not finite in {self.n_in_a_row} updates in a row; the last checkpoint is whole: "
+                "lower --lr, raise --warmup, or use --dtype float32, and start again from it"
+            )
 
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup: int, decay: str, final_fraction: float = 0.1) -> float:

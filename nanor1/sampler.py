@@ -1,29 +1,42 @@
 """KV-cache generation for many ragged requests at once.
 
-A request is one completion of one prompt. Requests wait in line for a row of the cache; all active rows advance by one
-token a step. When rows finish, the last active rows are moved into their places, so that the active rows are always
-0..B-1 and a finished request costs nothing, and the freed rows go to the next requests in line. A prompt is prefilled
-once; its keys and values are copied to each of its n rows.
+A request is one completion of one prompt. Requests wait in line for a slot of the cache (continuous batching); all that
+have one advance by a token a step. A finished request frees its slot for the next in line. A prompt is prefilled once,
+through the packed forward of training; its keys and values are copied to each of its n slots.
+
+On a GPU the step is captured in CUDA graphs, one for each of a few numbers of rows, and replayed several times between
+looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
+memory: the slots, and a list of which of them to advance. On a CPU a step looks at its rows at once, and the last
+active rows are moved into the places of finished ones, so that the active rows are always the first: attention then
+reads a plain slice of the cache, and no row costs anything once it has finished.
 
 The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
-and the position alone, so a request draws the same numbers whichever row or batch it runs in. The logits may still
+and the position alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still
 differ in their last bits with the shape of the batch (floating-point sums are not associative), and a draw that falls
 between the two then gives another token.
 
-Letters: P prompts, R requests, B active rows, L new tokens, V vocabulary.
+Left out: paged caches, sharing a prompt's cache between slots (copies are read as fast up to some hundred tokens).
+
+Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L new tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanor1.draw import request_key
+from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
+from nanor1.slots import Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
-BLOCK = 1024  # a vocabulary larger than this is drawn from in two steps: a block of it, then a token of the block
+ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
+GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
 
 
 @dataclass(frozen=True)
@@ -35,174 +48,145 @@ class Completion:
     finish: str  # "stop" or "length"
 
 
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    n: int = 1,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
-    stop_texts: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-    seed: int | Sequence[int] = 0,
-    vocab_size: int | None = None,
-    max_rows: int = 512,
-    on_token: Callable[[int, int, int], None] | None = None,
-) -> list[list[Completion]]:
-    """Sample n completions of each prompt; returns one inner list a prompt, n long.
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, max_rows: int = 512, **arguments):
+    """Sample completions of prompts; `Sampler.generate` says how, and is quicker when there is more than one call."""
+    return Sampler(model, max_rows).generate(prompts, **arguments)
 
-    A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids into
-    text): finish "stop"; or after `max_new_tokens`, or at the end of the model's context: finish "length".
-    Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above `vocab_size` are never sampled.
-    `seed` is one number, or one a prompt, with which a prompt draws the same wherever it stands in the list. At most
-    `max_rows` requests run at once. `on_token(prompt, completion, id)` hears of each token as it is made. Raises
-    ValueError for an empty prompt or one that leaves no room to answer.
+
+@dataclass
+class Results:
+    """What has been generated, by request."""
+
+    ids_RL: Tensor
+    logp_RL: Tensor
+    length_R: Tensor
+    is_stopped_R: Tensor
+
+    def take(self, slots: Slots, slot_F: Tensor, request_F: Tensor) -> None:
+        self.ids_RL[request_F], self.logp_RL[request_F] = slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]
+        self.length_R[request_F], self.is_stopped_R[request_F] = slots.n_new[slot_F], slots.is_stopped[slot_F]
+
+    def completions(self, n: int) -> list[list[Completion]]:
+        is_nan_R = self.logp_RL.isnan().any(-1)
+        if is_nan_R.any():
+            prompt = int(is_nan_R.nonzero()[0]) // n
+            raise ValueError(f"the model's logits after prompt {prompt} are not numbers: look for nan in its weights")
+        columns = (getattr(self, field.name).tolist() for field in fields(self))
+        flat = [
+            Completion(ids[:length], logp[:length], "stop" if is_stopped else "length")
+            for ids, logp, length, is_stopped in zip(*columns, strict=True)
+        ]
+        return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+class Sampler:
+    """Samples from one model; keeps its cache, and on a GPU its captured steps, from call to call.
+
+    At most `max_rows` requests run at once, fewer where their cache would take more than `memory_share` of the memory
+    that is free. The model's weights may change between calls, in place. `is_stepwise` (None: on CUDA) says whether
+    fixed steps over a list of slots are repeated, or the active rows are kept the first ones.
     """
-    seeds = [_key(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    _check_requests(model, prompts, n, max_new_tokens, seeds, max_rows)
-    _check_sampling(temperature, top_k, top_p, stop_texts, decode)
-    if not prompts:
-        return []
-    with torch.inference_mode():
-        batch = _Batch(model, prompts, n, max_new_tokens, seeds, max_rows)
-        stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=batch.device)
-        while batch.n_waiting or batch.n_active:
-            logits_BV, rows = batch.admit() if batch.should_admit() else batch.decode()
-            token_B, logp_B = sample_tokens(
-                logits_BV[:, :vocab_size].float(), batch.uniform(rows), temperature, top_k, top_p
-            )
-            batch.record(rows, token_B, logp_B)
-            if on_token:
-                for request, token in zip(batch.request[rows].tolist(), token_B.tolist(), strict=True):
-                    on_token(request // n, request % n, token)
-            is_stopped_B = torch.isin(token_B, stop)
-            if stop_texts:
-                is_stopped_B |= batch.holds_text(rows, stop_texts, decode)
-            batch.retire(rows, is_stopped_B)
-        return batch.completions()
+
+    def __init__(
+        self, model: Transformer, max_rows: int = 512, memory_share: float = 0.8, is_stepwise: bool | None = None
+    ):
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; at least one row is needed")
+        self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
+        self.device = model.head_weight_VC.device
+        self.slots: Slots | None = None
+        self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
+        self.steps: dict[tuple[int, Sampling], Step] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        max_new_tokens: int | Sequence[int],
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        stop_texts: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        seed: int | Sequence[int] = 0,
+        vocab_size: int | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample n completions of each prompt; returns one inner list a prompt, n long.
+
+        A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids
+        into text): finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's
+        context: finish "length". Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above
+        `vocab_size` are never sampled. `seed` is one number, or one a prompt, with which a prompt draws the same
+        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made. Raises
+        ValueError for an empty prompt, one that leaves no room to answer, and where the cache of a single request
+        exceeds the memory.
+        """
+        seeds = [request_key(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        limits = _check_requests(self.model, prompts, n, limits, seeds)
+        _check_sampling(temperature, top_k, top_p, stop_texts, decode)
+        if not prompts:
+            return []
+        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
+        with torch.inference_mode():
+            self._reserve(len(prompts) * n, max(map(len, prompts)), max(limits))
+            run = _Run(self, prompts, n, limits, seeds, sampling)
+            run.listen(on_token, stop_texts, decode)
+            while run.n_waiting or run.request_of:
+                run.admit() if run.should_admit() else run.decode()
+                run.look()
+            return run.results.completions(n)
+
+    def _reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
+        """Make slots for requests of so many tokens, if those there are do not suffice."""
+        room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
+        wanted, slots = min(self.max_rows, n_requests), self.slots
+        if slots and slots.n_slots >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
+            return
+        if slots:  # no smaller in any way, so that calls of changing sizes settle
+            wanted, room = max(wanted, slots.n_slots), max(room, slots.room)
+            n_new = max(n_new, slots.n_new_tokens)
+        room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
+        self.steps, self.slots, slots = {}, None, None
+        budget = int(free_memory(self.device) * self.memory_share)
+        self.slots = Slots(self.model, slots_that_fit(self.model, room, wanted, budget), room, n_new)
+
+    def step(self, n_rows: int, sampling: Sampling) -> Step:
+        """The repeatable step over at least `n_rows` slots."""
+        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
+        size = next(size for size in sizes if size >= n_rows)
+        if (size, sampling) not in self.steps:
+            self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
+        return self.steps[size, sampling]
 
 
-def sample_tokens(
-    logits_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Draw a token a row by inverting its cumulative distribution; returns (token_B int64, logp_B fp32).
+class _Run:
+    """One call of generate: the requests that wait, those that run, and what has been generated."""
 
-    `uniform_B` is in [0, 1); its dtype is that of the sums (see hash_uniform). The log-probability is that of
-    softmax(logits / temperature) over all tokens, which is what a trainer computes; top-k and top-p narrow the draw
-    only. Temperature 0 takes the largest logit.
-    """
-    logp_BV = F.log_softmax(logits_BV if temperature == 0 else logits_BV / temperature, dim=-1)
-    if temperature == 0:
-        token_B = logits_BV.argmax(-1)
-    else:
-        token_B = _draw(_narrow(logp_BV.exp(), top_k, top_p), uniform_B)
-    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(1)
+    def __init__(self, sampler: Sampler, prompts, n: int, limits: list[int], seeds: list[int], sampling: Sampling):
+        self.sampler, self.model, self.slots = sampler, sampler.model, sampler.slots
+        self.prompts, self.n, self.sampling, self.device = prompts, n, sampling, sampler.device
+        self.n_requests, self.n_admitted = len(prompts) * n, 0
+        self.n_slots = min(self.slots.n_slots, sampler.max_rows, self.n_requests)
+        self.prefilled = range(0)  # the prompts whose keys, values and last logits are held, to be copied to slots
+        self.request_of: dict[int, int] = {}  # slot -> request, of the active ones
+        self.looks: deque = deque()
+        self.start_R = self._index(map(len, prompts)).repeat_interleave(n)
+        self.limit_R = self._index(limits).repeat_interleave(n)
+        self.key_R = self._index(request_key(seed, g) for seed in seeds for g in range(n))
+        ids_RL = torch.zeros(self.n_requests, self.slots.n_new_tokens, dtype=torch.int32, device=self.device)
+        stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
+        self.results = Results(ids_RL, torch.zeros_like(ids_RL, dtype=torch.float32), self.start_R * 0, stopped_R)
+        self.slots.is_running.fill_(False)
 
-
-def _narrow(p_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero the probabilities outside the k largest, and outside the fewest that hold top_p of the rest.
-
-    Of equal ones at the border as many are kept as there is room for, so top_k leaves k whatever the ties.
-    """
-    if 0 < top_k < p_BV.shape[-1]:
-        kept_BK, index_BK = p_BV.topk(top_k)
-        p_BV = torch.zeros_like(p_BV).scatter(-1, index_BK, kept_BK)
-    if top_p < 1.0:
-        sorted_BV, index_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        before_BV[:, 0] = -1.0  # the largest is kept whatever is rounded
-        kept_BV = torch.where(before_BV < top_p * sorted_BV.sum(-1, keepdim=True), sorted_BV, 0.0)
-        p_BV = torch.zeros_like(p_BV).scatter(-1, index_BV, kept_BV)
-    return p_BV
-
-
-def _draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes `uniform_B` of the whole; never one of probability 0.
-
-    Of a large vocabulary first a block is drawn, then a token of it: one running sum in fp32 over 150,000 tokens is too
-    coarse for a third of them ever to be drawn, and one in fp64 takes longer than the softmax.
-    """
-    V = p_BV.shape[-1]
-    if V <= BLOCK:
-        return _invert(p_BV, uniform_B)[0]
-    p_BSW = F.pad(p_BV, (0, -V % BLOCK)).unflatten(-1, (-1, BLOCK))
-    block_B, uniform_B = _invert(p_BSW.sum(-1), uniform_B)
-    row_B = torch.arange(len(p_BV), device=p_BV.device) * p_BSW.shape[1] + block_B
-    return block_B * BLOCK + _invert(p_BSW.flatten(0, 1).index_select(0, row_B), uniform_B)[0]
-
-
-def _invert(weight_BN: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The first index whose cumulated weight exceeds `uniform_B` of the sum, and how far into it that is, in [0, 1)."""
-    cdf_BN = weight_BN.cumsum(-1, dtype=uniform_B.dtype)
-    threshold_B1 = uniform_B[:, None] * cdf_BN[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
-    index_B1.clamp_(max=cdf_BN.shape[-1] - 1)  # beyond the end only where a weight is NaN
-    weight_B1 = weight_BN.gather(-1, index_B1)
-    inside_B1 = (threshold_B1 - cdf_BN.gather(-1, index_B1) + weight_B1) / weight_B1
-    return index_B1.squeeze(1), inside_B1.clamp(min=0).squeeze(1)  # rounding may leave it below 0, but never at 1
-
-
-def hash_uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """A number in [0, 1) for each (key, position), both int64: SplitMix64's finaliser (Steele et al. 2014).
-
-    fp64 of 53 random bits; on MPS, which has no fp64, fp32 of 24: too coarse for tokens rarer than 1e-7.
-    """
-    dtype, bits = (torch.float32, 24) if key_B.device.type == "mps" else (torch.float64, 53)
-    x = key_B + position_B * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 64 - bits).to(dtype) * 2.0**-bits
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 right and fill with zeros, where torch's own >> fills with the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    return (x & (2**64 - 1)) - (2**64 if x & 2**63 else 0)
-
-
-def _key(*parts: int) -> int:
-    """An int64 made of the parts, folded one by one with SplitMix64, on the host."""
-    x = 0
-    for part in parts:
-        x = (x ^ part) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & (2**64 - 1)
-        x ^= x >> 31
-    return _signed(x)
-
-
-class _Batch:
-    """The active rows (0..B-1 of the cache), the requests that wait, and what has been generated."""
-
-    def __init__(self, model: Transformer, prompts, n: int, max_new_tokens: int, seeds: list[int], max_rows: int):
-        self.model, self.prompts, self.n = model, prompts, n
-        weight, context = model.head_weight_VC, model.config.max_position_embeddings
-        self.device, self.n_requests, self.n_admitted = weight.device, len(prompts) * n, 0
-        self.n_rows = min(max_rows, self.n_requests)
-        self.room = min(context, max(map(len, prompts)) + max_new_tokens)
-        self.cache = KVCache(model.config, self.n_rows, self.room, weight.dtype, weight.device)
-        self.prefilled = range(0)  # the prompts whose keys, values and last logits are held, to be copied to their rows
-        # by request
-        long = dict(dtype=torch.int64, device=self.device)
-        self.length_R = torch.zeros(self.n_requests, **long)
-        self.is_stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
-        self.start_R = torch.tensor([len(prompt) for prompt in prompts], **long).repeat_interleave(n)
-        self.limit_R = (context - self.start_R).clamp(max=max_new_tokens)
-        self.ids_RL = torch.zeros(self.n_requests, int(self.limit_R.max()), dtype=torch.int32, device=self.device)
-        self.logp_RL = torch.zeros_like(self.ids_RL, dtype=torch.float32)
-        self.key_R = torch.tensor([_key(seed, g) for seed in seeds for g in range(n)], **long)
-        # by active row: its request and its last token, which is not in the cache yet
-        self.request, self.token = torch.zeros(0, **long), torch.zeros(0, **long)
-
-    @property
-    def n_active(self) -> int:
-        return len(self.request)
+    def listen(self, on_token, stop_texts: Sequence[str], decode_text) -> None:
+        """What the host has to see after each step; if nothing, a stepwise sampler looks less often, and later."""
+        self.on_token, self.stop_texts, self.decode_text = on_token, stop_texts, decode_text
+        is_late = self.sampler.is_stepwise and not (on_token or stop_texts)
+        self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
 
     @property
     def n_waiting(self) -> int:
@@ -210,30 +194,31 @@ class _Batch:
 
     @property
     def n_free(self) -> int:
-        """Rows that are free and wanted."""
-        return min(self.n_rows - self.n_active, self.n_waiting)
+        """Slots that are free and wanted."""
+        return min(self.n_slots - len(self.request_of), self.n_waiting)
 
     def should_admit(self) -> bool:
-        """Refill when an eighth of the rows is free, so that prompts are prefilled several at a time."""
-        return self.n_free > 0 and self.n_free >= min(-(-self.n_rows // 8), self.n_waiting)
+        """Refill when an eighth of the slots is free, so that prompts are prefilled several at a time."""
+        return self.n_free > 0 and self.n_free >= min(-(-self.n_slots // 8), self.n_waiting)
 
-    def admit(self) -> tuple[Tensor, slice]:
-        """Give free rows to the next requests; returns the logits of their first tokens and the rows."""
+    def admit(self) -> None:
+        """Give free slots to the next requests, and draw their first tokens."""
         if self.n_admitted >= self.prefilled.stop * self.n:
             self._prefill()
-        first, last = self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop * self.n)
-        request_B = torch.arange(first, last, device=self.device)
+        requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop * self.n))
+        free = (slot for slot in range(self.n_slots) if slot not in self.request_of)
+        placed = dict(zip(free, requests, strict=False))
+        slot_B, request_B = self._index(placed.keys()), self._index(placed.values())
         source_B = request_B // self.n - self.prefilled.start
-        rows = slice(self.n_active, self.n_active + last - first)
-        to_rows = torch.arange(rows.start, rows.stop, device=self.device)
-        self.cache.copy_rows(self.prefilled_cache, source_B, to_rows, self.prefilled_cache.k[0].shape[2])
-        self.request = torch.cat((self.request, request_B))
-        self.token = torch.cat((self.token, torch.zeros_like(request_B)))
-        self.n_admitted = last
-        return self.prefilled_logits[source_B], rows
+        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
+        self.slots.start(slot_B, self.start_R[request_B], self.limit_R[request_B], self.key_R[request_B])
+        self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
+        self.request_of |= placed
+        self.n_admitted = requests.stop
+        self._hear(placed)
 
     def _prefill(self) -> None:
-        """Run the next prompts, as many as free rows will want and the budget allows; the cache is a rectangle."""
+        """Run the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle."""
         start = self.n_admitted // self.n
         stop, longest = start + 1, len(self.prompts[start])
         while (stop - start) * self.n < self.n_free:
@@ -242,73 +227,96 @@ class _Batch:
                 break
             stop += 1
         prompts = self.prompts[start:stop]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        cu_seqlens_B1 = F.pad(lengths.cumsum(0), (1, 0))
-        ids_N = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        config, dtype = self.model.config, self.cache.k[0].dtype
-        self.prefilled = range(start, stop)
-        self.prefilled_cache = KVCache(config, len(prompts), max(map(len, prompts)), dtype, self.device)
+        cu_seqlens_B1 = F.pad(self._index(map(len, prompts)).cumsum(0), (1, 0))
+        ids_N = self._index(token for prompt in prompts for token in prompt)
+        self.prefilled, dtype = range(start, stop), self.slots.cache.k[0].dtype
+        self.prefilled_cache = KVCache(self.model.config, len(prompts), max(map(len, prompts)), dtype, self.device)
         hidden_NC = self.model(ids_N, cu_seqlens_B1, self.prefilled_cache)
         self.prefilled_logits = self.model.logits(hidden_NC[cu_seqlens_B1[1:] - 1])
 
-    def decode(self) -> tuple[Tensor, slice]:
-        """Advance every active row by a token; returns the next token's logits and the rows."""
-        position_B = self.start_R[self.request] + self.length_R[self.request] - 1
-        hidden_BC = self.model.decode(self.token, position_B, self.cache, int(position_B.max()) + 1)
-        return self.model.logits(hidden_BC), slice(0, self.n_active)
+    def decode(self) -> None:
+        """Advance every active slot by a token, or by several where nobody looks in between."""
+        n_rows = len(self.request_of)
+        if self.sampler.is_stepwise:
+            self.sampler.step(n_rows, self.sampling)(self._index(self.request_of), self.steps_a_look)
+        else:
+            max_len = int(self.slots.position[:n_rows].max()) + 1
+            self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
+        self._hear(self.request_of)
 
-    def uniform(self, rows: slice) -> Tensor:
-        return hash_uniform(self.key_R[self.request[rows]], self.length_R[self.request[rows]])
+    def _hear(self, request_of: dict[int, int]) -> None:
+        """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
+        if self.on_token:
+            tokens = self.slots.token[self._index(request_of)].tolist()
+            for request, token in zip(request_of.values(), tokens, strict=True):
+                self.on_token(request // self.n, request % self.n, token)
+        if self.stop_texts:
+            slot_F = self._index(self._slots_with_text(list(request_of)))
+            self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
 
-    def record(self, rows: slice, token_B: Tensor, logp_B: Tensor) -> None:
-        request_B = self.request[rows]
-        self.ids_RL[request_B, self.length_R[request_B]] = token_B.to(torch.int32)
-        self.logp_RL[request_B, self.length_R[request_B]] = logp_B
-        self.length_R[request_B] += 1
-        self.token[rows] = token_B
+    def _slots_with_text(self, slots: list[int]) -> list[int]:
+        """Those whose last tokens, as many as a text can be made of, hold one of the texts."""
+        n_tail = max(len(text.encode()) for text in self.stop_texts) + 4  # a byte a token or more; 4: a cut character
+        slot_B1 = self._index(slots)[:, None]
+        column_BT = self.slots.n_new[slot_B1] - n_tail + torch.arange(n_tail, device=self.device)
+        ids_BT, n_before_B = self.slots.ids[slot_B1, column_BT.clamp(min=0)], (column_BT < 0).sum(-1)
+        tails = (self.decode_text(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
+        return [slot for slot, tail in zip(slots, tails, strict=True) if any(text in tail for text in self.stop_texts)]
 
-    def holds_text(self, rows: slice, texts: Sequence[str], decode: Callable[[list[int]], str]) -> Tensor:
-        """Whether each row's last tokens, as many as a text can be made of, hold one of the texts."""
-        n_tail = max(len(text.encode()) for text in texts) + 4  # a token holds a byte or more; 4 for a cut character
-        request_B1 = self.request[rows, None]
-        index_BT = self.length_R[request_B1] - n_tail + torch.arange(n_tail, device=self.device)
-        ids_BT, n_before_B = self.ids_RL[request_B1, index_BT.clamp(min=0)], (index_BT < 0).sum(-1)
-        tails = (decode(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
-        return torch.tensor([any(text in tail for text in texts) for tail in tails], device=self.device)
+    def look(self) -> None:
+        """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
+        self.looks.append(_Look(dict(self.request_of), self.slots.is_running))
+        if len(self.looks) > self.looks_late:
+            self.retire(self.looks.popleft().finished())
 
-    def retire(self, rows: slice, is_stopped_B: Tensor) -> None:
-        """Close the requests that stopped or reached their limit, and move the last active rows into the holes."""
-        request_B = self.request[rows]
-        self.is_stopped_R[request_B] = is_stopped_B
-        is_active_B = torch.ones_like(self.request, dtype=torch.bool)
-        is_active_B[rows] = ~is_stopped_B & (self.length_R[request_B] < self.limit_R[request_B])
-        n_active = int(is_active_B.sum())
-        if n_active == self.n_active:
+    def retire(self, finished: dict[int, int]) -> None:
+        """Keep what finished slots have made and free them; those who have another request by now are left alone."""
+        finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
+        if not finished:
             return
-        holes = (~is_active_B[:n_active]).nonzero().squeeze(1)
-        movers = is_active_B[n_active:].nonzero().squeeze(1) + n_active
-        if len(holes):
-            n_used = int((self.start_R + self.length_R)[self.request[movers]].max())
-            self.cache.copy_rows(self.cache, movers, holes, n_used)
-        self.request[holes], self.token[holes] = self.request[movers], self.token[movers]
-        self.request, self.token = self.request[:n_active], self.token[:n_active]
+        self.results.take(self.slots, self._index(finished.keys()), self._index(finished.values()))
+        for slot in finished:
+            del self.request_of[slot]
+        if not self.sampler.is_stepwise:
+            self._move_to_front()
 
-    def completions(self) -> list[list[Completion]]:
-        is_nan_R = self.logp_RL.isnan().any(-1)
-        if is_nan_R.any():
-            prompt = int(is_nan_R.nonzero()[0]) // self.n
-            raise ValueError(f"the model's logits after prompt {prompt} are not numbers: look for nan in its weights")
-        lengths, is_stopped = self.length_R.tolist(), self.is_stopped_R.tolist()
-        flat = [
-            Completion(ids[:length], logp[:length], "stop" if stopped else "length")
-            for ids, logp, length, stopped in zip(
-                self.ids_RL.tolist(), self.logp_RL.tolist(), lengths, is_stopped, strict=True
-            )
-        ]
-        return [flat[i : i + self.n] for i in range(0, len(flat), self.n)]
+    def _move_to_front(self) -> None:
+        """Move the last active rows into the places of finished ones."""
+        n_active = len(self.request_of)
+        holes = [slot for slot in range(n_active) if slot not in self.request_of]
+        movers = [slot for slot in self.request_of if slot >= n_active]
+        if holes:
+            self.slots.move(self._index(movers), self._index(holes))
+        for hole, mover in zip(holes, movers, strict=True):
+            self.request_of[hole] = self.request_of.pop(mover)
+        self.request_of = dict(sorted(self.request_of.items()))
+
+    def _index(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
 
 
-def _check_requests(model, prompts, n, max_new_tokens, seeds, max_rows) -> None:
+class _Look:
+    """Which slots were running at some moment; on CUDA the answer is copied while the device goes on."""
+
+    def __init__(self, request_of: dict[int, int], is_running: Tensor):
+        self.request_of, self.arrived = request_of, None
+        if is_running.device.type != "cuda":
+            self.is_running = is_running.tolist()
+            return
+        self.is_running = torch.empty(is_running.shape, dtype=torch.bool, pin_memory=True)
+        self.is_running.copy_(is_running, non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record()
+
+    def finished(self) -> dict[int, int]:
+        """slot -> request of those that had finished."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return {slot: request for slot, request in self.request_of.items() if not self.is_running[slot]}
+
+
+def _check_requests(model: Transformer, prompts, n: int, limits: list[int], seeds: list[int]) -> list[int]:
+    """The most new tokens of each prompt, cut at the end of the model's context."""
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -317,13 +325,15 @@ def _check_requests(model, prompts, n, max_new_tokens, seeds, max_rows) -> None:
             raise ValueError(
                 f"prompt {i} is {len(prompt)} tokens; the model's context is {context}: shorten the prompt"
             )
-    if min(n, max_new_tokens, max_rows) < 1:
-        raise ValueError(f"n {n}, max_new_tokens {max_new_tokens}, max_rows {max_rows}: each must be at least 1")
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one number, or one a prompt")
+    for name, values in (("seeds", seeds), ("limits of max_new_tokens", limits)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts; give one number, or one a prompt")
+    if min(n, *limits, 1) < 1:
+        raise ValueError(f"n {n}, max_new_tokens {min(limits, default=1)}: each must be at least 1")
+    return [min(limit, context - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
 
 
-def _check_sampling(temperature, top_k, top_p, stop_texts, decode) -> None:
+def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:
     if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 0 and in (0, 1]")
     if isinstance(stop_texts, str) or "" in stop_texts:

@@ -15,7 +15,7 @@ from nanor1.evaluate import (
 )
 from nanor1.grpo import Rollout
 from nanor1.model import ModelConfig, Transformer
-from nanor1.sampler import Completion
+from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem
 from nanor1.tokenizer import Tokenizer
 
@@ -227,7 +227,7 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
     problems, heard = [SUM, Problem("4 + 4 =", "8", "arithmetic", (4, 4))], []
     arguments = dict(samples=3, max_new_tokens=6, temperature=1.0, seed=1)
     evaluation, rollouts_PG = evaluate(
-        model, tokenizer, problems, "bare", WEIGHTS, on_token=lambda *token: heard.append(token), **arguments
+        Sampler(model), tokenizer, problems, "bare", WEIGHTS, on_token=lambda *token: heard.append(token), **arguments
     )
     assert (evaluation.n, evaluation.samples) == (2, 3)
     assert [[r.problem for r in group] for group in rollouts_PG] == [[problem] * 3 for problem in problems]
@@ -235,5 +235,5 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
     for p, group in enumerate(rollouts_PG):
         for g, rollout in enumerate(group):
             assert [token for *at, token in heard if at == [p, g]] == rollout.completion.ids
-    again, _ = evaluate(model, tokenizer, problems, "bare", WEIGHTS, **arguments)
+    again, _ = evaluate(Sampler(model), tokenizer, problems, "bare", WEIGHTS, **arguments)
     assert again == evaluation

@@ -1,6 +1,7 @@
 import math
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from hypothesis import strategies as st
 
 from nanor1.grpo import (
     LossSettings,
+    PackedBatch,
     Rollout,
     add_gradient,
     completion_logprobs,
+    describe,
     group_advantages,
     importance_weights,
     kl_estimate,
+    mean,
     pack,
     policy_loss,
     step_metrics,
@@ -46,7 +50,7 @@ class BareLogits:
         self.logits_NV = torch.tensor(logits_NV, requires_grad=True)
         self.head_weight_VC = torch.eye(self.logits_NV.shape[1])
 
-    def __call__(self, ids_N, cu_seqlens_B1):
+    def __call__(self, ids_N, cu_seqlens_B1, parent_B):
         return self.logits_NV
 
 
@@ -82,6 +86,22 @@ def gradient(model, *args, **kwargs):
     model.zero_grad()
     add_up(model, *args, **kwargs)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def full_copies(items, advantages, weights):
+    """Each rollout as a sequence of its own with all its prompt, its last token too: packing without any sharing."""
+    sequences = [item.prompt_ids + item.completion.ids for item in items]
+    starts = [0, *accumulate(map(len, sequences))]
+    ends = starts[1:]
+    first = [end - len(item.completion.ids) for item, end in zip(items, ends, strict=True)]
+    at_M = torch.cat([torch.arange(a, b) for a, b in zip(first, ends, strict=True)])
+    ids_N = torch.tensor([token for sequence in sequences for token in sequence])
+    rollout_M = torch.cat([torch.full((len(item.completion.ids),), i) for i, item in enumerate(items)])
+    return PackedBatch(
+        ids_N, torch.tensor(starts), torch.full((len(items),), -1), at_M - 1, ids_N[at_M], rollout_M,
+        torch.tensor(advantages)[rollout_M], torch.tensor([x for item in items for x in item.completion.logprobs]),
+        torch.tensor(weights)[rollout_M],
+    )  # fmt: skip
 
 
 def naive_logprobs(model, item):
@@ -286,43 +306,121 @@ def test_as_a_loss_k3_has_the_gradient_of_the_kl_the_other_way_round():
 # ---- packing
 
 
-def test_a_pack_holds_prompts_and_completions_end_to_end_longest_first():
-    items = [rollout([1], [2, STOP], [-0.1, -0.2]), rollout([3, 4], [5, 6, STOP], [-0.3, -0.4, -0.5])]
-    (batch,) = pack(items, [1.0, -2.0], [0.25, 0.5], ALL_IN_ONE)
-    assert batch.rollout_B.tolist() == [1, 0]
-    assert batch.ids_N.tolist() == [3, 4, 5, 6, STOP, 1, 2, STOP]
-    assert batch.cu_seqlens_B1.tolist() == [0, 5, 8]
-    assert batch.loss_mask_N.tolist() == [False, False, True, True, True, False, True, True]
-    assert batch.advantage_N.tolist() == [0, 0, -2, -2, -2, 0, 1, 1]
-    assert batch.weight_N.tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0.25, 0.25]
-    assert batch.sampler_logp_N.tolist() == pytest.approx([0, 0, -0.3, -0.4, -0.5, 0, -0.1, -0.2])
-    assert {name: x.dtype for name, x in vars(batch.to("cpu")).items()} == dict(
-        rollout_B=torch.int64, ids_N=torch.int64, cu_seqlens_B1=torch.int64, loss_mask_N=torch.bool,
-        advantage_N=torch.float32, sampler_logp_N=torch.float32, weight_N=torch.float32,
-    )  # fmt: skip
+def test_a_group_shares_its_prompt_and_a_lone_rollout_lies_behind_its_own():
+    group = [rollout([1, 2], [3, STOP], [-0.1, -0.2]), rollout([1, 2], [4, 5, STOP], [-0.3, -0.4, -0.5])]
+    (batch,) = pack([*group, rollout([6], [7, STOP], [-0.6, -0.7])], [1.0, -2.0, 3.0], [0.25, 0.5, 0.125], ALL_IN_ONE)
+    assert batch.ids_N.tolist() == [1, 2, 6, 7, 4, 5, 3]  # a last token predicts nothing
+    assert batch.cu_seqlens_B1.tolist() == [0, 2, 4, 6, 7]
+    assert batch.parent_B.tolist() == [-1, -1, 0, 0]
+    assert batch.rollout_M.tolist() == [1, 1, 1, 0, 0, 2, 2]
+    assert batch.target_M.tolist() == [4, 5, STOP, 3, STOP, 7, STOP]
+    assert batch.predictor_M.tolist() == [1, 4, 5, 1, 6, 2, 3]  # the prompt's last token predicts both first ones
+    assert batch.advantage_M.tolist() == [-2, -2, -2, 1, 1, 3, 3]
+    assert batch.weight_M.tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert batch.sampler_logp_M.tolist() == pytest.approx([-0.3, -0.4, -0.5, -0.1, -0.2, -0.6, -0.7])
+    integers = ("ids_N", "cu_seqlens_B1", "parent_B", "predictor_M", "target_M", "rollout_M")
+    for name, x in vars(batch.to("cpu")).items():
+        assert x.dtype == (torch.int64 if name in integers else torch.float32), name
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12), st.integers(1, 40))
-def test_every_rollout_is_packed_once_and_only_a_lone_rollout_exceeds_the_limit(sizes, tokens_per_batch):
-    items = [rollout([0] * p, [1] * c) for p, c in sizes]
+def test_only_neighbours_with_the_same_prompt_share_it():
+    a, b = rollout([1, 2], [3, STOP]), rollout([4, 5], [6, STOP])
+    assert [len(pack(items, [0.0] * 3, [0.0] * 3, ALL_IN_ONE)[0].ids_N) for items in ([a, a, b], [b, a, a])] == [7, 7]
+    (apart,) = pack([a, b, rollout([9], [7] * 9), a], [0.0] * 4, [0.0] * 4, ALL_IN_ONE)
+    assert apart.ids_N.tolist().count(2) <= 2
+
+
+def test_a_group_that_does_not_fit_is_split_and_its_prompt_repeated():
+    items = [rollout([1] * 5, [2] * n) for n in (4, 4, 3, 3)]
+    batches = pack(items, [0.0] * 4, [0.0] * 4, 12)
+    assert [batch.ids_N.tolist() for batch in batches] == [[1] * 5 + [2] * 6, [1] * 5 + [2] * 4]
+    assert [batch.cu_seqlens_B1.tolist() for batch in batches] == [[0, 5, 8, 11], [0, 5, 7, 9]]
+
+
+def groups_of(sizes):
+    """Rollouts of groups; a group is (prompt length, completion lengths). Prompts of groups differ."""
+    return [rollout([g] * p, [99] * c) for g, (p, lengths) in enumerate(sizes) for c in lengths]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5)), max_size=6),
+    st.integers(1, 60),
+)
+def test_every_token_is_trained_once_and_only_a_lone_rollout_exceeds_the_limit(sizes, tokens_per_batch):
+    items = groups_of(sizes)
     batches = pack(items, [0.0] * len(items), [0.0] * len(items), tokens_per_batch)
-    assert sorted(i for batch in batches for i in batch.rollout_B.tolist()) == list(range(len(items)))
-    assert all(len(b.ids_N) <= tokens_per_batch or len(b.rollout_B) == 1 for b in batches)
-    lengths = [n for batch in batches for n in batch.cu_seqlens_B1.diff().tolist()]
-    assert lengths == sorted(map(sum, sizes), reverse=True)
+    trained = [i for batch in batches for i in batch.rollout_M.tolist()]
+    assert sorted(trained) == [i for i, item in enumerate(items) for _ in item.completion.ids]
+    for batch in batches:
+        assert len(batch.ids_N) <= tokens_per_batch or len(batch.rollout_M.unique()) == 1
+        assert (batch.cu_seqlens_B1.diff() > 0).all() and batch.cu_seqlens_B1[-1] == len(batch.ids_N)
+        prompts = {tuple(items[i].prompt_ids) for i in batch.rollout_M.tolist()}
+        assert sum(batch.ids_N.tolist().count(p[0]) for p in prompts) == sum(map(len, prompts))  # each once
+    longest = [max(len(items[i].prompt_ids + items[i].completion.ids) for i in b.rollout_M.tolist()) for b in batches]
+    assert longest[:1] == [max(p + max(c) for p, c in sizes)] if sizes else not batches
+
+
+def test_what_has_no_token_to_train_never_enters():
+    assert pack([], [], [], 10) == []
+    items = [rollout([1, 2], []), rollout([1, 2], []), rollout([3], [STOP]), rollout([4, 5], [])]
+    (batch,) = pack(items, [0.0] * 4, [0.0] * 4, ALL_IN_ONE)
+    assert batch.ids_N.tolist() == [3] and batch.target_M.tolist() == [STOP]
+    assert batch.rollout_M.tolist() == [2]
+
+
+ODD_GROUPS = {
+    "prompts of one token": [(1, [3, 5, 1]), (1, [2, 2])],
+    "completions of one token": [(4, [1, 1, 1]), (2, [1]), (3, [1, 6])],
+    "one token each": [(1, [1]), (1, [1, 1])],
+    "a long prompt": [(40, [2, 3, 1]), (2, [9])],
+}
+
+
+@pytest.mark.parametrize("sizes", ODD_GROUPS.values(), ids=ODD_GROUPS)
+def test_sharing_prompts_changes_neither_values_nor_gradients(sizes):
+    rng = random.Random(0)
+    items = [
+        rollout([g, *rng.choices(range(10), k=p - 1)], rng.choices(range(10), k=c))
+        for g, (p, lengths) in enumerate(sizes)
+        for c in lengths
+    ]
+    items = [replace(item, prompt_ids=items[[i.prompt_ids[0] for i in items].index(item.prompt_ids[0])].prompt_ids)
+             for item in items]  # fmt: skip
+    model, numbers = random_model(), [0.1 * (i + 1) for i in range(len(items))]
+    (shared,), gradients = pack(items, numbers, numbers, ALL_IN_ONE), []
+    copies = full_copies(items, numbers, numbers)
+    assert len(shared.ids_N) < len(copies.ids_N)
+    for batch in (shared, copies):
+        model.zero_grad()
+        logp_M, entropy_M = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
+        ((logp_M + entropy_M.detach()) * batch.weight_M).sum().backward()
+        values = [logp_M[batch.rollout_M == i] for i in range(len(items))]
+        gradients.append((torch.cat(values), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (values, gradient), (wanted_values, wanted_gradient) = gradients
+    torch.testing.assert_close(values, wanted_values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, wanted_gradient, atol=1e-5, rtol=1e-5)
+    assert gradient.abs().max() > 0.01
 
 
 # ---- what is trained, and with which weight
 
 
 def test_the_stop_token_is_trained_and_the_prompt_is_not():
-    model = BareLogits([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    model = BareLogits([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     (batch,) = pack([rollout([0, 1], [0, 1])], [2.0], [0.5], ALL_IN_ONE)  # the second 1 is the stop token
     logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    mask = batch.loss_mask_N
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_N[mask], batch.weight_N[mask])[0].backward()
+    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
     # of -A * w * log p: -1 * (chosen - p), at the position before the chosen token
-    assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-0.5, 0.5], [0.5, -0.5], [0.0, 0.0]]
+    assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-0.5, 0.5], [0.5, -0.5]]
+
+
+def test_the_first_tokens_of_a_group_are_all_trained_at_the_prompts_last():
+    model = BareLogits([[0.0, 0.0], [0.0, 0.0]])
+    (batch,) = pack([rollout([0, 1], [0]), rollout([0, 1], [1])], [2.0, -4.0], [0.5, 0.5], ALL_IN_ONE)
+    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
+    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    # -1 * (chosen - p) for token 0 and +2 * (chosen - p) for token 1
+    assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-1.5, 1.5]]
 
 
 def test_completion_logprobs_equal_the_samplers_and_a_naive_log_softmax(sampled):
@@ -333,9 +431,9 @@ def test_completion_logprobs_equal_the_samplers_and_a_naive_log_softmax(sampled)
     for tokens_per_batch in (ONE_EACH, 50, ALL_IN_ONE):
         for batch in pack(rollouts, advantages, [0.0] * len(rollouts), tokens_per_batch):
             logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-            naive = torch.cat([naive_logprobs(model, rollouts[i]) for i in batch.rollout_B])
+            naive = torch.cat([naive_logprobs(model, rollouts[i]) for i in batch.rollout_M.unique_consecutive()])
             torch.testing.assert_close(logp_M, naive, atol=1e-5, rtol=0)
-            torch.testing.assert_close(logp_M, batch.sampler_logp_N[batch.loss_mask_N], atol=1e-5, rtol=0)
+            torch.testing.assert_close(logp_M, batch.sampler_logp_M, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
@@ -368,7 +466,7 @@ def test_completions_of_one_token_and_prompts_of_one_token_are_trained():
     model = random_model()
     (batch,) = pack(items, [1.0, 1.0, 1.0], token_weights([1, 1, 1], "token"), ALL_IN_ONE)
     logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-    naive = torch.cat([naive_logprobs(model, items[i]) for i in batch.rollout_B])
+    naive = torch.cat([naive_logprobs(model, items[i]) for i in batch.rollout_M])
     torch.testing.assert_close(logp_M, naive, atol=1e-5, rtol=0)
 
 
@@ -377,7 +475,7 @@ def test_a_batch_of_cut_off_completions_trains_all_their_tokens_and_no_other():
     model = random_model()
     assert add_up(model, items, [1.0, 1.0])["loss"] == pytest.approx(-1.0)  # the weights sum to 1
     (batch,) = pack(items, [1.0, 1.0], [0.2, 0.2], ALL_IN_ONE)
-    assert batch.ids_N[batch.loss_mask_N].tolist() == [3, 4, 5, 7, 8]
+    assert batch.target_M.tolist() == [3, 4, 5, 7, 8]
 
 
 # ---- the settings of an update, and what is reported of it
@@ -443,9 +541,35 @@ def test_the_metrics_are_means_over_all_tokens_of_the_step(sampled):
         assert metrics["logp_gap_max"] == pytest.approx(0.05, abs=1e-5)
         mean_advantage = sum(n * a for n, a in zip(lengths, advantages, strict=True)) / sum(lengths)
         assert metrics["loss"] == pytest.approx(-mean_advantage)
-        assert metrics["learned_tokens"] == sum(lengths) + sum(len(r.prompt_ids) for r in rollouts)
+        prompts = [r.prompt_ids for r in (rollouts if tokens_per_batch == ONE_EACH else rollouts[::8])]
+        assert metrics["learned_tokens"] == sum(lengths) - len(lengths) + sum(map(len, prompts))
         assert 0 < metrics["entropy"] < math.log(VOCAB_SIZE) and "kl" not in metrics
-    assert step_metrics([]) == {"learned_tokens": 0}
+    assert step_metrics([]) == {"learned_tokens": 0, "learn_flops": 0.0}
+
+
+def test_the_work_of_a_step_is_counted_for_the_tokens_that_were_processed():
+    group = [rollout([1, 2], [3, 4, STOP]), rollout([1, 2], [5, STOP])]
+    # of CONFIG: q and o 24 x 24, k and v 24 x 12, gate, up and down 24 x 40, in 2 layers; the head 16 x 24
+    blocks, head, per_pair = 2 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40), 16 * 24, 12 * 2 * 24
+    shared = 6 * (5 * blocks + 5 * head) + per_pair * (1 + 2 + (3 + 4) + 3)
+    assert add_up(random_model(), group, [1.0, -1.0])["learn_flops"] == shared
+    apart = 6 * (7 * blocks + 5 * head) + per_pair * ((1 + 2 + 3 + 4) + (1 + 2 + 3))
+    assert add_up(random_model(), group, [1.0, -1.0], ONE_EACH)["learn_flops"] == apart
+
+
+def test_a_steps_rollouts_are_described_by_their_means_and_counts():
+    def judged(n_tokens, reward, finish, **parts):
+        return replace(rollout([1], [2] * n_tokens, finish=finish), reward=reward, parts=parts)
+
+    rollouts_PG = [
+        [judged(4, 1.0, "stop", accuracy=1.0), judged(2, 0.0, "length", accuracy=0.0)],
+        [judged(3, None, "stop", accuracy=None), judged(7, 0.5, "stop", accuracy=0.5)],
+    ]
+    assert describe(rollouts_PG, [[0.5, -0.5], [None, 0.0]]) == dict(
+        reward=0.5, accuracy=0.5, response_tokens=4.0, response_tokens_max=7, truncated=0.25, rollouts=4, unjudged=1,
+        groups=2, dropped_groups=1,
+    )  # fmt: skip
+    assert mean([None, None]) is None
 
 
 # ---- learning

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own group or an earlier one, never in a circle. A new module takes its place here.
 GROUPS = [
     {"config", "runlog", "tokenizer", "numeric", "latex", "grading", "sandbox", "kernels", "machine"},
-    {"rewards", "tasks", "attention", "pretrained"},
+    {"rewards", "tasks", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
-    {"sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
+    {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
     {"search", "evaluate", "miniature"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
@@ -56,7 +56,7 @@ def calls(tree):
 
 def test_the_sources_are_found():
     assert {"grpo", "model", "tasks"} <= MODULES.keys() and "train_zero" in SCRIPTS
-    assert {"logprobs", "parallel"} == own(MODULES["grpo"]) and "tasks" in reached("evaluate")
+    assert {"logprobs", "packing", "parallel"} == own(MODULES["grpo"]) and "tasks" in reached("evaluate")
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanor1.model import KVCache, ModelConfig, Transformer, rope_frequencies
+import nanor1.model
+from nanor1.model import FEW_ROWS, KVCache, ModelConfig, Transformer, linear, rope_frequencies
+from nanor1.parallel import replica
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
 
 LLAMA = dict(
@@ -549,6 +552,231 @@ def test_gradients_of_a_packed_batch_are_the_sum_of_those_of_its_sequences():
     alone = [sum(grads) for grads in zip(*(gradients([sequence]) for sequence in sequences), strict=True)]
     for together, summed in zip(gradients(sequences), alone, strict=True):
         torch.testing.assert_close(together, summed, atol=1e-4, rtol=1e-4)
+
+
+def shared_and_copied(prompts, tails):
+    """Sequences of which `tails[i] = (prompt, tokens)` continue a prompt: packed with parents, and as full copies.
+
+    Returns (ids, cu_seqlens, parents) and (ids, cu_seqlens), and where in the copies each token of the first is.
+    """
+    sequences = [*prompts, *(tail for _, tail in tails)]
+    parents = torch.tensor([-1] * len(prompts) + [p for p, _ in tails])
+    copies = [*prompts, *(torch.cat((prompts[p], tail)) for p, tail in tails)]
+    ids, cu = pack(copies)
+    ends = cu[1:].tolist()
+    at = torch.cat([torch.arange(end - len(s), end) for s, end in zip(sequences, ends, strict=True)])
+    return (*pack(sequences), parents), (ids, cu), at
+
+
+def gradients(model, hidden, weight):
+    model.zero_grad()
+    (hidden * weight).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.model.parameters()])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradients(name):
+    model = random_model(config_from_hf(CONFIGS[name]))
+    prompts, tails = random_sequences([7, 1, 20]), random_sequences([4, 1, 6, 9], seed=1)
+    shared, copied, at = shared_and_copied(prompts, list(zip([2, 0, 0, 1], tails, strict=True)))
+    hidden, wanted = model(*shared[:2], parent_B=shared[2]), model(*copied)[at]
+    torch.testing.assert_close(hidden, wanted, atol=1e-4, rtol=1e-4)
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+    mine, theirs = gradients(model, hidden, weight), gradients(model, wanted, weight)
+    torch.testing.assert_close(mine, theirs, atol=2e-5 * theirs.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_rows", [1, 37, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_is_torchs_for_few_rows_and_many(n_rows, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((n_rows, 24), (40, 24), (40,)))
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    wanted = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if has_bias else None)
+    ours = [t.requires_grad_() for t in (x, weight, bias)]
+    out = linear(ours[0], ours[1], ours[2] if has_bias else None)
+    torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=0)
+    (out * out.detach()).sum().backward()
+    (wanted * wanted.detach()).sum().backward()
+    for mine, theirs in list(zip(ours, leaves, strict=True))[: 3 if has_bias else 2]:
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-6 * n_rows + 1e-4, rtol=1e-4)
+
+
+# activation checkpointing and torch.compile
+
+
+def saved_bytes(model, *arguments):
+    """What a forward keeps for the backward, parameters aside."""
+    parameters, saved = {p.data_ptr() for p in model.parameters()}, {}
+
+    def count(tensor):
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hidden = model(*arguments)
+    return hidden, sum(saved.values())
+
+
+def test_checkpointing_activations_saves_memory_and_changes_no_gradient():
+    config = dataclasses.replace(config_from_hf(LLAMA), num_hidden_layers=6)
+    plain, model = random_model(config), random_model(config)
+    model.checkpoints_activations = True
+    prompts, tails = random_sequences([30, 20]), random_sequences([25, 25, 9], seed=1)
+    (ids, cu, parents), _, _ = shared_and_copied(prompts, list(zip([0, 0, 1], tails, strict=True)))
+    (wanted, n_plain), (hidden, n_checkpointed) = (saved_bytes(m, ids, cu, None, parents) for m in (plain, model))
+    assert torch.equal(hidden, wanted)
+    assert n_checkpointed < 0.25 * n_plain
+    weight = torch.randn(hidden.shape)
+    torch.testing.assert_close(gradients(model, hidden, weight), gradients(plain, wanted, weight))
+
+
+def probabilities(q, k, v, cu_q, cu_k):
+    """Dense causal attention weights of packed sequences, [H, N, M], and k and v of each query head."""
+    group, (n_q, n_k) = q.shape[1] // k.shape[1], (cu_q.diff(), cu_k.diff())
+    row_q, row_k = (torch.arange(len(n)).repeat_interleave(n) for n in (n_q, n_k))
+    at_q, at_k = torch.arange(len(q)) - cu_q[row_q] + (n_k - n_q)[row_q], torch.arange(len(k)) - cu_k[row_k]
+    is_seen = (row_q[:, None] == row_k) & (at_q[:, None] >= at_k)
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~is_seen, float("-inf")).softmax(-1), k, v
+
+
+def define_attention_op():
+    """Attention as one operator that torch.compile cannot look into, as a GPU's kernel is."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, n_q: int, cu_k: torch.Tensor, n_k: int
+    ) -> torch.Tensor:
+        p, _, v = probabilities(q, k, v, cu_q, cu_k)
+        return torch.einsum("hnm,mhd->nhd", p, v).contiguous()
+
+    def backward(
+        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        p, k_H, v_H = probabilities(q, k, v, cu_q, cu_k)
+        dp = torch.einsum("nhd,mhd->hnm", grad, v_H)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        dq, dk = torch.einsum("hnm,mhd->nhd", ds, k_H), torch.einsum("hnm,nhd->mhd", ds, q)
+        dv = torch.einsum("hnm,nhd->mhd", p, grad)
+        groups = (k.shape[1], q.shape[1] // k.shape[1])
+        return dq.contiguous(), dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
+
+    op = torch.library.custom_op("nanor1_test::attention", forward, mutates_args=())
+    op.register_fake(lambda q, *_: torch.empty_like(q))
+    backward_op = torch.library.custom_op("nanor1_test::attention_backward", backward, mutates_args=())
+    backward_op.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+    op.register_autograd(
+        lambda ctx, grad: (*backward_op(grad, *ctx.saved_tensors), None, None, None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4], inputs[5]),
+    )
+
+    def attention(q, k, v, cu_q, n_q, cu_k=None, n_k=None):
+        return op(q, k, v, cu_q, n_q, cu_q if cu_k is None else cu_k, n_q if n_k is None else n_k)
+
+    return attention
+
+
+@pytest.fixture(scope="module")
+def attention_op():
+    return define_attention_op()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+TINY = ModelConfig("llama", 61, 24, 40, 3, 4, 2, 6, 2048)
+WARM_UP = [([5, 9], None), ([10, 3, 12, 2], [-1, -1, 0, 0])]
+LENGTHS = [  # one sequence and many, few tokens and many, groups of one and more
+    ([7, 7, 7], None), ([90], None), ([2], None), ([40, 20, 5, 1], None), ([1, 1], None), ([1] * 80, None),
+    ([8, 8, 4], [-1, 0, 0]), ([30, 10, 9, 8, 7], [-1, 0, 0, 0, 0]), ([9, 1, 1], [-1, 0, 0]), ([8, 5, 7], [-1, -1, 0]),
+]  # fmt: skip
+MANY_ROWS = [([600, 60], None), ([400, 100, 100], [-1, 0, 0])]  # more than FEW_ROWS
+
+
+def assert_like_eager(model, eager, cases):
+    for lengths, parents in cases:
+        ids, cu = pack(random_sequences(lengths))
+        parents = None if parents is None else torch.tensor(parents)
+        weight, results = torch.randn(len(ids), 24), []
+        for each in (model, eager):
+            hidden = each(ids, cu, parent_B=parents)
+            results.append((hidden, gradients(each, hidden, weight)))
+        (hidden, mine), (wanted, theirs) = results
+        torch.testing.assert_close(hidden, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine, theirs, atol=2e-5 * theirs.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backend", "checkpoints"),
+    [
+        ("eager", False),  # the tracing alone
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_are_compiled_once_for_all_lengths_and_equal_eager_ones(fresh_dynamo, backend, checkpoints):
+    eager, model = random_model(TINY), random_model(TINY)
+    model.checkpoints_activations = checkpoints
+    model.compile_blocks(backend=backend)
+    assert_like_eager(model, eager, WARM_UP[:1])
+    assert fresh_dynamo["stats"]["unique_graphs"] == 2  # before and after attention, the same for all three blocks
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_like_eager(model, eager, WARM_UP + LENGTHS + MANY_ROWS)
+
+
+def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, attention_op, monkeypatch):
+    eager, model = random_model(TINY), random_model(TINY)
+    monkeypatch.setattr(nanor1.model, "attention", attention_op)
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: function)  # compile_blocks does so on the CPU
+    model.compile_blocks(backend="eager", fullgraph=True)
+    assert_like_eager(model, eager, WARM_UP)
+    assert fresh_dynamo["stats"]["unique_graphs"] == 2  # without and with shared prompts
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_like_eager(model, eager, WARM_UP + LENGTHS)
+
+
+def test_a_compiled_model_keeps_its_names_is_saved_and_copied_and_samples_uncompiled(fresh_dynamo, tmp_path):
+    eager, model = random_model(TINY), random_model(TINY)
+    model.compile_blocks(backend="eager")
+    assert list(model.state_dict()) == list(eager.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in eager.named_parameters()]
+    model.save_pretrained(tmp_path)
+    ids, cu = pack(random_sequences([9, 4]))
+    with torch.no_grad():
+        wanted = eager(ids, cu)
+        for other in (model, copy.deepcopy(model), replica(model), Transformer.from_pretrained(tmp_path)):
+            assert torch.equal(other(ids, cu), wanted)
+    assert fresh_dynamo["stats"]["unique_graphs"] == 0
+    assert all(
+        p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), replica(model).parameters(), strict=True)
+    )
+
+
+def test_the_work_of_a_forward_and_backward_is_what_torch_counts_of_its_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = random_model(dataclasses.replace(config_from_hf(LLAMA), hidden_size=64, head_dim=16, intermediate_size=96))
+    ids, cu = pack(random_sequences([50, 30, 20]))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        logits = model.logits(model(ids, cu)[:60])
+        logits.sum().backward()
+    products = counter.get_total_flops() - sum(
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" in str(op) or "attention" in str(op)
+    )
+    # without attention: matrices alone. The gradient with respect to the first block's input is the embedding's.
+    assert model.training_flops(100, 0, 60) == pytest.approx(products, rel=0.01)
+    per_pair = 12 * 2 * 4 * 16  # a pair's score and its value, forward 2 x 2 D, backward twice that, 4 heads, 2 layers
+    assert model.training_flops(0, 10, 0) == 10 * per_pair
 
 
 def test_llama3_scaling_keeps_fast_pairs_slows_slow_ones_and_mixes_between():

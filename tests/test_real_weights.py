@@ -9,6 +9,7 @@ import torch
 from nanor1.evaluate import evaluate, write_prompt
 from nanor1.grading import extract_answer
 from nanor1.model import Transformer
+from nanor1.sampler import Sampler
 from nanor1.tasks import make_task
 from nanor1.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ def test_greedy_gsm8k_answers_of_qwen_are_those_of_transformers():
     problems = make_task("gsm8k", data=str(data)).held_out(N_PROBLEMS)
     model = Transformer.from_pretrained(folder, torch.float32)
     evaluation, rollouts_PG = evaluate(
-        model, tokenizer, problems, "chat", {"accuracy": 1.0}, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
+        Sampler(model), tokenizer, problems, "chat", {"accuracy": 1.0}, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
     )
     del model
     prompts = [write_prompt(problem, "chat", tokenizer)[1] for problem in problems]

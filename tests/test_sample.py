@@ -14,10 +14,11 @@ import torch
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
-from nanor1.sampler import generate
+from nanor1.sampler import Sampler, generate
 from nanor1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+GENERATE = Sampler.generate  # tests put a wrapper in its place
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 
@@ -154,9 +155,9 @@ def test_an_answer_is_printed_token_by_token_and_is_the_decoded_text(run, chat_f
             made.append(token)
             printed.append(printed[-1] + capsys.readouterr().out)
 
-        return generate(*arguments, on_token=hear, **options)
+        return GENERATE(*arguments, on_token=hear, **options)
 
-    monkeypatch.setattr(sample, "generate", watched)
+    monkeypatch.setattr(Sampler, "generate", watched)
     code, rest, _ = run("--model", chat_folder, "Hello", "--max-new-tokens", "40", "--temperature", "1.0")
     shown = [i for i in made if i not in tokenizer.stop_ids]
     assert code == 0 and len(shown) > 5
@@ -215,7 +216,7 @@ def test_without_a_chat_template_the_prompt_is_taken_as_it_is_and_stderr_says_so
 
 
 def test_ctrl_c_ends_a_single_answer_with_130_and_keeps_what_was_printed(run, rigged_folder, monkeypatch):
-    monkeypatch.setattr(sample, "generate", interrupted_after(2))
+    monkeypatch.setattr(Sampler, "generate", interrupted_after(2))
     code, out, err = run("--model", rigged_folder, "1 + 2 =")
     assert code == 130 and out == "<think> so\n" and "stopped by Ctrl-C" in err.splitlines()[-1]
 
@@ -229,7 +230,7 @@ def interrupted_after(n_tokens):
             if next(left, None) is None:
                 raise KeyboardInterrupt
 
-        return generate(*arguments, on_token=hear, **options)
+        return GENERATE(*arguments, on_token=hear, **options)
 
     return interrupted
 
@@ -264,7 +265,7 @@ def test_a_conversation_shows_the_model_what_was_said_before(talk, chat_folder):
 
 
 def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigged_folder, monkeypatch):
-    monkeypatch.setattr(sample, "generate", interrupted_after(2))
+    monkeypatch.setattr(Sampler, "generate", interrupted_after(2))
     code, out, err = talk("--model", rigged_folder, lines=["1 + 2 =", "Ctrl-C", "unknown", "go", "", "go"])
     assert code == 0 and out.count("go go\n") == 1 and err.count("stopped by Ctrl-C") == 2
     assert "error: the word 'unknown' is not in this vocabulary" in err

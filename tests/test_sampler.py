@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from nanor1 import sampler
+from nanor1 import draw, sampler
+from nanor1.draw import hash_uniform, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
-from nanor1.sampler import generate, hash_uniform, sample_tokens
+from nanor1.sampler import Sampler, generate
+from nanor1.slots import slots_that_fit
 
 VOCAB = 61
 LLAMA = ModelConfig("llama", VOCAB, 32, 40, 2, 4, 2, 8, 256)
@@ -165,6 +167,90 @@ def test_a_deterministic_chain_is_continued_right_through_any_number_of_rows(
         is_stopped = stop_id in wanted
         wanted = wanted[: wanted.index(stop_id) + 1] if is_stopped else wanted
         assert [(c.ids, c.finish) for c in group] == [(wanted, "stop" if is_stopped else "length")] * n
+
+
+# ---- steps over a list of slots, as on a GPU, but for the capture
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 7, 20])
+def test_steps_over_slots_give_what_moved_rows_give(max_rows):
+    model = random_model()
+    arguments = dict(n=3, max_new_tokens=30, stop_ids=[7, 8, 9, 10], seed=5)
+    stepwise = Sampler(model, max_rows, is_stepwise=True).generate(RAGGED, **arguments)
+    moved = Sampler(model, max_rows, is_stepwise=False).generate(RAGGED, **arguments)
+    assert len({len(completion.ids) for group in stepwise for completion in group}) > 10
+    assert ids_of(stepwise) == ids_of(moved)
+    assert [[c.finish for c in group] for group in stepwise] == [[c.finish for c in group] for group in moved]
+    torch.testing.assert_close(sampled_logprobs(stepwise), sampled_logprobs(moved), atol=1e-5, rtol=0)
+
+
+def test_a_stepwise_sampler_hears_tokens_and_stop_texts_after_each_step():
+    heard, arguments = [], dict(n=2, max_new_tokens=20, stop_texts=["56"], decode=digits)
+    model = counting_model()
+    completions = Sampler(model, 3, is_stepwise=True).generate(
+        [[1], [3], [5]], **arguments, on_token=lambda *event: heard.append(event)
+    )
+    assert ids_of(completions) == [[[2, 3, 4, 5, 6]] * 2, [[4, 5, 6]] * 2, [[6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6]] * 2]
+    for p, group in enumerate(completions):
+        for g, completion in enumerate(group):
+            assert [token for p_, g_, token in heard if (p_, g_) == (p, g)] == completion.ids
+
+
+def digits(ids):
+    return "".join(map(str, ids))
+
+
+def test_a_sampler_keeps_its_slots_from_call_to_call_and_sees_new_weights():
+    model = random_model()
+    sampler_ = Sampler(model, max_rows=8)
+    first = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
+    slots = sampler_.slots
+    sampler_.generate(RAGGED[:2], max_new_tokens=5, seed=2)
+    assert sampler_.slots is slots
+    assert ids_of(sampler_.generate(RAGGED, max_new_tokens=12, seed=1)) == ids_of(first)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    again = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
+    assert sampler_.slots is slots
+    assert ids_of(again) == ids_of(generate(model, RAGGED, max_new_tokens=12, seed=1)) != ids_of(first)
+
+
+def test_a_longer_request_makes_larger_slots_and_nothing_is_left_of_the_old_ones():
+    model = random_model()
+    sampler_ = Sampler(model, max_rows=4)
+    sampler_.generate(RAGGED[:1], max_new_tokens=3)
+    longer = sampler_.generate(RAGGED, max_new_tokens=40, n=2)
+    assert ids_of(longer) == ids_of(generate(model, RAGGED, max_new_tokens=40, n=2))
+
+
+def test_each_prompt_may_have_its_own_limit():
+    limits = [5, 1, 17, 30]
+    completions = generate(counting_model(V=61), [[1], [2], [3], [4]], n=2, max_new_tokens=limits)
+    assert [[len(c.ids) for c in group] for group in completions] == [[limit] * 2 for limit in limits]
+
+
+# ---- memory
+
+
+def test_slots_are_as_many_as_the_memory_holds():
+    config = ModelConfig("llama", 1000, 64, 64, 3, 4, 2, 16, 4096)  # a token: 2 * 3 layers * 2 heads * 16 * 4 bytes
+    model, row = Transformer(config), 768 * 100 + 16 * 1000
+    assert slots_that_fit(model, 100, wanted=50, budget=11 * row) == 10  # one more is the spare
+    assert slots_that_fit(model, 100, wanted=5, budget=11 * row) == 5
+    assert slots_that_fit(model, 100, wanted=50, budget=2 * row) == 1
+    with pytest.raises(ValueError, match="one request of 100 tokens takes 0.00 GiB.*lower max_new_tokens"):
+        slots_that_fit(model, 100, wanted=50, budget=2 * row - 1)
+
+
+def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
+    model = random_model()  # a token: 2 * 2 layers * 2 heads * 8 * 4 bytes; logits: 16 bytes a token of the vocabulary
+    monkeypatch.setattr(sampler, "free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
+    small = Sampler(model, max_rows=20, memory_share=1.0)  # of 44 + 20 tokens, rounded to 128
+    completions = small.generate(RAGGED, max_new_tokens=20, n=2)
+    assert small.slots.n_slots == 3
+    monkeypatch.undo()
+    assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):
@@ -405,7 +491,7 @@ def test_a_draw_at_the_border_of_two_blocks_stays_inside_the_block(dtype):
     border_B1 = torch.randint(0, 30, (20_000, 1), generator=generator)
     uniform_B = (cdf_BN.gather(-1, border_B1) / cdf_BN[:, -1:]).squeeze(1).clamp(max=EDGES[dtype][1])
     for u in (uniform_B, uniform_B.nextafter(torch.zeros_like(uniform_B))):
-        index_B, inside_B = sampler._invert(weight_BN, u)
+        index_B, inside_B = draw._invert(weight_BN, u)
         assert ((0 <= inside_B) & (inside_B < 1)).all()
         assert (weight_BN.gather(-1, index_B[:, None]) > 0).all()
 
@@ -564,9 +650,9 @@ def test_hash_uniform_is_uncorrelated_over_positions_keys_and_neighbours():
 
 
 def test_keys_of_requests_differ_in_each_part_and_in_their_order():
-    keys = [sampler._key(seed, p, g) for seed in range(-3, 20) for p in range(20) for g in range(20)]
+    keys = [draw.request_key(seed, p, g) for seed in range(-3, 20) for p in range(20) for g in range(20)]
     assert len(set(keys)) == len(keys)
-    assert sampler._key(2**64 + 5, 1) == sampler._key(5, 1) != sampler._key(1, 5)
+    assert draw.request_key(2**64 + 5, 1) == draw.request_key(5, 1) != draw.request_key(1, 5)
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
@@ -628,9 +714,9 @@ def test_the_model_can_be_trained_after_it_has_sampled():
         (dict(prompts=[[1], []]), "prompt 1 is empty"),
         (dict(prompts=[[1] * 256]), "prompt 0 is 256 tokens; the model's context is 256"),
         (dict(prompts=[[1], [1], [1] * 300]), "prompt 2 is 300 tokens; the model's context is 256"),
-        (dict(n=0), "n 0, max_new_tokens 5, max_rows 512: each must be at least 1"),
-        (dict(max_new_tokens=0), "n 1, max_new_tokens 0, max_rows 512"),
-        (dict(max_rows=0), "n 1, max_new_tokens 5, max_rows 0"),
+        (dict(n=0), "n 0, max_new_tokens 5: each must be at least 1"),
+        (dict(max_new_tokens=0), "n 1, max_new_tokens 0: each must"),
+        (dict(max_rows=0), "max_rows is 0"),
         (dict(temperature=-0.5), "temperature -0.5"),
         (dict(temperature=math.nan), "temperature nan"),
         (dict(temperature=math.inf), "temperature inf"),

@@ -26,7 +26,7 @@ from nanor1.model import Transformer
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig
 from nanor1.rewards import REWARDS
-from nanor1.sampler import Completion
+from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem
 from nanor1.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ VARIANTS = {
     "renewed reference, two workers": "--kl-coef 0.01 --reference-every 2 --save-every 1 --workers 2",
     "bfloat16": "--dtype bfloat16 --save-every 2",
 }
-MEASURED = re.compile(r".*_s|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
+MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluate", "nanor1.sampler"]
@@ -323,6 +323,50 @@ def test_a_resumed_run_takes_new_flags_and_keeps_the_other_arguments(train, run,
     assert checkpoint.name == "step_000001"
 
 
+def accuracies(patch, *values):
+    """Let the evaluations find these accuracies, one after the other."""
+    found, run_evaluation = iter(values), train_zero.run_evaluation
+
+    def evaluate(*arguments):
+        evaluation, rollouts_PG = run_evaluation(*arguments)
+        return dataclasses.replace(evaluation, accuracy=next(found)), rollouts_PG
+
+    patch.setattr(train_zero, "run_evaluation", evaluate)
+
+
+def test_the_best_checkpoint_is_kept_when_evaluations_and_saves_fall_on_different_steps(train, world):
+    accuracies(world, 0.1, 0.3, 0.5, 0.4, 0.2)  # before, steps 2, 4 and 6, after
+    folder = train("--steps 7 --eval-every 2 --save-every 3 --keep-last 1")
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == ["step_000004", "step_000007"]
+    state = json.loads((folder / "checkpoints" / "step_000007" / "state.json").read_text())
+    assert (state["best_step"], state["best_accuracy"]) == (4, 0.5)
+
+
+def test_a_finished_run_is_not_evaluated_again_and_says_so(train, run):
+    folder = train("--steps 1 --save-every 1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, out, err = run("--resume", str(folder))
+    assert (code, err) == (0, "")
+    assert f"{folder} is finished" in out and "summary.json" in out and "--steps 1" in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(train, run):
+    folder = train("--steps 1 --save-every 1")
+    code, out, err = run("--resume", str(folder), "--steps", "2")
+    assert code == 0 and "is finished" not in out, err
+    assert [line["step"] for line in step_lines(folder)] == [1, 2]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_run_that_made_its_steps_but_not_its_last_evaluation_makes_it_when_resumed(train, run):
+    folder = train("--steps 1 --save-every 1")
+    (folder / "summary.json").unlink()
+    code, out, err = run("--resume", str(folder))
+    assert code == 0 and "is finished" not in out, err
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+
+
 # ---- what a run writes and says
 
 
@@ -434,6 +478,7 @@ def assert_refused(result, *said):
         ("--rewards style=1", ["style", "accuracy"]),
         ("--overlong penalty --overlong-buffer 0", ["buffer is 0"]),
         ("--importance-cap 2 --minibatches 4 --model x", ["--importance-cap", "--minibatches 1"]),
+        ("--compile on --workers 2", ["--compile on", "--workers 1"]),
         ("--preset openai", ["--preset", "deepseek"]),
         ("arithmetic", ["arithmetic"]),
         ("--model /nowhere/at/all", ["/nowhere/at/all"]),
@@ -522,14 +567,6 @@ def test_one_non_finite_gradient_is_counted_and_the_run_goes_on(world, train, ba
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder / "checkpoints/step_000004").values())
 
 
-def test_only_skips_in_a_row_end_a_run():
-    guard = train_zero.NonFiniteGuard()
-    for n_skipped, n_made in [(2, 0), (1, 1), (2, 0), (0, 2), (1, 0), (0, 0), (1, 0)]:
-        guard.check(n_skipped, n_made)
-    with pytest.raises(ValueError, match="3 updates in a row"):
-        guard.check(1, 0)
-
-
 def test_weights_that_are_not_finite_are_never_saved(run, world, tmp_path):
     def step(optimizer, lr, max_grad_norm):
         next(iter(optimizer.params.values())).data[0] = float("inf")
@@ -577,13 +614,13 @@ def test_rollouts_that_cannot_be_judged_are_counted_and_left_out(train, world):
 
 
 def cut_off_all(patch):
-    generate = train_zero.generate
+    generate = Sampler.generate
 
     def generate_cut(*arguments, **sampling):
         groups = generate(*arguments, **sampling)
         return [[dataclasses.replace(completion, finish="length") for completion in group] for group in groups]
 
-    patch.setattr(train_zero, "generate", generate_cut)
+    patch.setattr(Sampler, "generate", generate_cut)
 
 
 def test_a_batch_of_cut_off_answers_earns_no_accuracy_and_still_learns_the_format(train, world):
@@ -620,7 +657,7 @@ def make_actor(world, base):
         config = dataclasses.replace(train_zero.read_command_line()[0], **fields)
         model, tokenizer = Transformer.from_pretrained(base), Tokenizer.from_pretrained(base)
         task = train_zero.miniature_task(TINY)
-        return train_zero.Actor(Workers(model), tokenizer, task, "bare", {"accuracy": 1.0}, config)
+        return train_zero.Actor(Workers(model), Sampler(model), tokenizer, task, "bare", {"accuracy": 1.0}, config)
 
     return make
 
@@ -685,6 +722,72 @@ def test_kl_in_the_reward_adds_no_kl_to_the_loss(make_actor):
     assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="k3")).kl_coef == 0.5
 
 
+def test_the_utilisation_is_the_work_of_the_learning_phase_over_the_peak(train, world):
+    said = []
+    world.setattr(train_zero, "peak_flops", lambda device, dtype, say: said.append((device.type, dtype)) or 1e9)
+    folder = train("--steps 1")
+    (line,) = step_lines(folder)
+    assert said == [("cpu", torch.float32)]
+    assert line["mfu"] == pytest.approx(line["learn_flops_per_s"] / 1e9, rel=1e-4)
+    tensors = weights(folder / "checkpoints/step_000001").items()
+    blocks = sum(tensor.numel() for name, tensor in tensors if "layers" in name and tensor.dim() == 2)
+    flops = line["learn_flops_per_s"] * line["learn_s"]
+    assert 6 * blocks * line["learned_tokens"] < flops < 12 * blocks * line["learned_tokens"]  # and head and attention
+
+
+def test_checkpointing_activations_changes_no_result(train, world):
+    checkpointed = []
+    world.setattr(train_zero, "start_workers", lambda model, n: checkpointed.append(model) or Workers(model))
+    folders = [train(f"--steps 2 --save-every 2 {flag}", f"run{flag}") for flag in ("--checkpoint-activations", "")]
+    assert [model.checkpoints_activations for model in checkpointed] == [True, False]
+    assert repeatable(folders[0]) == repeatable(folders[1])
+    assert_same_weights(*(folder / "checkpoints/step_000002" for folder in folders))
+
+
+def compiled(patch):
+    """Count the models that are compiled, and trace them without making machine code."""
+    models, compile_blocks = [], Transformer.compile_blocks
+
+    def compile_and_count(model):
+        models.append(model)
+        compile_blocks(model, backend="eager")
+
+    patch.setattr(Transformer, "compile_blocks", compile_and_count)
+    return models
+
+
+def test_a_compiled_run_learns_saves_and_keeps_a_reference(train, world):
+    models = compiled(world)
+    folder = train("--steps 2 --compile on --kl-coef 0.01 --save-every 1")
+    assert len(models) == 1 and all(line["updates"] for line in step_lines(folder))
+    wanted = step_lines(train("--steps 2 --kl-coef 0.01 --save-every 1 --workers 1", "plain"))
+    assert len(models) == 1  # on a CPU only where asked for
+    for line, other in zip(step_lines(folder), wanted, strict=True):
+        assert [line[key] for key in ("loss", "entropy", "kl")] == pytest.approx(
+            [other[key] for key in ("loss", "entropy", "kl")], abs=1e-3
+        )
+
+
+def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(train, run):
+    folder = train("--steps 1 --save-every 1 --dtype bfloat16")
+    config = json.loads((folder / "config.json").read_text())
+    config["arguments"]["dtype"] = "auto"  # on this machine, for so small a model, fp32
+    (folder / "config.json").write_text(json.dumps(config))
+    code, out, err = run("--resume", str(folder), "--steps", "2")
+    assert code == 0 and "dtype: bfloat16" in out, err
+    assert {tensor.dtype for tensor in weights(folder / "checkpoints/step_000002").values()} == {torch.bfloat16}
+
+
+def test_rollouts_of_a_prompt_share_it_in_each_minibatch(train, world):
+    seen = seen_by_add_gradient(world)
+    train("--steps 1 --problems 3")
+    for rollouts, _ in seen:
+        prompts = [rollout.problem.prompt for rollout in rollouts]
+        runs = [prompt for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+        assert len(runs) == len(set(runs)), "a prompt's rollouts lie apart"
+    assert len(seen) == 2 and abs(len(seen[0][0]) - len(seen[1][0])) <= 1
+
+
 # ---- settings
 
 
@@ -721,9 +824,9 @@ def test_the_miniatures_settings_hold_only_where_no_model_is_given(configure):
 def test_evaluations_ask_the_same_problems_whatever_the_seed_and_step(train, world):
     asked, evaluate = [], train_zero.evaluate
 
-    def evaluate_and_note(model, tokenizer, problems, *arguments, **sampling):
+    def evaluate_and_note(sampler, tokenizer, problems, *arguments, **sampling):
         asked.append(([problem.prompt for problem in problems], sampling.get("seed", 0)))
-        return evaluate(model, tokenizer, problems, *arguments, **sampling)
+        return evaluate(sampler, tokenizer, problems, *arguments, **sampling)
 
     world.setattr(train_zero, "evaluate", evaluate_and_note)
     train("--steps 2 --eval-every 1", "one")

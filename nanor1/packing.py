@@ -1,0 +1,129 @@
+"""Packed sequences: where each token stands, and what it attends to; a prompt may be shared.
+
+Sequences lie end to end, `cu_seqlens_B1 = [0, len_0, len_0 + len_1, ...]`. The G completions of a prompt need not each
+carry a copy of it: with `parent_B` a sequence says which earlier one it continues, so the prompt is embedded, projected
+and multiplied once. Its keys and values are then laid before those of each continuation, for attention alone. Values
+and gradients are those of the full copies. The idea is Prefix Grouper's (2506.05433).
+
+Left out: continuations of continuations.
+
+Letters: N packed tokens, M packed keys (N and the copies), B sequences, G continuations of a sequence at most.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """How the keys and values of N tokens become the M of all sequences: each one's prompt, then its own."""
+
+    cu_seqlens_B1: Tensor  # of the M keys
+    max_len: int
+    source_M: Tensor  # the token of each key
+    own_N: Tensor  # the key that is a token's own
+    prompt_R: Tensor  # tokens of sequences that are continued
+    copies_RG: Tensor  # the keys that are copies of such a token; M where there are fewer than G
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a forward over packed sequences has to know; tensors are int64 on the ids' device."""
+
+    cu_seqlens_B1: Tensor
+    max_len: int
+    row_N: Tensor  # the sequence of each token
+    position_N: Tensor  # counted from the start of the prompt
+    shared: SharedKeys | None = None
+
+
+def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> Layout:
+    """The layout of sequences of which `parent_B` (None: none; -1: this one not) continue an earlier one.
+
+    Raises ValueError where a parent does not come before its continuation or continues another one itself.
+    """
+    lengths_B = cu_seqlens_B1.diff()
+    row_N = _rows(lengths_B)
+    column_N = torch.arange(len(row_N), device=row_N.device) - cu_seqlens_B1[row_N]
+    if parent_B is None or not bool((parent_B >= 0).any()):
+        return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, column_N)
+    index_B, is_child_B = torch.arange(len(parent_B), device=parent_B.device), parent_B >= 0
+    if (parent_B >= index_B).any() or is_child_B[parent_B[is_child_B]].any():
+        raise ValueError(f"parents {parent_B.tolist()}: each must be -1 or an earlier sequence that has none itself")
+    prefix_B = torch.where(is_child_B, lengths_B[parent_B], 0)
+    position_N = column_N + prefix_B[row_N]
+    shared = _share(cu_seqlens_B1, parent_B, prefix_B, row_N, column_N)
+    return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, shared)
+
+
+def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:
+    """How many (query, key) pairs causal attention over these sequences has: what its cost grows with.
+
+    >>> attended_pairs(torch.tensor([0, 3]))
+    6
+    """
+    lengths_B = cu_seqlens_B1.diff()
+    pairs = lengths_B * (lengths_B + 1) // 2
+    if parent_B is not None:
+        pairs = pairs + torch.where(parent_B >= 0, lengths_B * lengths_B[parent_B], 0)
+    return int(pairs.sum())
+
+
+def _share(cu_seqlens_B1: Tensor, parent_B: Tensor, prefix_B: Tensor, row_N: Tensor, column_N: Tensor) -> SharedKeys:
+    lengths_B = cu_seqlens_B1.diff() + prefix_B
+    cu_keys_B1 = F.pad(lengths_B.cumsum(0), (1, 0))
+    row_M = _rows(lengths_B)
+    column_M = torch.arange(len(row_M), device=row_M.device) - cu_keys_B1[row_M]
+    behind_M = column_M - prefix_B[row_M]  # negative in the prompt
+    source_M = torch.where(behind_M < 0, cu_seqlens_B1[parent_B[row_M]] + column_M, cu_seqlens_B1[row_M] + behind_M)
+
+    children_BG = _children(parent_B)
+    prompt_R = (children_BG[row_N, 0] >= 0).nonzero().squeeze(1)
+    children_RG = children_BG[row_N[prompt_R]]
+    copies_RG = torch.where(children_RG >= 0, cu_keys_B1[children_RG] + column_N[prompt_R, None], len(row_M))
+    own_N = cu_keys_B1[row_N] + prefix_B[row_N] + column_N
+    return SharedKeys(cu_keys_B1, int(lengths_B.max()), source_M, own_N, prompt_R, copies_RG)
+
+
+def _children(parent_B: Tensor) -> Tensor:
+    """The continuations of each sequence, -1 behind the last: [B, G].
+
+    >>> _children(torch.tensor([-1, 0, 0, -1, 3])).tolist()
+    [[1, 2], [-1, -1], [-1, -1], [4, -1], [-1, -1]]
+    """
+    children = [[] for _ in parent_B]
+    for child, parent in enumerate(parent_B.tolist()):
+        if parent >= 0:
+            children[parent].append(child)
+    width = max(2, *map(len, children))  # for a size of 1 torch.compile would make another program
+    return torch.tensor([row + [-1] * (width - len(row)) for row in children], device=parent_B.device)
+
+
+def _rows(lengths_B: Tensor) -> Tensor:
+    return torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
+
+
+def spread(x_NKD: Tensor, shared: SharedKeys) -> Tensor:
+    """Keys or values of the N tokens -> of the M keys of all sequences."""
+    return _Spread.apply(x_NKD, shared.source_M, shared.own_N, shared.prompt_R, shared.copies_RG)
+
+
+class _Spread(torch.autograd.Function):
+    """A gather whose backward gathers too: the same sum in the same order every time, and no scatter."""
+
+    @staticmethod
+    def forward(ctx, x_NKD: Tensor, source_M: Tensor, own_N: Tensor, prompt_R: Tensor, copies_RG: Tensor) -> Tensor:
+        ctx.save_for_backward(own_N, prompt_R, copies_RG)
+        return x_NKD.index_select(0, source_M)
+
+    @staticmethod
+    def backward(ctx, grad_MKD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        own_N, prompt_R, copies_RG = ctx.saved_tensors
+        padded = torch.cat((grad_MKD, torch.zeros_like(grad_MKD[:1])))
+        copies_sum_RKD = padded.index_select(0, copies_RG.flatten()).unflatten(0, copies_RG.shape).sum(1)
+        grad_NKD = grad_MKD.index_select(0, own_N)
+        grad_NKD.index_add_(0, prompt_R, copies_sum_RKD)  # each prompt token once, so nothing races
+        return grad_NKD, None, None, None, None

@@ -1,0 +1,141 @@
+"""The slots of a sampler: fixed memory in which decode steps work, and the steps themselves.
+
+A slot holds one request: a row of the key/value cache and the counters that go with it. A step advances the slots of a
+list by a token, entirely on the device: nothing in it depends on a length that the host knows, so that CUDA can capture
+it once and replay it.
+
+Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanor1.draw import hash_uniform, sample_tokens
+from nanor1.model import KVCache, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits, and which tokens end a completion."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_ids: tuple[int, ...]
+    vocab_size: int | None
+
+    def stops(self, token_B: Tensor) -> Tensor:
+        stopped_B = torch.zeros_like(token_B, dtype=torch.bool)
+        for stop in self.stop_ids:
+            stopped_B |= token_B == stop
+        return stopped_B
+
+
+class Slots:
+    """The cache and the state of what runs in it, by slot: fixed memory, in which captured steps work.
+
+    The last slot is never used: it stands in for the rows that a captured step has too many.
+    """
+
+    def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int):
+        weight = model.head_weight_VC
+        self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
+        self.cache = KVCache(model.config, n_slots + 1, room, weight.dtype, weight.device)
+        long = dict(dtype=torch.int64, device=weight.device)
+        self.index = torch.arange(n_slots + 1, device=weight.device)
+        self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet
+        self.position = torch.zeros(n_slots + 1, **long)  # where in the cache it will go
+        self.n_new = torch.zeros(n_slots + 1, **long)  # tokens made
+        self.limit = torch.zeros(n_slots + 1, **long)  # of n_new
+        self.key = torch.zeros(n_slots + 1, **long)  # of the noise
+        self.is_running = torch.zeros(n_slots + 1, dtype=torch.bool, device=weight.device)
+        self.is_stopped = torch.zeros_like(self.is_running)
+        # the last column takes what rows that are not running write
+        self.ids = torch.zeros(n_slots + 1, n_new + 1, dtype=torch.int32, device=weight.device)
+        self.logp = torch.zeros(n_slots + 1, n_new + 1, device=weight.device)
+        is_cuda = weight.device.type == "cuda"
+        self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_tokens
+
+    def start(self, slot_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
+        self.position[slot_B], self.limit[slot_B], self.key[slot_B] = position_B, limit_B, key_B
+        self.n_new[slot_B], self.is_running[slot_B], self.is_stopped[slot_B] = 0, True, False
+
+    def record(self, slots: slice | Tensor, logits_BV: Tensor, sampling: Sampling) -> None:
+        """Draw a token for each slot, and close those that stop or reach their limit; others than running ones stay."""
+        n_new_B, running_B = self.n_new[slots], self.is_running[slots]
+        logits_BV = logits_BV[:, : sampling.vocab_size].float()
+        uniform_B = hash_uniform(self.key[slots], n_new_B)
+        token_B, logp_B = self.sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
+        slot_B, column_B = self.index[slots], torch.where(running_B, n_new_B, self.n_new_tokens)
+        self.ids[slot_B, column_B], self.logp[slot_B, column_B] = token_B.int(), logp_B
+        self.token[slots] = token_B
+        n_new_B = n_new_B + running_B
+        stopped_B = running_B & sampling.stops(token_B)
+        self.is_stopped[slots] |= stopped_B
+        self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
+        self.n_new[slots] = n_new_B
+
+    def decode(self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling) -> None:
+        """Advance slots by a token: those of a list, or all of the first ones, as a slice; of these all are running."""
+        token_B, position_B, running_B = self.token[slots], self.position[slots], self.is_running[slots]
+        slot_B = slots if isinstance(slots, Tensor) else None
+        hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B)
+        self.position[slots] = position_B + running_B
+        self.record(slots, model.logits(hidden_BC), sampling)
+
+    def move(self, from_B: Tensor, to_B: Tensor) -> None:
+        """Move what runs in some slots into others."""
+        self.cache.copy_rows(self.cache, from_B, to_B, int(self.position[from_B].max()))
+        for by_slot in (self.token, self.position, self.n_new, self.limit, self.key, self.ids, self.logp):
+            by_slot[to_B] = by_slot[from_B]
+        self.is_running[to_B], self.is_stopped[to_B] = self.is_running[from_B], self.is_stopped[from_B]
+
+
+def slots_that_fit(model: Transformer, room: int, wanted: int, budget: int) -> int:
+    """How many slots of `room` tokens, at most `wanted`, fit into `budget` bytes; ValueError if not one does."""
+    config, weight = model.config, model.head_weight_VC
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * room * weight.element_size()
+    logits = 4 * 4 * config.vocab_size  # in fp32, with the copies that drawing a token makes
+    fitting = min(wanted, budget // (cache + logits) - 1)  # one more slot stands in for rows that are too many
+    if fitting < 1:
+        raise ValueError(
+            f"the key/value cache of one request of {room} tokens takes {2 * (cache + logits) / 2**30:.2f} GiB with "
+            f"its spare, and {budget / 2**30:.2f} GiB may be used: lower max_new_tokens, or shorten the prompts"
+        )
+    return fitting
+
+
+class Step:
+    """A decode step over a fixed number of slots; on CUDA captured in a graph, elsewhere run as it is.
+
+    A captured step is a recording of kernels on fixed memory: it stays valid while the weights change in place.
+    """
+
+    def __init__(self, model: Transformer, slots: Slots, n_rows: int, sampling: Sampling):
+        self.slot_B = torch.full((n_rows,), slots.n_slots, device=slots.token.device)
+        self.n_slots, self.graph = slots.n_slots, None
+        self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling)
+        if self.slot_B.device.type == "cuda":
+            self.capture(slots)
+
+    def capture(self, slots: Slots) -> None:
+        with torch.cuda.device(self.slot_B.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compile and load everything before it is recorded; no slot is touched
+                self.run()
+                self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=slots.graph_pool):
+                self.run()
+
+    def __call__(self, slot_B: Tensor, n_steps: int) -> None:
+        self.slot_B.fill_(self.n_slots)
+        self.slot_B[: len(slot_B)] = slot_B
+        for _ in range(n_steps):
+            self.graph.replay() if self.graph else self.run()

@@ -1,0 +1,110 @@
+"""The machine: what is chosen, what is said of it, and what is measured."""
+
+import signal
+import time
+
+import pytest
+import torch
+
+from nanor1 import machine
+from nanor1.machine import Interrupt, choose_device, free_memory, matrix_rate, peak_flops, peak_memory_gib
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Set what the measurement of matrix products finds, by dtype."""
+
+    def set_rates(**rates):
+        def measured(device, dtype):
+            return rates[str(dtype).removeprefix("torch.")]
+
+        monkeypatch.setattr(machine, "matrix_rate", measured)
+
+    return set_rates
+
+
+def choose(*arguments):
+    said = []
+    return *choose_device(*arguments, said.append), "\n".join(said)
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(60e9, torch.float32), (149e9, torch.float32), (151e9, torch.bfloat16)])
+def test_a_cpu_gets_bf16_weights_only_where_it_multiplies_them_clearly_faster(rates, bf16, chosen):
+    rates(float32=100e9, bfloat16=bf16)
+    device, dtype, said = choose("cpu", "auto")
+    assert (device, dtype) == (CPU, chosen)
+    assert f"float32 100, bfloat16 {bf16 / 1e9:.0f} GFLOP/s" in said and str(chosen).removeprefix("torch.") in said
+
+
+def test_a_small_model_gets_fp32_on_a_cpu_whatever_it_is_good_at(rates):
+    rates(float32=1.0, bfloat16=100.0)
+    said = []
+    assert choose_device("cpu", "auto", said.append, width=128)[1] == torch.float32
+    assert "width of 128" in said[0]
+    assert choose_device("cpu", "auto", said.append, width=576)[1] == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_dtype_that_is_asked_for_is_not_measured(monkeypatch, name):
+    monkeypatch.setattr(machine, "matrix_rate", lambda *_: pytest.fail("measured"))
+    device, dtype, said = choose("cpu", name)
+    assert dtype == getattr(torch, name) and f"dtype: {name} (asked for)" in said and "device: cpu (asked for)" in said
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="--device tpu is not to be had here .*leave it out, or use cpu"):
+        choose("tpu", "auto")
+
+
+def test_the_matrix_rate_is_that_of_products_timed_outside_and_cheap_to_measure():
+    x, w = torch.randn(128, 768), torch.randn(4 * 768, 768)
+    seconds = []
+    for _ in range(12):
+        start_s = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        seconds.append(time.perf_counter() - start_s)
+    outside = 2 * 128 * 4 * 768 * 768 / min(seconds)
+    start_s = time.perf_counter()
+    rate = matrix_rate(CPU, torch.float32)
+    assert 0.2 < rate / outside < 5  # machines stall
+    assert time.perf_counter() - start_s < 2
+
+
+def test_the_random_numbers_of_a_run_do_not_depend_on_what_is_measured():
+    before = torch.get_rng_state()
+    matrix_rate(CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_peak_of_a_known_gpu_is_the_published_one_and_others_are_measured(rates, monkeypatch):
+    rates(float32=1e12, bfloat16=2e12)
+    cuda, said = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(cuda, torch.bfloat16, said.append) == 989e12
+    assert "989 TFLOP/s: published for NVIDIA H200, bfloat16" in said[-1]
+    assert peak_flops(cuda, torch.float32, said.append) == 1e12  # what is published is of tensor cores
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 NVL")  # slower, and no such name
+    assert peak_flops(cuda, torch.bfloat16, said.append) == 2e12
+    assert peak_flops(CPU, torch.float32, said.append) == 1e12
+    assert "1 TFLOP/s: measured, float32" in said[-1]
+
+
+def test_memory_is_in_the_range_of_the_machine():
+    assert 0.01 < peak_memory_gib() < 1e4
+    assert 2**20 < free_memory(CPU) < 2**50
+
+
+def test_an_interrupt_asks_once_and_then_lets_ctrl_c_through(capfd):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        interrupt = Interrupt()
+        assert not interrupt.is_asked
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.is_asked and "finishing this step" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
