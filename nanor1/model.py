@@ -36,18 +36,19 @@ ACTIVATIONS = {
 }
 
 
-FEW_ROWS, LARGE = 512, 100_000  # activations' rows up to which, and weights from which, (W x^T)^T is faster on a CPU
+LARGE = 100_000  # entries of a matrix, from which a CPU multiplies some numbers of rows faster as (W x^T)^T
+TRANSPOSED_ROWS = {1, 2, 3, 4, *range(16, 513, 8)}
 
 
 def linear(x_NC: Tensor, weight_MC: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear; [N, M].
 
-    A fp32 CPU product of a few rows with a large matrix is computed as (W x^T)^T: BLAS then works along the long side,
-    1.2 to 1.6 times as fast at 16 to 128 rows (LOG.md). The result is then a transposed view. Not in compiled code,
-    which would be compiled once for each side of the limit.
+    On a CPU a fp32 product of few rows with a large matrix is computed as (W x^T)^T: BLAS then works along the long
+    side, 1.2 to 1.8 times as fast where the rows are a multiple of 8, and slower where they are not (LOG.md). The
+    result is then a transposed view. Not in compiled code, which would be compiled anew for each such number.
     """
     is_plain = x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or torch.compiler.is_compiling()
-    if is_plain or len(x_NC) > FEW_ROWS or weight_MC.numel() < LARGE:
+    if is_plain or weight_MC.numel() < LARGE or len(x_NC) not in TRANSPOSED_ROWS:
         return F.linear(x_NC, weight_MC, bias_M)
     if bias_M is None:
         return torch.mm(weight_MC, x_NC.t()).t()

@@ -181,6 +181,7 @@ class _Run:
         stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
         self.results = Results(ids_RL, torch.zeros_like(ids_RL, dtype=torch.float32), self.start_R * 0, stopped_R)
         self.slots.is_running.fill_(False)
+        self.slots.position.zero_()
 
     def listen(self, on_token, stop_texts: Sequence[str], decode_text) -> None:
         """What the host has to see after each step; if nothing, a stepwise sampler looks less often, and later."""
@@ -241,6 +242,7 @@ class _Run:
             self.sampler.step(n_rows, self.sampling)(self._index(self.request_of), self.steps_a_look)
         else:
             max_len = int(self.slots.position[:n_rows].max()) + 1
+            n_rows = n_rows if n_rows <= 4 else min(-(-n_rows // 8) * 8, self.slots.n_slots + 1)  # see model.linear
             self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
         self._hear(self.request_of)
 
@@ -290,6 +292,7 @@ class _Run:
         for hole, mover in zip(holes, movers, strict=True):
             self.request_of[hole] = self.request_of.pop(mover)
         self.request_of = dict(sorted(self.request_of.items()))
+        self.slots.position[n_active:] = 0
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)

@@ -80,7 +80,7 @@ class Slots:
         self.n_new[slots] = n_new_B
 
     def decode(self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling) -> None:
-        """Advance slots by a token: those of a list, or all of the first ones, as a slice; of these all are running."""
+        """Advance slots by a token: those of a list, or the first ones, as a slice; idle ones cost as much."""
         token_B, position_B, running_B = self.token[slots], self.position[slots], self.is_running[slots]
         slot_B = slots if isinstance(slots, Tensor) else None
         hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B)
