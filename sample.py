@@ -28,6 +28,7 @@ from nanor1.grpo import Rollout
 from nanor1.machine import choose_device
 from nanor1.miniature import MINIATURES, Miniature, make_tokenizer, miniature_task
 from nanor1.model import Transformer
+from nanor1.pretrained import read_config
 from nanor1.rewards import final_answer
 from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, format_prompt, make_task, read_task, task_parameters
@@ -156,7 +157,8 @@ def read_stdin() -> str | None:
 def load_engine(config: Config) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, dtype = choose_device(config.device, config.dtype, say)
+    _, model_config = read_config(config.model)
+    device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
     model = Transformer.from_pretrained(config.model, dtype, device)
     tokenizer = Tokenizer.from_pretrained(config.model)
     template, reason = choose_template(config, tokenizer)

@@ -6,8 +6,8 @@
 
 With --model: 4 prompts x 8 completions of up to 96 tokens, temperature 1, AdamW, rewards that are a hash of the ids, so
 that no group is dropped. Each side is a process of its own; the first step of each is warm-up and not counted. TRL's
-settings (PEERS) are tried for a step each, and the quickest then takes turns with ours. Memory is the peak resident size of
-the process, which holds torch and the side's libraries, too.
+settings (PEERS) are tried for a step each, and the quickest then takes turns with ours. Memory is the peak resident
+size of the process, which holds torch and the side's libraries, too.
 
 Without: the gradient and the optimizer update over packed batches of 32k tokens, sequences of ragged length, about 1k
 in the mean. "sft": every token is trained; "grpo": 8 completions share a prompt. New lengths at each repeat, so that
@@ -74,7 +74,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="most tokens of a completion: 96; --quick 8")
     parser.add_argument("--steps", type=int, help="of each process, the first not counted: 3; --quick 2")
     parser.add_argument("--repeats", type=int, help="turns: 3; --quick 1; without --model 5 updates; --quick 2")
-    parser.add_argument("--tokens-per-batch", type=int, help="packed tokens a micro-batch: 8192; without --model 32768")
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="packed tokens a micro-batch: 1024, as train_zero.py on a CPU; without --model 32768",
+    )
     parser.add_argument("--checkpoint-activations", action="store_true", help="ours, with --model; else both are run")
     parser.add_argument("--no-compile", action="store_true", help="without --model")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="without --model: qwen2.5-0.5b, qwen2.5-1.5b")
@@ -86,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     args.limit = args.limit or (8 if args.quick else 96)
     args.steps = args.steps or (2 if args.quick else 3)
     if args.model:
-        args.repeats, args.tokens_per_batch = args.repeats or (1 if args.quick else 3), args.tokens_per_batch or 8192
+        args.repeats, args.tokens_per_batch = args.repeats or (1 if args.quick else 3), args.tokens_per_batch or 1024
         args.device = "cpu"  # as the peer
     args.repeats = args.repeats or (2 if args.quick else 5)
     args.tokens_per_batch = args.tokens_per_batch or (512 if args.quick else 32_768)
@@ -179,7 +183,7 @@ def our_steps(args) -> tuple[list[float], list[int]]:
     device, dtype = choose_device(args.device, args.dtype, print)
     model, tokenizer = Transformer.from_pretrained(args.model, dtype, device), Tokenizer.from_pretrained(args.model)
     model.checkpoints_activations = args.checkpoint_activations
-    optimizer, workers, sampler = MasterAdamW(model), start_workers(model), Sampler(model)
+    optimizer, workers, sampler = MasterAdamW(model), start_workers(model), Sampler(model, memory_share=0.5)
     settings = LossSettings(1.0, tokenizer.vocab_size, args.tokens_per_batch)
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in QUESTIONS]
     prompts = [tokenizer.encode(chat, allow_special=True) for chat in chats]
