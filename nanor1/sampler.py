@@ -8,7 +8,8 @@ On a GPU the step is captured in CUDA graphs, one for each of a few numbers of r
 looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
 memory: the slots, and a list of which of them to advance. On a CPU a step looks at its rows at once, and the last
 active rows are moved into the places of finished ones, so that the active rows are always the first: attention then
-reads a plain slice of the cache, and no row costs anything once it has finished.
+reads a plain slice of the cache, and a finished row costs nothing (but a step has a multiple of 8 rows, up to 7 of them
+idle, since matrix products take that faster).
 
 The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
 and the position alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still
@@ -48,8 +49,13 @@ class Completion:
     finish: str  # "stop" or "length"
 
 
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, max_rows: int = 512, **arguments):
-    """Sample completions of prompts; `Sampler.generate` says how, and is quicker when there is more than one call."""
+def generate(
+    model: Transformer, prompts: Sequence[Sequence[int]], *, max_rows: int = 512, **arguments
+) -> list[list[Completion]]:
+    """Sample completions of prompts with a new `Sampler`, whose `generate` says which arguments there are.
+
+    A Sampler that is kept is quicker from its second call on.
+    """
     return Sampler(model, max_rows).generate(prompts, **arguments)
 
 
