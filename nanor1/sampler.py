@@ -101,6 +101,7 @@ class Sampler:
         self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
         self.device = model.head_weight_VC.device
         self.slots: Slots | None = None
+        self.n_wanted = 0  # slots that were asked for, when these were made
         self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
         self.steps: dict[tuple[int, Sampling], Step] = {}
 
@@ -150,13 +151,13 @@ class Sampler:
         """Make slots for requests of so many tokens, if those there are do not suffice."""
         room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
         wanted, slots = min(self.max_rows, n_requests), self.slots
-        if slots and slots.n_slots >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
-            return
+        if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
+            return  # also where memory held fewer than were wanted: it would again
         if slots:  # no smaller in any way, so that calls of changing sizes settle
-            wanted, room = max(wanted, slots.n_slots), max(room, slots.room)
+            wanted, room = max(wanted, self.n_wanted), max(room, slots.room)
             n_new = max(n_new, slots.n_new_tokens)
         room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
-        self.steps, self.slots, slots = {}, None, None
+        self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
         budget = int(free_memory(self.device) * self.memory_share)
         self.slots = Slots(self.model, slots_that_fit(self.model, room, wanted, budget), room, n_new)
 
