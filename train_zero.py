@@ -8,18 +8,17 @@ the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the 
 """
 
 import copy
-import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from nanor1.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from nanor1.config import apply_preset, from_json, load_arguments, option, parse_args, to_json, user_errors
+from nanor1.checkpoint import load_checkpoint
+from nanor1.config import apply_preset, option, parse_args, user_errors
 from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
 from nanor1.grpo import (
     LossSettings,
@@ -33,22 +32,42 @@ from nanor1.grpo import (
     pack,
     step_metrics,
 )
-from nanor1.machine import Interrupt, choose_device, peak_flops, peak_memory_gib
-from nanor1.miniature import MINIATURES, base_model, miniature_task
+from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
+from nanor1.miniature import (
+    MINIATURES,
+    NAMESPACE,
+    Miniature,
+    find_miniature,
+    find_model,
+    miniature_task,
+    own_miniature,
+)
 from nanor1.model import Transformer
-from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
+from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
 from nanor1.parallel import Workers, start_workers
-from nanor1.pretrained import read_config
 from nanor1.rewards import overlong_penalty, parse_rewards
-from nanor1.runlog import RunLog, default_run_folder
+from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, Task, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
+from nanor1.training import (
+    check_least,
+    choose_machine,
+    compiles,
+    default_tokens_per_batch,
+    is_due,
+    is_finished,
+    open_log,
+    resumed,
+    save_run,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str | None = option(None, "model folder; none: pretrain a miniature base model first", "what to train")
+    model: str | None = option(
+        None, "model or run folder, or miniature/NAME, which is pretrained first; none: miniature/TASK", "what to train"
+    )
     task: str = option("countdown", "countdown, arithmetic, gsm8k or math")
     data: str | None = option(None, "JSON lines of training problems")
     eval_data: str | None = option(None, "JSON lines of held-out problems; none: a tenth of the data is held out")
@@ -113,12 +132,7 @@ class Config:
         at_least = dict(steps=0, problems=1, completions=2, max_new_tokens=1, max_rows=1, minibatches=1, keep_last=1)
         at_least |= dict(tokens_per_batch=0, eval_problems=1, eval_samples=1, eval_samples_during=1, resample=0)
         at_least |= dict(warmup=0, eval_every=0, save_every=0, reference_every=0, threads=0, workers=0, kl_coef=0, lr=0)
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                why = " (a group of 1 has no advantage)" if name == "completions" else ""
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}{why}"
-                )
+        check_least(self, at_least, dict(completions=" (a group of 1 has no advantage)"))
         if self.temperature <= 0:
             raise ValueError(f"--temperature is {self.temperature}; training samples need one above 0")
         if self.overlong == "penalty":
@@ -190,6 +204,10 @@ class Actor:
     weights: dict[str, float]
     config: Config
 
+    @property
+    def tokens_per_batch(self) -> int:
+        return default_tokens_per_batch(self.config.tokens_per_batch, self.sampler.device)
+
 
 @dataclass
 class Run:
@@ -215,12 +233,12 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     progress = Progress(**state)
-    if checkpoint and is_finished(config, progress):
+    if checkpoint and is_finished(config.resume, progress.step, config.steps):
         print(
             f"{config.resume} is finished: see summary.json there; to train on, give more than --steps {config.steps}"
         )
         return
-    with open_log(config, checkpoint, progress.step) as log:
+    with open_log(config, checkpoint, progress.step, f"zero-{config.task}", COLUMNS) as log:
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if progress.before is None:
@@ -259,59 +277,39 @@ def train(run: Run) -> None:
             save(run)
 
 
-def is_due(every: int, step: int) -> bool:
-    return bool(every) and step % every == 0
-
-
 # ---- start, resume, save
 
 
 def read_command_line() -> tuple[Config, Path | None]:
     """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
     config, given = parse_args(Config, description=__doc__)
-    checkpoint = None
     if config.resume:
-        if "preset" in given:
-            raise ValueError("--preset is for a new run; with --resume give the single flags")
-        values = to_json(config)
-        stored = load_arguments(Path(config.resume) / "config.json")
-        config = from_json(Config, stored | {name: values[name] for name in given}, f"{config.resume}/config.json")
-        checkpoint = latest_checkpoint(Path(config.resume) / "checkpoints")
-        if checkpoint is None:
-            raise ValueError(f"{config.resume} has no whole checkpoint to resume from; start a new run")
-    else:
-        if config.model is None:
-            if config.task not in MINIATURE_RUNS:
-                raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
-            for name in given & {"data", "eval_data", "task_args"}:
-                raise ValueError(f"--{name.replace('_', '-')} needs --model FOLDER: a miniature generates its problems")
-            config = apply_preset(config, given, MINIATURE_RUNS[config.task])
-        if config.preset:
-            config = apply_preset(config, given, PRESETS[config.preset])
-        config.validate()
-    return config, checkpoint
+        return resumed(config, given)
+    if config.model is None:
+        if config.task not in MINIATURES:
+            raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
+        config = replace(config, model=NAMESPACE + config.task)
+    if miniature := find_miniature(config.model):
+        config = as_miniature_run(config, given, miniature)
+    if config.preset:
+        config = apply_preset(config, given, PRESETS[config.preset])
+    config.validate()
+    return config, None
 
 
-def open_log(config: Config, checkpoint: Path | None, step: int) -> RunLog:
-    if checkpoint:
-        return RunLog.open(config.resume, step, COLUMNS)
-    return RunLog.create(config.out or default_run_folder(f"zero-{config.task}"), to_json(config), COLUMNS)
-
-
-def is_finished(config: Config, progress: Progress) -> bool:
-    """Whether the resumed run has made its steps and its final evaluation."""
-    summary = Path(config.resume) / "summary.json"
-    return (
-        progress.step >= config.steps
-        and summary.exists()
-        and json.loads(summary.read_text(encoding="utf-8"))["steps"] == progress.step
-    )
+def as_miniature_run(config: Config, given: frozenset[str], miniature: Miniature) -> Config:
+    """The miniature's own task and settings, less what was given."""
+    for name in given & {"data", "eval_data", "task_args"}:
+        raise ValueError(f"--{name.replace('_', '-')} is for pretrained models: a miniature generates its problems")
+    if "task" in given and config.task != miniature.task:
+        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
+    return replace(apply_preset(config, given, MINIATURE_RUNS[miniature.task]), task=miniature.task)
 
 
 def set_up(
     config: Config, checkpoint: Path | None, tensors: dict, progress: Progress, log: RunLog, start_s: float
 ) -> Run:
-    folder = checkpoint or config.model or base_model(MINIATURES[config.task], config.seed, log)
+    folder = checkpoint or find_model(config.model, config.seed, log)
     log.say(f"model: {folder}")
     device, dtype = choose_machine(config, checkpoint, folder, log)
     model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
@@ -320,7 +318,7 @@ def set_up(
     if checkpoint:
         restore(optimizer, reference, tensors)
     model.checkpoints_activations = config.checkpoint_activations
-    is_compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    is_compiled = compiles(config.compile, device)
     if is_compiled:
         model.compile_blocks()
     task, template, weights = load_task(config, tokenizer)
@@ -340,19 +338,11 @@ def set_up(
     )
 
 
-def choose_machine(
-    config: Config, checkpoint: Path | None, folder: Path | str, log: RunLog
-) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype of the weights; a resumed run keeps its dtype, so that it is the same run."""
-    hf_config, model_config = read_config(folder)
-    dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype
-    return choose_device(config.device, dtype, log.say, model_config.hidden_size)
-
-
 def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str, float]]:
     """The task, the prompt template and the rewards' weights."""
-    if config.model is None:
-        task = miniature_task(MINIATURES[config.task])
+    miniature = own_miniature(tokenizer)
+    if miniature:
+        task = miniature_task(miniature)
     else:
         task = make_task(config.task, data=config.data, eval_data=config.eval_data, **task_parameters(config.task_args))
     template = config.template
@@ -369,23 +359,15 @@ def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict
 
 def save(run: Run) -> None:
     """Save a checkpoint that `--resume` continues bit for bit: sampling and data order follow from seed and step."""
-    model, progress = run.actor.workers.model, run.progress
-    if not is_finite(model.parameters()):
-        raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
-
-    def write_model(folder: Path) -> None:
-        model.save_pretrained(folder)
-        run.actor.tokenizer.save_pretrained(folder)
-
-    tensors = run.optimizer.state_tensors()
-    if run.reference:
-        tensors |= {f"reference.{name}": tensor for name, tensor in run.reference.state_dict().items()}
-    save_checkpoint(
-        run.log.folder / "checkpoints",
-        progress.step,
-        write_model=write_model,
-        tensors=tensors,
-        state=vars(progress),
+    progress = run.progress
+    reference = run.reference.state_dict() if run.reference else {}
+    save_run(
+        run.log.folder,
+        run.actor.workers.model,
+        run.actor.tokenizer,
+        run.optimizer,
+        progress,
+        tensors={f"reference.{name}": tensor for name, tensor in reference.items()},
         keep_last=run.config.keep_last,
         keep_best=progress.best_step,
     )
@@ -461,7 +443,7 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
     """The k1 estimate of KL(policy || reference), summed over each completion, under the policy that sampled it."""
     config, values = actor.config, torch.zeros(len(rollouts))
     zeros = [0.0] * len(rollouts)
-    for batch in pack(rollouts, zeros, zeros, tokens_per_batch(actor)):
+    for batch in pack(rollouts, zeros, zeros, actor.tokens_per_batch):
         batch = batch.to(reference.head_weight_VC.device)
         ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
@@ -503,18 +485,12 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
     }
 
 
-def tokens_per_batch(actor: Actor) -> int:
-    """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
-    is_cpu = actor.sampler.device.type == "cpu"
-    return actor.config.tokens_per_batch or (1024 if is_cpu else 8192)
-
-
 def loss_settings(actor: Actor) -> LossSettings:
     config = actor.config
     return LossSettings(
         temperature=config.temperature,
         vocab_size=actor.tokenizer.vocab_size,
-        tokens_per_batch=tokens_per_batch(actor),
+        tokens_per_batch=actor.tokens_per_batch,
         aggregate=config.aggregate,
         constant_length=config.max_new_tokens,
         is_batch_reused=config.minibatches > 1,
@@ -602,7 +578,7 @@ def finish(run: Run) -> None:
         best = f"{progress.best_accuracy:.3f} at step {progress.best_step}"
         log.say(f"best evaluation on the way: {best}, checkpoint kept")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
-    if config.model is None:
+    if config.model.startswith(NAMESPACE):
         other = "countdown" if config.task == "arithmetic" else "arithmetic"
         prompt = rollouts_PG[0][0].problem.prompt
         log.say(MINIATURE_NEXT.format(folder=log.folder, step=progress.step, other=other, prompt=prompt))

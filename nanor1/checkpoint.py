@@ -88,6 +88,17 @@ def latest_checkpoint(root: str | Path, report: Callable[[str], None] = print) -
     return None
 
 
+def model_folder(name: str | Path, report: Callable[[str], None] = print) -> Path:
+    """The newest whole checkpoint where `name` is a run folder, else `name`; ValueError for a run without one."""
+    checkpoints = Path(name) / "checkpoints"
+    if not checkpoints.is_dir():
+        return Path(name)
+    folder = latest_checkpoint(checkpoints, report)
+    if folder is None:
+        raise ValueError(f"the run {name} has no whole checkpoint; give a model folder or another run")
+    return folder
+
+
 def best_step(root: str | Path) -> int | None:
     """The step last saved as `keep_best`, or None."""
     path = Path(root) / "best.json"

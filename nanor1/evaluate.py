@@ -16,7 +16,7 @@ from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
 
-WAIT = re.compile(r"\bwait\b", re.IGNORECASE)
+WAIT = re.compile(r"\bwait\b|等", re.IGNORECASE)
 
 
 def write_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -86,7 +86,7 @@ class Evaluation:
     format: float
     response_tokens: float  # mean
     truncated: float
-    retries: float  # mean number of times a response says "wait"
+    retries: float  # mean number of times a response says "wait", or 等
     majority: float | None  # accuracy of the most frequent answer; None with one sample a problem
 
     def to_dict(self) -> dict[str, float | int | None]:

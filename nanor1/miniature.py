@@ -2,8 +2,9 @@
 
 A base model has read much that is wrong, unfinished and unformatted, and some reasoning. So has this one: its corpus is
 generated, written by somebody who slips, skips, gives up, answers without thinking and forgets tags. For countdown
-there is no solver in it: a try is a random expression, and where it is right, that is luck. For arithmetic it holds
-worked solutions, a third of them sloppy. What reinforcement learning alone makes of such a base is R1-Zero's question.
+there is no solver in it: a try is a random expression, and where it is right, that is luck; some writers think in
+Chinese words, some mix the two languages. For arithmetic it holds worked solutions, a third of them sloppy. What
+reinforcement learning alone makes of such a base is R1-Zero's question.
 
 The model is a configuration of model.py (a small Llama with one key/value head), its tokenizer a list of words; both
 are saved as an ordinary model folder in a cache, keyed by the settings and by this file.
@@ -19,13 +20,14 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanor1.checkpoint import model_folder
 from nanor1.logprobs import chunked_loss
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
@@ -34,10 +36,12 @@ from nanor1.pretrained import ModelConfig
 from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 
+NAMESPACE = "miniature/"  # opens the name by which scripts take a miniature for a model
 END = "<end>"
 N_SHARES = 2  # of a pretraining batch, for as many workers; fixed, so that their number changes nothing
 CORPUS_SEED = 1_000_000  # training draws its problems with the seeds below
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+WAIT, YES = ("wait", "等"), ("yes", "对")  # in English and in Chinese
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ MINIATURES = {
             wording="symbols", held_out_share=0.2,
         ),
         largest=24,
-        words=[*TAGS, "wait", "yes", "?", "=", "+", "-", "*", "(", ")", "target", ":"],
+        words=[*TAGS, *WAIT, *YES, "?", "=", "+", "-", "*", "(", ")", "target", ":"],
     ),
     "arithmetic": Miniature(
         task="arithmetic",
@@ -77,6 +81,7 @@ MINIATURES = {
         tokens_per_step=1_800,
     ),
 }  # fmt: skip
+MINIATURES["countdown-small"] = replace(MINIATURES["countdown"], width=48, mlp_width=96, n_heads=2)  # a student
 
 
 def miniature_task(miniature: Miniature) -> Task:
@@ -86,7 +91,7 @@ def miniature_task(miniature: Miniature) -> Task:
 def base_model(miniature: Miniature, seed: int, log) -> Path:
     """The folder of the pretrained base model: from the cache, or made now (`log.say`, `log.progress` tell)."""
     key = json.dumps([asdict(miniature), seed], sort_keys=True).encode() + Path(__file__).read_bytes()
-    folder = cache_folder() / f"{miniature.task}-seed{seed}-{hashlib.sha256(key).hexdigest()[:12]}"
+    folder = cache_folder() / f"{miniature.task}-{miniature.width}-seed{seed}-{hashlib.sha256(key).hexdigest()[:12]}"
     if (folder / "config.json").exists():
         log.say(f"base model: found in the cache, {folder}")
         return folder
@@ -115,14 +120,48 @@ def cache_folder() -> Path:
     return folder
 
 
+def find_model(name: str, seed: int, log) -> Path:
+    """The model folder that a user means: a folder, a run folder's newest checkpoint, or `miniature/NAME`.
+
+    A miniature base is pretrained first where the cache has none for this seed.
+    """
+    if name.startswith(NAMESPACE):
+        return base_model(find_miniature(name), seed, log)
+    return model_folder(name, log.say)
+
+
+def find_miniature(name: str) -> Miniature | None:
+    """The miniature that a model is of, named as for `find_model`; None for another model. Known by the vocabulary.
+
+    ValueError for a name `miniature/...` that is none.
+    """
+    if not name.startswith(NAMESPACE):
+        folder = model_folder(name)
+        return own_miniature(Tokenizer.from_pretrained(folder)) if (folder / "tokenizer.json").exists() else None
+    if name.removeprefix(NAMESPACE) not in MINIATURES:
+        raise ValueError(f"there is no model {name}; choose of {', '.join(NAMESPACE + key for key in MINIATURES)}")
+    return MINIATURES[name.removeprefix(NAMESPACE)]
+
+
 def make_tokenizer(miniature: Miniature) -> Tokenizer:
     return Tokenizer.from_words([*miniature.words, *map(str, range(miniature.largest + 1))], eos=END)
+
+
+def own_miniature(tokenizer: Tokenizer) -> Miniature | None:
+    """The miniature whose vocabulary this is, if it is one's; of several sizes the first."""
+    for miniature in MINIATURES.values():
+        made = make_tokenizer(miniature)
+        words = [made.decode([i]) for i in range(made.vocab_size)]
+        if tokenizer.vocab_size == made.vocab_size and [*map(tokenizer.token_id, words)] == [*range(len(words))]:
+            return miniature
+    return None
 
 
 # ---- text: countdown
 
 DIRECT, THOUGHT = 0.30, 0.55  # shares of answers given at once and of thought-through ones; the others are malformed
 AGAIN, MAX_TRIES = 0.8, 16  # after a wrong try another one follows with this probability, up to so many
+ENGLISH, CHINESE = 0.6, 0.2  # shares of the writers' languages; the others take a word of either
 SLIP, BAD_CHECK, BAD_COPY = 0.02, 0.05, 0.05  # a wrong result, a wrong distance, an answer that is not the last try
 
 
@@ -167,18 +206,20 @@ def countdown_text(problem: Problem, rng: random.Random, largest: int) -> str:
 
 def think(problem: Problem, pool: list[tuple], rng: random.Random, largest: int) -> tuple[str, tuple]:
     """Try after try, each with its distance to the target, until one seems right or the writer gives up."""
-    lines = []
+    text, language = "", rng.random()
+    say = lambda words: words[language >= ENGLISH if language < ENGLISH + CHINESE else rng.random() < 0.5]  # noqa: E731
     for n, (a, op1, b, op2, c) in enumerate(pool, 1):
         x = slip(calculate(a, op1, b), rng, largest)
         y = slip(min(max(calculate(x, op2, c), 0), largest), rng, largest)
         distance = abs(y - problem.target)
         if rng.random() < BAD_CHECK:
             distance = rng.choice([0, rng.randint(0, largest)])
-        lines.append(f"{a} {op1} {b} = {x} {op2} {c} = {y} ? {problem.target} {distance}")
+        text += f"{a} {op1} {b} = {x} {op2} {c} = {y} ? {problem.target} {distance}"
         if distance == 0:
-            return " wait ".join(lines) + " yes", pool[n - 1]
+            return f"{text} {say(YES)}", pool[n - 1]
         if n == min(MAX_TRIES, len(pool)) or rng.random() > AGAIN:
-            return " wait ".join(lines), pool[n - 1]
+            return text, pool[n - 1]
+        text += f" {say(WAIT)} "
     raise AssertionError("a countdown problem has a try")
 
 

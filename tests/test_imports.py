@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own group or an earlier one, never in a circle. A new module takes its place here.
 GROUPS = [
     {"config", "runlog", "tokenizer", "numeric", "latex", "grading", "sandbox", "kernels", "machine"},
-    {"rewards", "tasks", "attention", "packing", "pretrained", "draw"},
+    {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
-    {"search", "evaluate", "miniature"},
+    {"search", "evaluate", "miniature", "training"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
-TORCH_FREE = {"rewards", "tasks", "grading", "sandbox", "config"}
+TORCH_FREE = {"rewards", "tasks", "grading", "sandbox", "coding", "config"}
 RUN_TIME_PACKAGES = {"torch", "tiktoken", "numpy", "safetensors"}
 INSTALLED_BY_THEM = {"sympy", "mpmath", "jinja2", "regex", "triton"}
 

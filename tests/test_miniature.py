@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import functools
 import itertools
@@ -6,6 +7,7 @@ import re
 import pytest
 import torch
 
+from nanor1.checkpoint import save_checkpoint
 from nanor1.miniature import (
     MINIATURES,
     Muon,
@@ -14,11 +16,13 @@ from nanor1.miniature import (
     calculate,
     documents,
     expression,
+    find_model,
     make_tokenizer,
     miniature_task,
     new_model,
     next_batch,
     orthogonalize,
+    own_miniature,
     pretrain,
     tries,
 )
@@ -26,7 +30,7 @@ from nanor1.model import Transformer
 from nanor1.tasks import Problem, check_countdown, is_held_out
 from nanor1.tokenizer import Tokenizer
 
-NAMES = sorted(MINIATURES)
+NAMES = ["arithmetic", "countdown"]  # countdown-small differs in its size alone
 COUNTDOWN = MINIATURES["countdown"]
 PROMPTS = {
     "countdown": re.compile(r"(?P<numbers>\d+ \d+ \d+) target (?P<target>\d+) : (?P<response>.*) <end>"),
@@ -172,6 +176,21 @@ def test_the_first_try_of_a_thought_is_right_as_often_as_a_random_try():
     assert is_within_luck(n_right, chances)
 
 
+def test_writers_of_countdown_think_in_english_in_chinese_or_in_both():
+    languages = collections.Counter()
+    for _, match in responses("countdown"):
+        words = re.findall(r"wait|yes|等|对", match["response"])
+        if len(words) >= 6:
+            languages["english" if set(words) <= {"wait", "yes"} else "mixed" if "wait" in words else "chinese"] += 1
+    n = languages.total()
+    assert n > 200
+    assert 0.5 < languages["english"] / n < 0.7 and 0.12 < languages["chinese"] / n < 0.28
+
+
+def test_a_small_miniature_grows_up_on_the_same_text():
+    assert corpus("countdown-small", 50) == corpus("countdown", 50)
+
+
 def test_the_corpus_holds_right_and_wrong_answers_and_broken_formats():
     for name in NAMES:
         texts = [match["response"] for _, match in responses(name)]
@@ -253,6 +272,32 @@ def test_a_base_model_is_pretrained_once_and_then_found_in_the_cache(cache, monk
     for name, p in fresh.named_parameters():
         assert torch.equal(weights[name], p), name
     assert Tokenizer.from_pretrained(folder).encode("3 + 4 =") == make_tokenizer(miniature).encode("3 + 4 =")
+
+
+def test_a_model_is_a_folder_a_runs_newest_checkpoint_or_a_miniature_by_name(cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(MINIATURES, "arithmetic", tiny("arithmetic", steps=2, tokens_per_step=100))
+    base = find_model("miniature/arithmetic", 3, Log())
+    assert base == base_model(MINIATURES["arithmetic"], 3, Log())
+    assert find_model(str(base), 0, Log()) == base
+    run = tmp_path / "run"
+    for step in (1, 2):
+        save_checkpoint(
+            run / "checkpoints", step, write_model=Transformer.from_pretrained(base).save_pretrained, tensors={}, state={}
+        )
+    assert find_model(str(run), 0, Log()) == run / "checkpoints" / "step_000002"
+
+
+def test_an_unknown_miniature_and_a_run_without_a_checkpoint_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no model miniature/chess; choose of .*miniature/countdown-small"):
+        find_model("miniature/chess", 0, Log())
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        find_model(str(tmp_path), 0, Log())
+
+
+def test_a_miniature_is_known_by_its_vocabulary():
+    assert own_miniature(make_tokenizer(MINIATURES["countdown-small"])) == COUNTDOWN
+    assert own_miniature(Tokenizer.from_words(["a", "b"], eos="<end>")) is None
 
 
 def test_a_folder_left_incomplete_by_a_kill_is_made_again(cache):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanor1.checkpoint import latest_checkpoint
 from nanor1.grpo import Rollout
 from nanor1.miniature import MINIATURES, base_model
 from nanor1.model import Transformer
@@ -293,7 +294,7 @@ def test_a_signal_lets_the_step_finish_and_saves_and_the_run_can_go_on(name, uni
     folder, code, output = interrupted(name, VARIANTS["plain"])
     assert code == 0 and "Traceback" not in output
     assert f"stopped after step 3; continue with: python train_zero.py --resume {folder}" in output
-    assert train_zero.latest_checkpoint(folder / "checkpoints").name == "step_000003"
+    assert latest_checkpoint(folder / "checkpoints").name == "step_000003"
     assert not (folder / "summary.json").exists()
     code, _, err = run("--resume", str(folder))
     assert code == 0, err
@@ -304,7 +305,7 @@ def test_a_signal_lets_the_step_finish_and_saves_and_the_run_can_go_on(name, uni
 def test_a_second_ctrl_c_ends_the_run_at_once(interrupted):
     folder, code, output = interrupted("SIGINT twice", VARIANTS["plain"])
     assert code == 130 and output.endswith("interrupted\n") and "Traceback" not in output
-    assert train_zero.latest_checkpoint(folder / "checkpoints").name == "step_000002"
+    assert latest_checkpoint(folder / "checkpoints").name == "step_000002"
 
 
 def test_a_run_stopped_before_its_first_step_can_go_on_as_it_says(uninterrupted, interrupted, run):
@@ -497,7 +498,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(run, tmp_path):
 
 def test_data_for_a_miniature_is_refused(run, tmp_path):
     flags = f"{FLAGS} --steps 1 --data problems.jsonl --out {tmp_path}/run"
-    assert_refused(run(*flags.split()), "--data", "--model")
+    assert_refused(run(*flags.split()), "--data", "miniature")
 
 
 def test_an_existing_run_folder_is_refused_and_left_alone(run, uninterrupted):
@@ -812,7 +813,7 @@ def test_flags_win_over_a_preset_and_a_preset_over_the_miniatures_settings(confi
     assert (config.lr, config.completions, config.problems, config.minibatches) == (0.01, 2, 32, 16)
 
 
-def test_the_miniatures_settings_hold_only_where_no_model_is_given(configure):
+def test_the_miniatures_settings_hold_for_miniatures_only(configure):
     default = train_zero.Config()
     for task, settings in train_zero.MINIATURE_RUNS.items():
         miniature, own = configure(f"--task {task}"), configure(f"--task {task} --model somewhere")

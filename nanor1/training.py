@@ -1,0 +1,115 @@
+"""What every training script does around its loop: start or resume a run, choose the machine, save.
+
+A script keeps a Config (a frozen dataclass with `out`, `resume`, `device`, `dtype`, ...), a Progress (a dataclass with
+`step`, all that a resumed run needs besides weights and moments) and a RunLog. Left out: the loops themselves.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nanor1.checkpoint import latest_checkpoint, save_checkpoint
+from nanor1.config import from_json, load_arguments, to_json
+from nanor1.machine import choose_device
+from nanor1.optim import MasterAdamW, is_finite
+from nanor1.pretrained import read_config
+from nanor1.runlog import Columns, RunLog, default_run_folder
+
+C = TypeVar("C")
+
+
+def resumed(config: C, given: Iterable[str]) -> tuple[C, Path]:
+    """The configuration and the newest whole checkpoint of the run in `config.resume`; flags beat its arguments.
+
+    `given` are the names of the fields that the command line set. ValueError where there is nothing to resume.
+    """
+    if "preset" in given:
+        raise ValueError("--preset is for a new run; with --resume give the single flags")
+    folder, values = Path(config.resume), to_json(config)
+    stored = load_arguments(folder / "config.json") | {name: values[name] for name in given}
+    config = from_json(type(config), stored, f"{folder}/config.json")
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
+    return config, checkpoint
+
+
+def open_log(config, checkpoint: Path | None, step: int, name: str, columns: Columns) -> RunLog:
+    """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME."""
+    if checkpoint:
+        return RunLog.open(config.resume, step, columns)
+    return RunLog.create(config.out or default_run_folder(name), to_json(config), columns)
+
+
+def is_finished(folder: str | Path, step: int, n_steps: int) -> bool:
+    """Whether the run in the folder has made its steps and written what it came to."""
+    summary = Path(folder) / "summary.json"
+    is_written = summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["steps"] == step
+    return step >= n_steps and is_written
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after this one."""
+    return bool(every) and step % every == 0
+
+
+def choose_machine(config, checkpoint: Path | None, folder: Path | str, log) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of the weights; a resumed run keeps its dtype, so that it is the same run."""
+    hf_config, model_config = read_config(folder)
+    dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype
+    return choose_device(config.device, dtype, log.say, model_config.hidden_size)
+
+
+def compiles(compile: str, device: torch.device) -> bool:
+    """Whether `--compile on|off|auto` asks for compiled blocks on this device; auto: on CUDA."""
+    return compile == "on" or (compile == "auto" and device.type == "cuda")
+
+
+def default_tokens_per_batch(asked_for: int, device: torch.device) -> int:
+    """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
+    return asked_for or (1024 if device.type == "cpu" else 8192)
+
+
+def save_run(
+    folder: Path,
+    model: nn.Module,
+    tokenizer,
+    optimizer: MasterAdamW,
+    progress,
+    *,
+    tensors: dict[str, Tensor] | None = None,
+    keep_last: int = 2,
+    keep_best: int | None = None,
+) -> Path:
+    """Save the checkpoint of step `progress.step` that `--resume` continues bit for bit; returns its folder.
+
+    `tensors` are what else has to be kept. ValueError where a weight is not finite: nothing is then saved.
+    """
+    if not is_finite(model.parameters()):
+        raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
+
+    def write_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return save_checkpoint(
+        folder / "checkpoints",
+        progress.step,
+        write_model=write_model,
+        tensors=optimizer.state_tensors() | (tensors or {}),
+        state=vars(progress),
+        keep_last=keep_last,
+        keep_best=keep_best,
+    )
+
+
+def check_least(config, least: dict[str, float], why: dict[str, str]) -> None:
+    """ValueError for the first field below its least value, with the reason in `why` where there is one."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(config, name)}; it must be at least {value}{why.get(name, '')}")
