@@ -201,6 +201,28 @@ class Transformer(nn.Module):
         model.load_state_dict(dict(read_parameters(folder, config, shapes, dtype, device)), assign=True)
         return model
 
+    @classmethod
+    def from_scratch(
+        cls, folder: str | Path, seed: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> "Transformer":
+        """Fresh weights for the config.json in a folder, which needs no weights; the same for a seed on every device.
+
+        As in GPT-2 (Radford et al. 2019, section 2.3): deviation 0.02, for the projections back into the residual
+        stream 0.02 / sqrt(2 layers), biases 0.
+        """
+        hf_config, config = read_config(folder)
+        model = cls(config)
+        model.hf_config = hf_config
+        generator, layers = torch.Generator().manual_seed(seed), config.num_hidden_layers
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                if p.dim() == 2:
+                    p.normal_(std=0.02 * (2 * layers) ** -0.5 if is_residual else 0.02, generator=generator)
+                elif name.endswith("bias"):
+                    p.zero_()
+        return model.to(device=device, dtype=dtype)
+
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors, which transformers loads too; tied weights are written once.
 

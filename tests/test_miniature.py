@@ -280,10 +280,9 @@ def test_a_model_is_a_folder_a_runs_newest_checkpoint_or_a_miniature_by_name(cac
     assert base == base_model(MINIATURES["arithmetic"], 3, Log())
     assert find_model(str(base), 0, Log()) == base
     run = tmp_path / "run"
+    write_model = Transformer.from_pretrained(base).save_pretrained
     for step in (1, 2):
-        save_checkpoint(
-            run / "checkpoints", step, write_model=Transformer.from_pretrained(base).save_pretrained, tensors={}, state={}
-        )
+        save_checkpoint(run / "checkpoints", step, write_model=write_model, tensors={}, state={})
     assert find_model(str(run), 0, Log()) == run / "checkpoints" / "step_000002"
 
 

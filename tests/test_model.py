@@ -466,6 +466,21 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.nbytes f
 """
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_a_model_from_scratch_needs_no_weights_follows_from_its_seed_and_starts_small(tmp_path, name):
+    write_json(tmp_path / "config.json", CONFIGS[name] | {"vocab_size": 500})
+    model, again, other = (Transformer.from_scratch(tmp_path, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    weights = model.state_dict()
+    assert not torch.equal(weights["model.embed_tokens.weight"], other.model.embed_tokens.weight)
+    assert weights["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.1)
+    smaller = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
+    assert weights["model.layers.0.mlp.down_proj.weight"].std() == pytest.approx(smaller, rel=0.2)
+    assert not any(p.any() for name, p in weights.items() if name.endswith("bias"))
+    logits = packed_logits(model, random_sequences([9]))
+    assert (logits.softmax(-1) - 1 / 500).abs().max() < 0.002  # near to equal chances
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
