@@ -29,6 +29,8 @@ from nanor1.logprobs import chunked_loss, token_logprobs
 from nanor1.packing import attended_pairs
 from nanor1.parallel import Workers
 
+Advantage = float | list[float]  # of a completion, or of each of its tokens
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -108,10 +110,11 @@ def token_weights(lengths: list[int], aggregate: str, constant_length: int | Non
 
 
 def pack(
-    rollouts: list[Rollout], advantages: list[float], weights: list[float], tokens_per_batch: int
+    rollouts: list[Rollout], advantages: list[Advantage], weights: list[float], tokens_per_batch: int
 ) -> list[PackedBatch]:
     """Lay rollouts end to end, in batches of at most `tokens_per_batch` packed tokens (or of one rollout).
 
+    An advantage is a number for all tokens of a completion, or a list of one number a token, the stop token included.
     Neighbours with the same prompt share one copy of it in a batch. Groups come longest first: the first batch is then
     the most demanding, so that a run that does not fit in memory fails at once.
     """
@@ -135,7 +138,9 @@ def _n_tokens(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion.ids) - 1
 
 
-def _pack_one(rollouts: list[Rollout], chosen: list[int], advantages: list[float], weights: list[float]) -> PackedBatch:
+def _pack_one(
+    rollouts: list[Rollout], chosen: list[int], advantages: list[Advantage], weights: list[float]
+) -> PackedBatch:
     """Prompts first, then the completions that continue them, both longest first: see nanor1/attention.py.
 
     A prompt with one completion is one sequence with it.
@@ -150,7 +155,7 @@ def _pack_one(rollouts: list[Rollout], chosen: list[int], advantages: list[float
     starts = list(accumulate(map(len, sequences), initial=0))
     start_of = dict(zip(shared, starts[len(groups) :], strict=False))
 
-    predictor, target, logp, rollout = [], [], [], []
+    predictor, target, logp, rollout, advantage = [], [], [], [], []
     for i in chosen:
         completion, prompt_end = rollouts[i].completion, starts[row[i]] + len(rollouts[i].prompt_ids)
         start = start_of.get(i, prompt_end)
@@ -158,6 +163,7 @@ def _pack_one(rollouts: list[Rollout], chosen: list[int], advantages: list[float
         target += completion.ids
         logp += completion.logprobs
         rollout += [i] * len(completion.ids)
+        advantage += _of_tokens(advantages[i], len(completion.ids))
     rollout_M = torch.tensor(rollout)
     return PackedBatch(
         torch.tensor([token for sequence in sequences for token in sequence]),
@@ -166,10 +172,17 @@ def _pack_one(rollouts: list[Rollout], chosen: list[int], advantages: list[float
         torch.tensor(predictor),
         torch.tensor(target),
         rollout_M,
-        torch.tensor(advantages)[rollout_M],
+        torch.tensor(advantage, dtype=torch.float32),
         torch.tensor(logp),
         torch.tensor(weights)[rollout_M],
     )
+
+
+def _of_tokens(advantage: Advantage, n_tokens: int) -> list[float]:
+    if isinstance(advantage, list):
+        assert len(advantage) == n_tokens, f"{len(advantage)} advantages for a completion of {n_tokens} tokens"
+        return advantage
+    return [advantage] * n_tokens
 
 
 def predictor_states(model, batch: PackedBatch) -> Tensor:
@@ -256,11 +269,12 @@ class LossSettings:
 
 
 def add_gradient(
-    workers: Workers, reference, rollouts: list[Rollout], advantages: list[float], settings: LossSettings
+    workers: Workers, reference, rollouts: list[Rollout], advantages: list[Advantage], settings: LossSettings
 ) -> list["BatchTerms"]:
     """Add the gradient of one optimizer update to the parameters, micro-batch by micro-batch.
 
-    `reference` is the model of the KL term, or None. Returns what each micro-batch adds to the step's metrics.
+    Advantages are those of `pack`: one a rollout, or a list of one a token. `reference` is the model of the KL term, or
+    None. Returns what each micro-batch adds to the step's metrics.
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(lengths, settings.aggregate, settings.constant_length)

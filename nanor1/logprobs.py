@@ -1,12 +1,14 @@
 """Log-probabilities and entropy of given tokens, and losses on them, without ever holding all the logits.
 
 With a vocabulary of 150,000 the logits of a training batch are larger than the model. Here they are made for a chunk of
-tokens at a time. Two functions share the chunk:
+tokens at a time. Three functions share the chunk:
 
 - `token_logprobs` is a plain differentiable function: its backward makes each chunk's logits again. Four matrix
   products of N x C x V: one forward; logits, gradient of hidden and gradient of weight backward.
 - `chunked_loss` also takes the loss, and so can form the gradient while a chunk's logits are there. Three products. It
   asks that a token's loss depend on its own log-probability only, as in every policy loss and in cross-entropy.
+- `loss_of_logits` does the same for a loss that knows its own gradient with respect to a chunk's logits; `chunked_loss`
+  is one of these.
 
 The maths, with l = hidden weight^T / temperature, lse = log sum_v exp(l_v), p = exp(l - lse):
 
@@ -68,9 +70,48 @@ def chunked_loss(
     >>> round(loss.item(), 4)  # log(8)
     2.0794
     """
+    logp_N, entropy_N = hidden_NC.new_empty(2, len(hidden_NC), dtype=_wide(hidden_NC.dtype))
+
+    def loss_of_chunk(logits: Tensor, at: slice, error: Tensor | None) -> tuple[Tensor, Tensor]:
+        logp_N[at], lse, entropy_N[at] = _statistics(logits, targets_N[at])
+        loss, grad_logp = _loss_and_gradient(loss_fn, logp_N[at], at)
+        if error is not None:
+            _error(logits, targets_N[at], logp_N[at], lse, error)
+        return loss, grad_logp / -temperature
+
+    return loss_of_logits(hidden_NC, weight_VC, loss_of_chunk, temperature, vocab_size), logp_N, entropy_N
+
+
+def loss_of_logits(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    loss_fn: Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]],
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The sum of the chunks' losses, with a gradient that is formed at once, as that of `chunked_loss` is.
+
+    `loss_fn(logits of n tokens, their slice of N, error)` returns the sum of their losses and a factor [n], one a
+    token. The logits are as `logit_chunks` makes them. It writes d loss / d (hidden weight^T), divided by that factor,
+    into `error`, which is of the logits' shape and may be their very memory. None: no gradient is wanted.
+    """
     if not torch.is_grad_enabled():
         hidden_NC, weight_VC = hidden_NC.detach(), weight_VC.detach()
-    return _ChunkedLoss.apply(hidden_NC, weight_VC, targets_N, loss_fn, temperature, vocab_size or len(weight_VC))
+    return _LossOfLogits.apply(hidden_NC, weight_VC, loss_fn, temperature, vocab_size or len(weight_VC))
+
+
+@torch.no_grad()
+def logit_chunks(
+    hidden_NC: Tensor, weight_VC: Tensor, temperature: float = 1.0, vocab_size: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the tokens, each with its logits: fp32, rounded up to an aligned row, ids above the vocabulary -1e30.
+
+    No gradient; the next chunk's logits are written over these.
+    """
+    vocab_size = vocab_size or len(weight_VC)
+    hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
+    for at, buffer in _chunks(hidden, weight):
+        yield at, _logits(buffer, hidden[at], weight, temperature, vocab_size)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -96,39 +137,36 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_N = grad_logp_N / -temperature
         for at, buffer in _chunks(hidden, weight):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            error = _error(logits, targets_N[at], logp_N[at], lse_N[at], hidden.dtype)
+            error = _error(logits, targets_N[at], logp_N[at], lse_N[at], _room_for_error(logits, hidden.dtype))
             _add_gradients(gradients, at, error, scale_N[at], hidden[at], weight)
             del error  # before the next one is made
         return *_in_dtype(gradients, hidden_NC.dtype), None, None, None
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class _LossOfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, targets_N, loss_fn, temperature, vocab_size):
+    def forward(ctx, hidden_NC, weight_VC, loss_fn, temperature, vocab_size):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-        logp_N, entropy_N = hidden.new_empty(2, len(hidden), dtype=_wide(hidden.dtype))
         gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
-        loss = logp_N.new_zeros(())
+        loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         for at, buffer in _chunks(hidden, weight):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            logp_N[at], lse, entropy_N[at] = _statistics(logits, targets_N[at])
-            chunk_loss, grad_logp = _loss_and_gradient(loss_fn, logp_N[at], at)
+            error = _room_for_error(logits, hidden.dtype) if any(ctx.needs_input_grad) else None
+            chunk_loss, scale = loss_fn(logits, at, error)
             loss += chunk_loss
-            if any(ctx.needs_input_grad):
-                error = _error(logits, targets_N[at], logp_N[at], lse, hidden.dtype)
-                _add_gradients(gradients, at, error, grad_logp / -temperature, hidden[at], weight)
-                del error
+            if error is not None:
+                _add_gradients(gradients, at, error, scale, hidden[at], weight)
+            del error  # before the next one is made
         ctx.gradients = _in_dtype(gradients, hidden_NC.dtype)
-        ctx.mark_non_differentiable(logp_N, entropy_N)
-        return loss, logp_N, entropy_N
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss):
         if ctx.gradients is None:
-            raise RuntimeError("chunked_loss has no second backward: its gradient is formed once, in the forward")
+            raise RuntimeError("this loss has no second backward: its gradient is formed once, in the forward")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None
+        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 
 def _loss_and_gradient(loss_fn, logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -150,10 +188,14 @@ def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Te
     That is on CUDA (torch.mm with out_dtype, torch >= 2.8). Elsewhere bf16 is converted, once a call: a product of bf16
     would round the logits, and on a CPU without bf16 instructions takes five times as long (measured, Zen 3).
     """
-    weight = weight_VC[: -(-vocab_size // ALIGNMENT) * ALIGNMENT]
+    weight = weight_VC[: _aligned(vocab_size)]
     if hidden_NC.is_cuda:
         return hidden_NC, weight
     return hidden_NC.to(_wide(hidden_NC.dtype)), weight.to(_wide(weight.dtype))
+
+
+def _aligned(n_rows: int) -> int:
+    return -(-n_rows // ALIGNMENT) * ALIGNMENT
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -164,10 +206,13 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the tokens, each with room for its logits: always the same, as new memory pages cost more than exp."""
+    """Slices of the tokens, each with room for its logits: always the same, as new memory pages cost more than exp.
+
+    The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary have the same.
+    """
     N, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
-    n = max(1, CHUNK_BYTES[hidden.device.type] // (V * dtype.itemsize))
+    n = max(1, CHUNK_BYTES[hidden.device.type] // (_aligned(V) * dtype.itemsize))
     buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
     for start in range(0, N, n):
         at = slice(start, min(start + n, N))
@@ -200,11 +245,15 @@ def _lse_and_entropy(logits: Tensor, shifted: Tensor, exp: Tensor) -> tuple[Tens
     return highest.squeeze(1) + total.log(), total.log() - mean_shifted
 
 
-def _error(logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """p - 1[target] in `dtype`; the logits' memory is used up."""
-    error = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+def _room_for_error(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits' own memory where it is of `dtype`."""
+    return logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+
+
+def _error(logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, error: Tensor) -> Tensor:
+    """p - 1[target], written to `error`; the logits are used up."""
     torch.exp(logits.sub_(lse[:, None]), out=error)
-    return error.scatter_(1, targets[:, None], logp.expm1().to(dtype)[:, None])
+    return error.scatter_(1, targets[:, None], logp.expm1().to(error.dtype)[:, None])
 
 
 def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:

@@ -461,6 +461,35 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_computed_one_sequence_
     torch.testing.assert_close(mine, naive, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens_per_batch", [17, ALL_IN_ONE])
+def test_a_list_of_equal_advantages_a_token_is_the_same_as_the_number(sampled, tokens_per_batch):
+    rollouts, advantages = sampled
+    lists = [[advantage] * len(r.completion.ids) for r, advantage in zip(rollouts, advantages, strict=True)]
+    model = random_model()
+    whole = gradient(model, rollouts, advantages, tokens_per_batch)
+    assert torch.equal(gradient(model, rollouts, lists, tokens_per_batch), whole) and whole.any()
+    assert torch.equal(gradient(model, rollouts, lists[:5] + advantages[5:], tokens_per_batch), whole)
+
+
+def test_each_token_is_trained_with_its_own_advantage():
+    # the longer one comes first in the batch, whatever the order given
+    items = [rollout([0, 1], [0, 1]), rollout([0, 1], [1, 0, 1])]
+    (batch,) = pack(items, [[1.0, -2.0], [3.0, 4.0, -5.0]], [0.5, 0.25], ALL_IN_ONE)
+    assert batch.target_M.tolist() == [1, 0, 1, 0, 1]
+    assert batch.advantage_M.tolist() == [3.0, 4.0, -5.0, 1.0, -2.0]
+    model = BareLogits([[0.0, 0.0]] * 5)  # the prompt's two, two of the longer, one of the shorter
+    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
+    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    # -A * w * (chosen - 1/2) of token 1, at the predictor of each; the prompt's last predicts both first tokens
+    at_1 = [0.0, -3 * 0.25 / 2 + 1 * 0.5 / 2, 4 * 0.25 / 2, 5 * 0.25 / 2, 2 * 0.5 / 2]
+    assert model.logits_NV.grad.tolist() == [[-g, g] for g in at_1]
+
+
+def test_as_many_advantages_as_tokens_are_asked_for():
+    with pytest.raises(AssertionError, match="2 advantages for a completion of 3 tokens"):
+        pack([rollout([0, 1], [1, 0, 1])], [[1.0, 2.0]], [1.0], ALL_IN_ONE)
+
+
 def test_completions_of_one_token_and_prompts_of_one_token_are_trained():
     items = [rollout([1], [STOP]), rollout([2], [STOP]), rollout([3], [7])]
     model = random_model()
