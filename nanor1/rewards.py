@@ -4,25 +4,28 @@ The text judged is all the model is answerable for: what the prompt pre-filled (
 without its stop token. The format is a cost, not a prize: a perfect format adds nothing and a broken one costs its
 weight, so no answer can earn anything by its looks (a format prize of weight 1 trains format at accuracy's expense).
 
-Left out: rewards by a model, partial credit, rewards for code.
+Left out: partial credit, and the preference of a reward model (preference.py), which is only weighed here.
 
-Sources: accuracy and format as in DeepSeek-R1-Zero (arXiv:2501.12948, section 2.2.2), the overlong penalty from DAPO
-(arXiv:2503.14476, equation 13). Departures: the format must hold for the whole text with nothing empty, and it is
-subtracted rather than added.
+Sources: accuracy and format as in DeepSeek-R1-Zero (arXiv:2501.12948, section 2.2.2), language as in DeepSeek-R1
+(section 2.3.2), the overlong penalty from DAPO (arXiv:2503.14476, equation 13). Departures: the format must hold for
+the whole text with nothing empty, and it is subtracted rather than added; a Chinese character counts as a word, though
+words have one and a half of them on average, so beside English words the Chinese ones weigh too much.
 """
 
+import hashlib
 import math
 import re
+from collections import Counter
 
+import regex  # comes with tiktoken; knows the scripts of Unicode
+
+from nanor1.coding import code_accuracy, write_program
 from nanor1.grading import extract_answer, math_equal
 from nanor1.tasks import BOXED_TASKS, Problem, check_countdown
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_ANSWER_FORM = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _NUMBER_TASKS = ("arithmetic", "gsm8k")
 _UNWORKED = re.compile(r"[\d)}]\s*(?:[-+*/^×÷·−–]|\\(?:times|cdot|div)\b)|\\[dt]?frac|\\sqrt")  # 47 + 85, \frac{36}{2}
-_BOXED_FORM = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
-_BOX = re.compile(r"\\boxed\s*\{\s*[^\s}].*\}", re.DOTALL)
 
 
 def after_thinking(text: str) -> str:
@@ -36,6 +39,16 @@ def after_thinking(text: str) -> str:
     """
     _, end, answer = text.rpartition("</think>")
     return answer if end or "<think>" not in text else ""
+
+
+def thinking(text: str) -> str:
+    """The part that counts as reasoning: what stands before the last `</think>`, and all of a text without one.
+
+    >>> thinking("<think>maybe 3</think> 4"), thinking("2 + 2 is 4")
+    ('<think>maybe 3', '2 + 2 is 4')
+    """
+    before, end, _ = text.rpartition("</think>")
+    return before if end else text
 
 
 def answer_block(text: str) -> str | None:
@@ -52,9 +65,13 @@ def answer_block(text: str) -> str | None:
 def final_answer(problem: Problem, text: str) -> str | None:
     """The answer that the text commits itself to, as it is written but for blanks; None if it gives none.
 
+    Of a code problem it is the whole program, blanks included.
+
     >>> final_answer(Problem("", "3", "countdown"), "<think> 1 + 2 = 3 </think> <answer> 1 + 2 </answer>")
     '1+2'
     """
+    if problem.task == "code":
+        return write_program(problem.tests, after_thinking(text))
     answer = answer_block(text) if problem.task == "countdown" else extract_answer(after_thinking(text))
     return None if answer is None else "".join(answer.split()) or None
 
@@ -62,15 +79,18 @@ def final_answer(problem: Problem, text: str) -> str | None:
 def accuracy(problem: Problem, text: str) -> float | None:
     """1.0 if the text's final answer is right, 0.0 if it is wrong or missing; None if the problem has no gold answer.
 
-    Only what follows the thinking counts. Countdown: the last `<answer>` block must pass `check_countdown`. Other
-    tasks: the answer that `grading.extract_answer` finds there must equal the gold answer, and where the gold answer is
-    a number (arithmetic, GSM8K) it must be worked out: `math_equal` would let `47 + 85` pass for 132.
+    Only what follows the thinking counts. Countdown: the last `<answer>` block must pass `check_countdown`. Code: the
+    program must pass the problem's tests (coding.py), and it is None if they could not be run. Other tasks: the
+    answer that `grading.extract_answer` finds there must equal the gold answer, and where the gold answer is a number
+    (arithmetic, GSM8K) it must be worked out: `math_equal` would let `47 + 85` pass for 132.
     """
     if problem.task == "countdown":
         if problem.target is None or not problem.numbers:
             return None
         equation = answer_block(text)
         return float(equation is not None and check_countdown(equation, problem.numbers, problem.target))
+    if problem.task == "code":
+        return code_accuracy(problem, after_thinking(text))
     if not problem.answer.strip():
         return None
     answer = extract_answer(after_thinking(text))
@@ -81,6 +101,15 @@ def accuracy(problem: Problem, text: str) -> float | None:
     return float(answer is not None and math_equal(answer, problem.answer))
 
 
+# ---- format
+
+_ANSWER_FORM = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_CHAT_FORM = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
+_TAGGED_TASKS = ("countdown", "arithmetic")
+_BOX = re.compile(r"\\boxed\s*\{\s*[^\s}].*\}", re.DOTALL)
+_PROGRAM = re.compile(r"^[ \t]*```python[ \t\r]*\n(.*?)^[ \t]*```[ \t\r]*$", re.DOTALL | re.MULTILINE)
+
+
 def format(problem: Problem, text: str) -> float:
     r"""1.0 if the whole text has the form asked for, else 0.0.
 
@@ -88,24 +117,113 @@ def format(problem: Problem, text: str) -> float:
     case, without attributes, in this order; thinking and answer not empty; nothing before, between or after. So
     repeated or nested blocks, a code fence around it all and a closing remark all cost the format.
 
-    The tasks of BOXED_TASKS may also answer as chat models do: `<think> thinking </think>` once, at the start, not
-    empty, and then text with exactly one, not empty `\boxed{}` and no `<answer>` tag.
+    Countdown and arithmetic have no other form. All else may also be answered as chat models do, DeepSeek-R1 among
+    them: `<think> thinking </think>` once, at the start, not empty, and then the answer, not empty, without tags. In
+    this form the answer to a task of BOXED_TASKS has exactly one, not empty `\boxed{}`. In both forms the answer to
+    "code" has exactly one block between the lines "```python" and "```", not empty; text around it is free.
+
+    A `<think>` that the prompt pre-filled is the first: a model that writes it again breaks the form.
     """
     counts = tuple(map(text.count, _TAGS))
-    if counts == (1, 1, 1, 1):
-        match = _ANSWER_FORM.fullmatch(text)
-        return float(match is not None and bool(match[1].strip() and match[2].strip()))
-    if counts == (1, 1, 0, 0) and problem.task in BOXED_TASKS:
-        match = _BOXED_FORM.fullmatch(text)
-        return float(match is not None and bool(match[1].strip()) and _has_one_box(match[2]))
-    return 0.0
+    is_tagged = counts == (1, 1, 1, 1)
+    if not is_tagged and (counts != (1, 1, 0, 0) or problem.task in _TAGGED_TASKS):
+        return 0.0
+    match = (_ANSWER_FORM if is_tagged else _CHAT_FORM).fullmatch(text)
+    if match is None or not match[1].strip() or not match[2].strip():
+        return 0.0
+    if problem.task == "code":
+        return float(_has_one_program(match[2]))
+    return float(is_tagged or problem.task not in BOXED_TASKS or _has_one_box(match[2]))
 
 
 def _has_one_box(text: str) -> bool:
     return text.count("\\boxed") == 1 and _BOX.search(text) is not None
 
 
-REWARDS = {"accuracy": accuracy, "format": format}
+def _has_one_program(text: str) -> bool:
+    match = _PROGRAM.search(text) if text.count("```python") == 1 else None
+    return match is not None and bool(match[1].strip())
+
+
+# ---- language
+
+# Letters that are no words: code, LaTeX, tags, addresses. An attempt that fails ends where the next one could begin,
+# and gives nothing back on the way (*+, ++), so the time is in proportion to the text. What is left open, a code fence
+# for one, hides nothing. A dollar before a digit closes no formula: it is money, as in "$5 and $6".
+_BRACES = r"\{[^{}]*+\}"
+for _ in range(2):  # \boxed{\frac{\text{total}}{2}}
+    _BRACES = rf"\{{(?:[^{{}}]++|{_BRACES})*+\}}"
+_NO_WORDS = regex.compile(
+    "|".join(
+        [
+            r"```.*?```",
+            r"`{1,2}+[^`\n]++`{1,2}+",
+            r"\$\$(?:[^$\\]|\\.|\$(?!\$))*+\$\$",
+            r"\$(?=[^\s$])(?:[^$\\]|\\.)*+(?<!\s)\$(?!\d)",
+            r"\\\((?:[^\\]|\\[^()])*+\\\)",
+            r"\\\[(?:[^\\]|\\[^\[\]])*+\\\]",
+            rf"\\[A-Za-z]++(?:{_BRACES})*+",
+            r"\\.",
+            r"</?[A-Za-z]++>",
+            r"(?:https?://|www\.)[!-~]++",
+        ]
+    ),
+    regex.DOTALL,
+)
+# A word is a run of letters of one script; in scripts that are written without blanks it is one letter. A single Latin
+# letter is a variable ("a" and "I" with it), a Greek one mathematics. English stands first: it wins a tie.
+_SCRIPTS = {
+    "Latin": r"(?:[\p{Latin}&&\p{L}]\p{M}*+){2,}+",
+    "Han": r"[\p{Han}&&\p{L}]",
+    "Kana": r"[[\p{Hiragana}\p{Katakana}]&&\p{L}]",
+    "Thai": r"[\p{Thai}&&\p{L}]",
+    **{
+        script: rf"[\p{{{script}}}&&\p{{L}}][\p{{{script}}}\p{{M}}]*+"
+        for script in ("Cyrillic", "Arabic", "Hebrew", "Hangul", "Devanagari")
+    },
+    "other": r"(?:[\p{L}--[\p{Latin}\p{Greek}\p{Common}]]\p{M}*+)++",
+}
+_WORD = regex.compile("|".join(f"(?P<{script}>{word})" for script, word in _SCRIPTS.items()), regex.V1)
+
+
+def language(problem: Problem, text: str) -> float:
+    """The share of the reasoning's words that are in the language of the problem's prompt; 1.0 if it has no words.
+
+    A language is told by its script. The target is the script that most words of the prompt are in, Latin where it has
+    none: whatever the prompt may ask for, an English one wants English. Not counted either way: digits, punctuation,
+    code between backticks, LaTeX, tags, web addresses, single Latin letters and Greek ones. A text that was cut off
+    while thinking counts as far as it goes.
+
+    What this does not tell apart: English from French, from pinyin, or from units and function names outside LaTeX
+    ("km", "sin"); Chinese from Japanese but for the kana. Nor does it see the language of what stands in code or
+    LaTeX, or after the thinking: it is of use beside accuracy and format, not alone.
+
+    >>> language(Problem("What is 2 + 2?", "4", "arithmetic"), "<think> 2 + 2, let me see, 是 4 </think> 四")
+    0.75
+    """
+    target, words = max(_SCRIPTS, key=_count_words(problem.prompt).__getitem__), _count_words(thinking(text))
+    return words[target] / words.total() if words else 1.0
+
+
+def _count_words(text: str) -> Counter[str]:
+    """How many words of each script."""
+    return Counter(match.lastgroup for match in _WORD.finditer(_NO_WORDS.sub(" ", text)))
+
+
+def chance(problem: Problem, text: str) -> float:
+    """1.0 or 0.0, equally likely and always the same for a text: the control, from which nothing is to be learned.
+
+    Random rewards lift some models by what the trainer does to them alone (2506.10947).
+    """
+    digest = hashlib.sha256(f"{problem.prompt}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    return float(digest[0] % 2)
+
+
+# ---- combination
+
+REWARDS = {"accuracy": accuracy, "format": format, "language": language, "random": chance}  # the rules
+REPORTED = ("accuracy", "format", "language")  # of every completion, whatever is weighted
+NAMES = (*REWARDS, "preference")  # what can be weighted: preference is a reward model's score, which a script adds
 
 
 def overlong_penalty(n_tokens: int, max_tokens: int, buffer: int) -> float:
@@ -128,8 +246,8 @@ def parse_rewards(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for item in text.split(","):
         name, equals, number = (part.strip() for part in item.partition("="))
-        if name not in REWARDS:
-            raise ValueError(f"unknown reward {name!r} in {text!r}; choose from {', '.join(REWARDS)}")
+        if name not in NAMES:
+            raise ValueError(f"unknown reward {name!r} in {text!r}; choose from {', '.join(NAMES)}")
         if not equals:
             raise ValueError(f"the reward {name!r} in {text!r} has no weight; write {name}=NUMBER")
         if name in weights:
@@ -151,13 +269,16 @@ def _weight(name: str, number: str) -> float:
 def combine(parts: dict[str, float | None], weights: dict[str, float]) -> float | None:
     """The reward: weight * part summed, the format as a cost, weight * (part - 1); None if a weighted part is None.
 
-    A completion whose reward is None is left out and counted, never scored 0: the model is not to blame.
+    A completion whose reward is None is left out and counted, never scored 0: the model is not to blame. A part without
+    a weight, or with the weight 0, is only reported.
 
     >>> combine({"accuracy": 1.0, "format": 0.0}, {"accuracy": 1.0, "format": 0.1})
     0.9
     """
     reward = 0.0
     for name, weight in weights.items():
+        if weight == 0:
+            continue
         part = parts[name]
         if part is None:
             return None

@@ -108,15 +108,20 @@ class RunLog:
         line = {"step": step} | {key: rounded(value, key, non_finite) for key, value in values.items()}
         self.files[name].write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self.files[name].flush()
-        for key in sorted(set(non_finite) - self.warned):
-            self.say(f"warning: {key} is not finite at step {step}: written as null to {name} (said once)")
-        self.warned.update(non_finite)
+        for key in sorted(set(non_finite)):
+            self.say_once(key, f"warning: {key} is not finite at step {step}: written as null to {name} (said once)")
 
     def say(self, text: str) -> None:
         """Print to the console and to log.txt."""
         self._clear_progress()
         print(text, file=self.console, flush=True)
         print(text, file=self.files["log.txt"], flush=True)
+
+    def say_once(self, key: str, text: str) -> None:
+        """Say the text, the first time that it is said under this key."""
+        if key not in self.warned:
+            self.warned.add(key)
+            self.say(text)
 
     def line(self, step: int, values: Mapping[str, float | None]) -> None:
         """Say one aligned line of the columns, `-` where a value is missing, under a header every 20 lines."""

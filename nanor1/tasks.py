@@ -1,4 +1,4 @@
-"""Problems to solve: countdown and arithmetic are generated; GSM8K, MATH and countdown sets are read from JSON lines.
+"""Problems to solve: countdown and arithmetic are generated; GSM8K, MATH, countdown and code sets are read from files.
 
 A task gives training problems for a step (stateless: the same seed and step give the same problems, so a resumed run
 sees what the interrupted one would have seen) and a fixed held-out set that training can never meet. What is held out
@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from nanor1.coding import read_row
 from nanor1.grading import extract_answer
 
 MAX_DRAWS = 20_000  # for one problem; if none fits, the parameters are at fault
@@ -33,7 +35,8 @@ BOXED_TASKS = ("gsm8k", "math")  # a chat model writes these answers in \boxed{}
 class Problem:
     """What to solve and how to judge it: `prompt` is the bare question, `answer` the gold answer as text.
 
-    `numbers` are the numbers given (countdown, arithmetic), `target` the value to reach (countdown only).
+    `numbers` are the numbers given (countdown, arithmetic), `target` the value to reach (countdown only),
+    `tests` what judges a program (code: a coding.CodeTests).
     """
 
     prompt: str
@@ -41,6 +44,7 @@ class Problem:
     task: str
     numbers: tuple[int, ...] = ()
     target: int | None = None
+    tests: object = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,14 @@ class Task:
 # How a task comes by problems: a random draw (its None: draw again) and the reading of a JSON line; None: not so.
 Draw = Callable[[random.Random], Problem | None]
 File = str | Path
+Row = TypeVar("Row")
 Source = tuple[Draw | None, Callable[[dict], Problem] | None]
 
 
 def make_task(
     name: str, *, data: File | None = None, eval_data: File | None = None, held_out_share=0.1, **parameters
 ) -> Task:
-    """Build the task called `name`: "countdown", "arithmetic", "gsm8k" or "math".
+    """Build the task called `name`: "countdown", "arithmetic", "gsm8k", "math" or "code".
 
     Problems come from the JSON-lines file `data`, or are generated. The held-out ones come from the file `eval_data`
     (training then skips its instances), or a hash holds out a share of all instances. The other parameters are those
@@ -74,10 +79,10 @@ def make_task(
         raise ValueError(f"the {name} task is generated; leave data and eval_data out")
     if not draw and not data:
         raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
-    evaluation = read_problems(eval_data, to_problem) if eval_data else []
+    evaluation = read_json_lines(eval_data, to_problem) if eval_data else []
     rule = _held_out_rule(evaluation, held_out_share)
     if data:
-        return _listed_task(name, read_problems(data, to_problem), evaluation, rule)
+        return _listed_task(name, read_json_lines(data, to_problem), evaluation, rule)
     held_out = partial(_held_out_listed, evaluation) if evaluation else partial(_held_out_drawn, draw, rule)
     return Task(name, partial(_sample_drawn, draw, rule), held_out)
 
@@ -87,7 +92,7 @@ def read_task(name: str, path: File, **parameters) -> list[Problem]:
     _, to_problem = _source(name, parameters)
     if not to_problem:
         raise ValueError(f"the {name} task is generated; leave data and eval_data out")
-    return read_problems(path, to_problem)
+    return read_json_lines(path, to_problem)
 
 
 def _source(name: str, parameters: dict) -> Source:
@@ -96,6 +101,7 @@ def _source(name: str, parameters: dict) -> Source:
         "arithmetic": arithmetic,
         "gsm8k": lambda: (None, gsm8k_problem),
         "math": lambda: (None, math_problem),
+        "code": lambda: (None, code_problem),
     }
     if name not in sources:
         raise ValueError(f"unknown task {name!r}; choose one of {', '.join(sources)}")
@@ -144,8 +150,13 @@ def instance_key(problem: Problem) -> str:
 
 
 def is_held_out(problem: Problem, share: float) -> bool:
-    """Whether the problem's instance falls, by a hash that never changes, into the held-out `share` (0 to 1)."""
-    digest = hashlib.sha256(instance_key(problem).encode("utf-8", "surrogatepass")).digest()
+    """Whether the problem's instance falls into the held-out `share` (0 to 1); see `is_in_share`."""
+    return is_in_share(instance_key(problem), share)
+
+
+def is_in_share(key: str, share: float) -> bool:
+    """Whether the text falls, by a hash that never changes, into this share (0 to 1) of all texts."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
@@ -304,22 +315,29 @@ def _check_choices(operators: str, allowed: str, wording: str) -> None:
 # ---- read from JSON lines
 
 
-def read_problems(path: File, to_problem: Callable[[dict], Problem]) -> list[Problem]:
-    """Read one problem a line (blank lines skipped); ValueError names the file, the line and what is expected."""
+def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
+    """What `parse` makes of each line's object (blank lines skipped).
+
+    Its ValueError becomes one that names the file and the line; ValueError too for a file that cannot be read, a line
+    that is no JSON object, and a file without a line.
+    """
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines") from error
-    problems = []
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                problems.append(to_problem(_json_object(line)))
+                rows.append(parse(_json_object(line)))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if not problems:
-        raise ValueError(f"{path} holds no problem; expected JSON lines, one object a line")
-    return problems
+    if not rows:
+        raise ValueError(f"{path} is empty; expected JSON lines, one object a line")
+    return rows
+
+
+read_problems = read_json_lines  # the name by which preference.py calls it
 
 
 def _json_object(line: bytes) -> dict:
@@ -362,6 +380,12 @@ def math_problem(row: dict) -> Problem:
     return Problem(question, gold, "math")
 
 
+def code_problem(row: dict) -> Problem:
+    """A line of HumanEval, MBPP or a set of scripts' inputs and outputs as published; see coding.py."""
+    prompt, solution, tests = read_row(row)
+    return Problem(prompt, solution, "code", tests=tests)
+
+
 # ---- prompts
 
 R1_ZERO_TEMPLATE = (
@@ -384,6 +408,8 @@ def format_prompt(problem: Problem, template: str) -> str | list[dict[str, str]]
         return R1_ZERO_TEMPLATE.replace("{prompt}", problem.prompt)  # not str.format: LaTeX is full of braces
     if template == "chat":
         where = "in \\boxed{}" if problem.task in BOXED_TASKS else "alone between <answer> and </answer>"
+        if problem.task == "code":
+            where = "as complete Python code in one ```python block"
         return [{"role": "user", "content": f"{problem.prompt}\n\n{CHAT_INSTRUCTION.replace('{where}', where)}"}]
     raise ValueError(f"unknown template {template!r}; choose 'r1-zero', 'chat' or 'bare'")
 

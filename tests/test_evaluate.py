@@ -8,6 +8,7 @@ from nanor1.evaluate import (
     accuracy_interval,
     evaluate,
     judge,
+    judge_all,
     majority_accuracy,
     summarize,
     wilson_interval,
@@ -16,7 +17,7 @@ from nanor1.evaluate import (
 from nanor1.grpo import Rollout
 from nanor1.model import ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem
+from nanor1.tasks import Problem, code_problem
 from nanor1.tokenizer import Tokenizer
 
 SUM = Problem("2 + 3 =", "5", "arithmetic", (2, 3))
@@ -170,7 +171,11 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     done = completion(tokenizer, f"{text} <end>")
     rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, WEIGHTS)
-    assert (rollout.text, rollout.reward, rollout.parts) == (text, 1.0, {"accuracy": 1.0, "format": 1.0})
+    assert (rollout.text, rollout.reward, rollout.parts) == (
+        text,
+        1.0,
+        {"accuracy": 1.0, "format": 1.0, "language": 1.0},
+    )
     assert rollout.prompt_ids == [6, 4, 7]
     assert rollout.completion.ids[-1] == tokenizer.eos_id  # kept, for it is trained
 
@@ -178,7 +183,11 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
 def test_an_answer_that_is_cut_off_is_not_right_but_its_format_is_judged(tokenizer):
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
-    assert (rollout.text, rollout.reward, rollout.parts) == (text, 0.0, {"accuracy": 0.0, "format": 1.0})
+    assert (rollout.text, rollout.reward, rollout.parts) == (
+        text,
+        0.0,
+        {"accuracy": 0.0, "format": 1.0, "language": 1.0},
+    )
     no_gold = Problem("2 + 3 =", "", "arithmetic")
     rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
     assert rollout.reward is None and rollout.parts["accuracy"] is None
@@ -195,7 +204,7 @@ def test_a_tag_that_the_prompt_has_opened_belongs_to_the_text(tokenizer):
 def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokenizer):
     wrong = completion(tokenizer, "<answer> 4 </answer> <end>")
     rollout = judge(SUM, ("", []), wrong, tokenizer, {"format": 1.0})
-    assert rollout.parts == {"accuracy": 0.0, "format": 0.0} and rollout.reward == -1.0
+    assert rollout.parts == {"accuracy": 0.0, "format": 0.0, "language": 1.0} and rollout.reward == -1.0
 
 
 # ---- prompts
@@ -237,3 +246,30 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
             assert [token for *at, token in heard if at == [p, g]] == rollout.completion.ids
     again, _ = evaluate(Sampler(model), tokenizer, problems, "bare", WEIGHTS, **arguments)
     assert again == evaluation
+
+
+def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
+    tokenizer = Tokenizer.from_bytes()
+    double, triple = (
+        code_problem({"text": "Multiply.", "test_list": [f"assert f(2) == {value}"], "code": "def f(n): ..."})
+        for value in (4, 6)
+    )
+    answers = [f"```python\ndef f(n):\n    return {n} * n\n```" for n in (2, 3)]
+    made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in answers]] * 2
+    groups = judge_all([double, triple], [("Q", [1])] * 2, made, tokenizer, {"accuracy": 1.0})
+    assert [[rollout.reward for rollout in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_reward_model_is_asked_once_for_all_and_its_none_leaves_the_completion_out():
+    tokenizer, asked = Tokenizer.from_bytes(), []
+
+    def preference(prompt_ids_B, texts_B):
+        asked.append((prompt_ids_B, texts_B))
+        return [0.25, None]
+
+    made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in ("5", "6")]]
+    weights = {"accuracy": 1.0, "preference": 0.5}
+    (group,) = judge_all([SUM], [("2 + 3 =", [7])], made, tokenizer, weights, preference)
+    assert asked == [([[7], [7]], ["5", "6"])]
+    assert [rollout.parts["preference"] for rollout in group] == [0.25, None]
+    assert [rollout.reward for rollout in group] == [1.125, None]

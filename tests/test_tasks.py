@@ -441,7 +441,7 @@ def test_bytes_that_are_no_utf8_are_refused_with_the_line(tmp_path):
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(tmp_path, content):
     (tmp_path / "empty.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="empty.jsonl holds no problem"):
+    with pytest.raises(ValueError, match="empty.jsonl is empty"):
         make_task("math", data=tmp_path / "empty.jsonl")
 
 

@@ -1,0 +1,184 @@
+"""Problems whose answer is a Python program: read from the rows of public sets, found in a response, judged by tests.
+
+Three kinds: complete a function (HumanEval), write a function (MBPP), write a script that reads standard input and
+prints (APPS, TACO and others: `input_output`, or pairs in `io`). The program is run by sandbox.py, never here.
+
+Left out: other languages, functions tested by input and output (APPS's `fn_name`), partial credit.
+
+Sources: HumanEval (arXiv:2107.03374), MBPP (arXiv:2108.07732), APPS (arXiv:2105.09938).
+"""
+
+import builtins
+import json
+import keyword
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanor1.sandbox import Tests, Verdict, run_many
+
+TIMEOUT_S = 5  # for a program's calls together, or for one run of a script
+PYTHON = ("python", "python3", "py")
+
+_BLOCK = re.compile(r"```[ \t]*([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_ANSWER = re.compile(r".*<answer>(.*?)</answer>", re.DOTALL)
+_CALLED = re.compile(r"(?<![.\w])([A-Za-z_]\w*)\s*\(")
+
+
+@dataclass(frozen=True)
+class CodeTests:
+    """What judges a program: `tests` as sandbox.run_tests takes them, and the `function` they call ("": a script).
+
+    `opening` is the code that a response continues, up to the function's body (HumanEval; else empty).
+    """
+
+    tests: Tests
+    function: str = ""
+    opening: str = ""
+
+    @property
+    def preamble(self) -> str:
+        """What stands before the function in the opening: imports, and functions that it may use."""
+        return _split(self.opening, self.function)[0]
+
+
+# ---- a row of a file
+
+
+def read_row(row: dict) -> tuple[str, str, CodeTests]:
+    """The question, a solution ("" if the row has none) and the tests of one problem; ValueError for other rows."""
+    if "entry_point" in row:
+        return _humaneval(row)
+    if "test_list" in row:
+        return _mbpp(row)
+    if "input_output" in row or "io" in row:
+        return _script(row)
+    known = "'entry_point' (HumanEval), 'test_list' (MBPP), 'input_output' or 'io'"
+    raise ValueError(f"expected {known}; found the fields {', '.join(row)}")
+
+
+def _humaneval(row: dict) -> tuple[str, str, CodeTests]:
+    opening, test, function = (_text(row, name) for name in ("prompt", "test", "entry_point"))
+    preamble, rest = _split(opening, function)
+    if not rest:
+        raise ValueError(f"expected a 'prompt' that holds 'def {function}', found {opening!r:.60}")
+    # The judge has the helpers of the prompt from the prompt: from the program they could be anything.
+    tests = f"{preamble}\n{test}\ncheck({function})\n"
+    prompt = f"Complete this Python function.\n\n{opening}"
+    return prompt, row.get("canonical_solution", ""), CodeTests(tests, function, opening)
+
+
+def _mbpp(row: dict) -> tuple[str, str, CodeTests]:
+    question = _text(row, "text" if "text" in row else "prompt").strip()
+    tests, imports = row["test_list"], row.get("test_imports") or []
+    for name, code in (("test_list", tests), ("test_imports", imports)):
+        if not isinstance(code, list) or {type(line) for line in code} - {str}:
+            raise ValueError(f"expected {name!r}: [lines of code], found {code!r:.60}")
+    if not tests:
+        raise ValueError("'test_list' is empty; it takes a test to judge a program")
+    called = [name for name in _CALLED.findall(tests[0]) if not keyword.iskeyword(name)]
+    function = next((name for name in called if not hasattr(builtins, name)), (called or [""])[0])
+    # One function is called `sum`: the tests mean the program's, which the import says.
+    own = f"from program import {function}" if function else ""
+    code = "\n".join([*imports, row.get("test_setup_code") or "", own, *tests])
+    prompt = f"{question}\nThe Python code should pass this test:\n{tests[0].strip()}"
+    return prompt, row.get("code", ""), CodeTests(code, function)
+
+
+def _script(row: dict) -> tuple[str, str, CodeTests]:
+    question = _text(row, next((name for name in ("question", "problem", "description") if name in row), "prompt"))
+    pairs = row.get("io")
+    if pairs is None:
+        pairs = row["input_output"]
+        pairs = json.loads(pairs) if isinstance(pairs, str) else pairs
+        if not isinstance(pairs, dict) or pairs.get("fn_name") or not {"inputs", "outputs"} <= set(pairs):
+            raise ValueError(f"expected 'input_output' of a script: 'inputs' and 'outputs', found {pairs!r:.60}")
+        if len(pairs["inputs"]) != len(pairs["outputs"]):
+            raise ValueError(f"{len(pairs['inputs'])} inputs have {len(pairs['outputs'])} outputs")
+        pairs = list(zip(pairs["inputs"], pairs["outputs"], strict=True))
+    if not isinstance(pairs, list) or not pairs or any(list(map(type, pair)) != [str, str] for pair in pairs):
+        raise ValueError(f"expected pairs of texts, input and output, found {pairs!r:.60}")
+    prompt = f"{question.strip()}\n\nWrite a Python program that reads standard input and prints the answer."
+    return prompt, row.get("solution", ""), CodeTests(tuple(map(tuple, pairs)))
+
+
+def _text(row: dict, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a non-empty text {name!r}, found {value!r:.60} (fields: {', '.join(row)})")
+    return value
+
+
+def _split(code: str, function: str) -> tuple[str, str]:
+    """The code before the top-level definition of the function, and from there on (empty if there is none)."""
+    match = re.search(rf"^(?:async )?def {re.escape(function)}\b", code, re.MULTILINE) if function else None
+    return (code[: match.start()], code[match.start() :]) if match else (code, "")
+
+
+# ---- the program in a response
+
+
+def extract_code(text: str, function: str = "") -> str | None:
+    """The Python block of a response: of several the last that defines the function, else the last; None if none is.
+
+    A block marked as Python comes before one without a mark; one that never closes runs to the end. Without any block
+    it is what stands in the last `<answer>`.
+
+    >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
+    'print(1)\\n'
+    """
+    blocks = [(mark.strip().lower(), textwrap.dedent(code)) for mark, code in _BLOCK.findall(text)]
+    if not blocks:
+        answer = _ANSWER.match(text)
+        return textwrap.dedent(answer[1].strip("\n")) if answer and answer[1].strip() else None
+    codes = [code for mark, code in blocks if mark in PYTHON] or [code for mark, code in blocks if not mark]
+    return ([None, *codes] + [code for code in codes if _split(code, function)[1]])[-1]
+
+
+def write_program(tests: CodeTests, text: str) -> str | None:
+    """The program that a response (what follows its thinking) stands for; None if it holds none.
+
+    Where the problem gave an opening, the response may give the whole function, without what stood before it, or else
+    continue the opening: then up to the first line that is not indented (a block may lose its indentation). Both in a
+    block, or as bare text.
+    """
+    code = extract_code(text, tests.function)
+    if code is None and "```" not in text and tests.function:
+        code = text
+    if code is None or not tests.opening:
+        return code
+    if _split(code, tests.function)[1]:
+        return f"{tests.preamble}\n{code}"
+    body = re.split(r"^(?=\S)", code, maxsplit=1, flags=re.MULTILINE)[0]
+    return tests.opening + (body if body.strip() else textwrap.indent(code, "    "))
+
+
+# ---- the verdict
+
+
+def judge_programs(
+    problems: Sequence, texts: Sequence[str], timeout_s: float = TIMEOUT_S, workers: int | None = None
+) -> list[Verdict]:
+    """The verdict on each response to its problem (a tasks.Problem with `tests`), `workers` at a time."""
+    programs = [write_program(problem.tests, text) for problem, text in zip(problems, texts, strict=True)]
+    found = [i for i, program in enumerate(programs) if program is not None]
+    verdicts = [Verdict(False, "no Python block")] * len(programs)
+    jobs = [(programs[i], problems[i].tests.tests) for i in found]
+    for i, verdict in zip(found, run_many(jobs, timeout_s, workers=workers), strict=True):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def code_accuracies(problems: Sequence, texts: Sequence[str], workers: int | None = None) -> list[float | None]:
+    """`code_accuracy` of many responses at once: the way to judge a step, at a tenth of the time."""
+    verdicts = judge_programs(problems, texts, workers=workers)
+    return [None if verdict.passed is None else float(verdict.passed) for verdict in verdicts]
+
+
+def code_accuracy(problem, text: str) -> float | None:
+    """1.0 if the program in the text passes all tests, else 0.0; None without tests, or if they could not be run.
+
+    `text` is what follows the thinking.
+    """
+    return code_accuracies([problem], [text])[0] if isinstance(problem.tests, CodeTests) else None

@@ -1,0 +1,216 @@
+"""Run model-written Python against tests: a verdict and a short reason, whatever the program is and does.
+
+Tests are code that calls the program's functions and asserts (HumanEval, MBPP), or pairs of a script's standard input
+and output. Each program runs in processes of its own, which jail.py describes: a new session, an empty environment and
+folder, no network, no further process, nothing written, limits on time, memory and output, all killed at the end. The
+tests never enter the program's process. Their code runs in a second, equally confined process, which asks the first
+for values and compares them; of scripts this process compares the output. A run that ends well proves nothing: only
+values count.
+
+What this is not: a security boundary against a determined attacker. Program and trainer share a kernel, a user and a
+machine; time and memory can be felt through; and where the system lacks a part, it is done without. `isolation()` says
+what there is. What the program may read: Python's own files and the system's libraries (with Landlock; else whatever
+the user may read).
+
+Left out: other languages, files and subprocesses for the program, functions as arguments, arguments changed in place.
+
+Source of the design: the ways to cheat that are known from code rewards; see jail.py for the system's side.
+"""
+
+import collections
+import contextlib
+import math
+import os
+import re
+import site
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanor1.wire import EXITED, receive, send, shorten
+
+# Without `site` Python starts three times as fast; the folders it would find are added for the program alone.
+START = "import sys; sys.path.insert(0, sys.argv[1]); from nanor1.jail import keep; del sys.path[0]; keep(sys.argv[2:])"
+START_S = 60  # until a jail that has a job must stand; a machine under load is slow
+GRACE_S = 5  # beyond the program's own time, until its judge must have spoken
+
+Tests = str | Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the program passed, and why. `passed` is None where no judgement was possible: no reward, not 0.
+
+    `isolation` names what confined the program on this machine.
+    """
+
+    passed: bool | None
+    reason: str
+    isolation: str = ""
+
+
+def run_tests(program: str, tests: Tests, timeout_s: float = 5, memory_mib: int = 512) -> Verdict:
+    """Judge one program. Raises nothing that depends on the program.
+
+    `tests` is code, in which the names that are neither builtin nor its own are the program's (and those that it
+    imports `from program`), or a list of (input, output) for a script. `timeout_s` is for all of the code, and for
+    each pair; `memory_mib` limits address space.
+
+    >>> run_tests("def double(x): return x + 2", "assert double(2) == 4; assert double(3) == 6").reason
+    'wrong answer: double(3) -> 5'
+    """
+    return run_many([(program, tests)], timeout_s, memory_mib, workers=1)[0]
+
+
+def run_many(
+    jobs: Sequence[tuple[str, Tests]], timeout_s: float = 5, memory_mib: int = 512, workers: int | None = None
+) -> list[Verdict]:
+    """Judge (program, tests) pairs as `run_tests` does, `workers` at a time (None: one for each CPU core)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    workers = min(len(jobs), workers or cores)
+    waiting = collections.deque(enumerate(jobs))
+    verdicts = [Verdict(None, "not judged")] * len(jobs)
+
+    def work() -> None:
+        with Jail(timeout_s, memory_mib) as jail:
+            while waiting:
+                with contextlib.suppress(IndexError):  # another worker took the last one
+                    i, (program, tests) = waiting.popleft()
+                    verdicts[i] = jail.judge(program, tests)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return verdicts
+
+
+def isolation() -> str:
+    """What confines programs on this machine, in words; "none" and the reason if nothing can be run."""
+    verdict = run_tests("def f(): return 1", "assert f() == 1")
+    return verdict.isolation if verdict.passed else f"none: {verdict.reason}"
+
+
+class Jail:
+    """A keeper (jail.py) with its folder: judges one job after another, and is started again after a bad one."""
+
+    def __init__(self, timeout_s: float, memory_mib: int):
+        self.timeout_s, self.memory_mib = timeout_s, memory_mib
+        self.keeper, self.folder = None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def judge(self, program: str, tests: Tests) -> Verdict:
+        """One verdict; None for `passed` if the system or the tests are at fault."""
+        if isinstance(tests, str):
+            return self._run(program, tests, None)[0]
+        verdict = Verdict(None, "there are no tests")
+        for stdin, expected in tests:
+            verdict = self._run_pair(program, stdin, expected)
+            if not verdict.passed:
+                break
+        return verdict
+
+    def _run_pair(self, program: str, stdin: str, expected: str) -> Verdict:
+        verdict, printed = self._run(program, None, stdin)
+        if printed is None:
+            return verdict
+        if same_output(printed, expected):
+            return Verdict(True, "passed", verdict.isolation)
+        return Verdict(False, shorten(f"wrong output: {stdin!r:.80} -> {printed!r}"), verdict.isolation)
+
+    def _run(self, program: str, tests: str | None, stdin: str | None) -> tuple[Verdict, str | None]:
+        """The verdict, and what a script printed if it ended well."""
+        limits = {"timeout_s": self.timeout_s, "memory_mib": self.memory_mib}
+        messages: list[dict] = []
+        try:
+            self._start()
+            send(self.keeper.stdin.fileno(), {"program": program, "stdin": stdin} | limits)
+            send(self.keeper.stdin.fileno(), {"tests": tests} | limits)
+            self._hear(messages)
+        except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
+            self.close()
+            return self._unfinished(messages, error), None
+        started, verdict, status = messages
+        isolation = ", ".join(started["layers"])
+        if status["status"] < 0 and verdict["reason"] == EXITED:
+            verdict = {"passed": False, "reason": f"killed by signal {-status['status']}"}
+        elif status["status"] > 0 and "output" in verdict:
+            verdict = {"passed": False, "reason": f"exit code {status['status']}"}
+        return Verdict(verdict["passed"], verdict["reason"], isolation), verdict.get("output")
+
+    def _start(self) -> None:
+        if self.keeper is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="nanor1-sandbox-", ignore_cleanup_errors=True)
+            self.keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", START, str(Path(__file__).parents[1]), *site.getsitepackages()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=self.folder.name,
+                env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # numpy would start a thread a core
+                start_new_session=True,
+                bufsize=0,
+            )
+
+    def _hear(self, messages: list[dict]) -> None:
+        """Take the jail's three messages: it stands, the verdict, how the program's process ended."""
+        for seconds in (START_S, self.timeout_s + GRACE_S, GRACE_S):
+            messages.append(receive(self.keeper.stdout.fileno(), time.monotonic() + seconds))
+            if messages == [{"broken": messages[0].get("broken")}]:
+                raise OSError(messages[0]["broken"])
+
+    def _unfinished(self, messages: list[dict], error: Exception) -> Verdict:
+        if not messages or "layers" not in messages[0]:
+            return Verdict(None, f"the program could not be run: {error or type(error).__name__}")
+        reason = "timeout" if isinstance(error, TimeoutError) else "its values ended the judge"
+        return Verdict(False, reason, ", ".join(messages[0]["layers"]))
+
+    def close(self) -> None:
+        """End the keeper and all it started (they die with it), and remove the folder."""
+        if self.keeper is not None:
+            self.keeper.kill()
+            self.keeper.wait()
+            self.keeper.stdin.close()
+            self.keeper.stdout.close()
+            self.keeper = None
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
+
+
+# ---- what a script prints
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether the lines have the same words; blanks at their ends and empty lines at the end count for nothing.
+
+    Where a number is expected in decimals, any way to write it will do, to 6 digits: 0.5 for 0.500000, not 5 for 05.
+    """
+    ours, theirs = (text.rstrip().split("\n") for text in (printed, expected))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(printed: str, expected: str) -> bool:
+    ours, theirs = printed.split(), expected.split()
+    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def _same_word(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    if not (_NUMBER.fullmatch(expected) and _NUMBER.fullmatch(printed)) or expected.lstrip("+-").isdigit():
+        return False
+    return math.isclose(float(printed), float(expected), rel_tol=1e-6, abs_tol=1e-9)

@@ -1,0 +1,310 @@
+"""Code problems: read as published, the program found in a response; reference solutions pass and mutants fail."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from nanor1.coding import CodeTests, code_accuracies, code_accuracy, extract_code, judge_programs, write_program
+from nanor1.rewards import accuracy, final_answer
+from nanor1.sandbox import run_tests
+from nanor1.tasks import Problem, code_problem, format_prompt, make_task, read_task
+
+SHARED = Path(os.environ.get("NANOR1_SHARED", "/no/such/folder"))
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="NANOR1_SHARED names no folder")
+
+OPENING = """import math
+
+def helper(x):
+    return x
+
+def f(x: int) -> int:
+    '''Add one.
+    >>> f(1)
+    2
+    '''
+"""
+HUMANEVAL = {
+    "prompt": OPENING,
+    "entry_point": "f",
+    "canonical_solution": "    return helper(x) + int(math.sqrt(1))\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert helper(candidate(5)) == 6\n",
+}
+MBPP = {
+    "prompt": "Write a function to add one.",
+    "code": "def f(x):\n    return x + 1",
+    "test_imports": ["import math"],
+    "test_list": ["assert math.isclose(f(1), 2)", "assert set([f(5)]) == {6}"],
+}
+SCRIPT = {"question": "Add one.", "input_output": json.dumps({"inputs": ["1\n", "5"], "outputs": ["2\n", "6"]})}
+
+
+def block(code):
+    return f"Here it is.\n\n```python\n{code}\n```\nDone."
+
+
+def lines(name):
+    return [json.loads(line) for line in (SHARED / name).read_text().splitlines()]
+
+
+# ---- rows
+
+
+def test_a_function_to_complete_is_shown_and_judged_by_its_check():
+    problem = code_problem(HUMANEVAL)
+    assert problem.task == "code" and problem.prompt.startswith("Complete this Python function.\n\nimport math\n")
+    assert problem.prompt.endswith("'''\n")  # a base model goes on from here with the body
+    assert problem.tests.preamble == "import math\n\ndef helper(x):\n    return x\n\n"
+    assert code_accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
+    assert code_accuracy(problem, block("def f(x): return x")) == 0.0
+
+
+def test_helpers_of_the_prompt_are_the_judges_own():
+    cheat = "def helper(x):\n    return {0: 2, 1: 6}.get(x, x)\ncalls = iter([2, 1])\ndef f(x): return next(calls)"
+    assert code_accuracy(code_problem(HUMANEVAL), block(cheat)) == 0.0
+
+
+def test_a_function_to_write_is_named_by_its_first_test_only():
+    problem = code_problem(MBPP)
+    assert "assert math.isclose(f(1), 2)" in problem.prompt and "f(5)" not in problem.prompt
+    assert problem.tests.function == "f"
+    assert code_accuracies([problem] * 2, [block(MBPP["code"]), block("def f(x): return 2")]) == [1.0, 0.0]
+
+
+def test_a_function_named_like_a_builtin_is_the_programs():
+    problem = code_problem({"text": "Add.", "test_list": ["assert sum(10, 15) == 25"]})
+    assert code_accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
+
+
+PAIRS = {"prompt": "Add one.", "io": [["1", "2"], ["5", "6"]]}
+
+
+@pytest.mark.parametrize("row", [SCRIPT, SCRIPT | {"input_output": json.loads(SCRIPT["input_output"])}, PAIRS])
+def test_a_script_is_judged_by_inputs_and_outputs(row):
+    problem = code_problem(row)
+    assert problem.prompt.startswith("Add one.\n\n") and "standard input" in problem.prompt
+    assert code_accuracies([problem] * 2, [block("print(int(input()) + 1)"), block("print(2)")]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"a": 1}, "found the fields a"),
+        (HUMANEVAL | {"prompt": "def g(x):"}, "holds 'def f'"),
+        (HUMANEVAL | {"test": ""}, "non-empty text 'test'"),
+        (MBPP | {"test_list": []}, "is empty"),
+        (MBPP | {"test_list": [1]}, "'test_list'"),
+        (MBPP | {"test_imports": "import math"}, "'test_imports'"),
+        (SCRIPT | {"input_output": "no"}, "Expecting value"),
+        (SCRIPT | {"input_output": {"inputs": ["1"], "outputs": []}}, "1 inputs"),
+        (SCRIPT | {"input_output": {"inputs": [[1]], "outputs": [2], "fn_name": "f"}}, "of a script"),
+        (SCRIPT | {"input_output": {"inputs": [], "outputs": []}}, "pairs of texts"),
+        ({"prompt": "Add.", "io": [["1"]]}, "pairs of texts"),
+        ({"prompt": "Add.", "io": 7}, "pairs of texts"),
+    ],
+)
+def test_a_row_that_is_no_code_problem_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        code_problem(row)
+
+
+def test_code_problems_are_a_task(tmp_path):
+    path = tmp_path / "code.jsonl"
+    path.write_text("\n".join(json.dumps(MBPP | {"prompt": f"Write {i}."}) for i in range(40)))
+    task = make_task("code", data=path)
+    assert {p.prompt for p in task.sample(20, 0, 0)}.isdisjoint(p.prompt for p in task.held_out(2))
+    assert "```python" in format_prompt(task.held_out(1)[0], "chat")[0]["content"]
+
+
+# ---- responses
+
+
+def test_the_last_block_that_defines_the_function_is_taken():
+    text = block("def f(x):\n    return 1") + block("def f(x):\n    return 2") + block("print(f(3))")
+    assert extract_code(text, "f") == "def f(x):\n    return 2\n"
+    assert extract_code(text) == "print(f(3))\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\nx = 1\n```\nwhich prints\n```\n1\n```", "x = 1\n"),
+        ("```py\nx = 1\n```", "x = 1\n"),
+        ("``` Python \nx = 1\n```", "x = 1\n"),
+        ("1. so:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```python\ns = '```'\n```", "s = '```'\n"),
+        ("```python\n```", ""),
+        ("<answer>\nx = 1\n</answer>", "x = 1"),
+        ("<answer> </answer>", None),
+        ("no code", None),
+        ("", None),
+        ("```", None),
+        ("``` " * 20_000, None),
+    ],
+)
+def test_a_block_is_found_however_it_is_fenced(text, code):
+    assert extract_code(text) == code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        block("def f(x):\n    return x + 1"),
+        "def f(x):\n    return x + 1\n",
+        "<answer>def f(x):\n    return x + 1</answer>",
+        "    return x + 1\n",
+        "    return x + 1\n\nprint(f(3) / 0)\n",
+        "    y = x\n\n    return y + 1\ndef g(x):",
+        block("    return x + 1"),
+        block("from math import floor\ndef f(x):\n    return helper(x) + floor(1)"),
+    ],
+)
+def test_a_response_may_give_the_function_or_its_body(text):
+    assert code_accuracy(code_problem(HUMANEVAL), text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I do not know.", "```js\nf\n```", block("("), block("\0"), block("\ud800"), "```python"]
+)
+def test_a_response_without_a_program_earns_nothing(text):
+    for row in (HUMANEVAL, MBPP, SCRIPT):
+        assert code_accuracy(code_problem(row), text) == 0.0
+
+
+def test_only_what_follows_the_thinking_counts():
+    problem, right = code_problem(MBPP), block(MBPP["code"])
+    assert accuracy(problem, f"<think>{block('def f(x): return 0')}</think>{right}") == 1.0
+    assert accuracy(problem, f"<think>{right}</think>I am done.") == 0.0
+    assert accuracy(problem, f"<think>{right}") == 0.0
+    assert final_answer(problem, f"<think></think>{right}") == "def f(x):\n    return x + 1\n"
+
+
+def test_what_cannot_be_judged_has_no_reward():
+    assert code_accuracy(Problem("", "", "code"), block("x = 1")) is None
+    assert code_accuracy(Problem("", "", "code", tests=CodeTests("assert (", "f")), block("f = abs")) is None
+    assert code_accuracies([], []) == []
+
+
+def test_a_program_of_a_script_stays_as_it_is():
+    assert write_program(CodeTests((("", ""),)), block("x = 1")) == "x = 1\n"
+    assert write_program(CodeTests((("", ""),)), "x = 1") is None
+
+
+@shared
+def test_extraction_agrees_with_other_projects_tests():
+    checked = 0
+    for case in lines("conformance/code_extract.jsonl"):
+        if not case.get("dubious"):
+            code = final_answer(Problem("", "", "code", tests=CodeTests(())), case["text"])
+            assert (code and code.strip()) == case["expected"], case["id"]
+            checked += 1
+    assert checked > 9
+
+
+@shared
+@pytest.mark.parametrize("i", range(11))
+def test_scripts_are_judged_as_by_other_projects(i):
+    case = lines("conformance/code_stdin.jsonl")[i]
+    verdict = run_tests(case["program"], case["io"], timeout_s=1 if "sleeps" in case.get("note", "") else 5)
+    assert verdict.passed is case["expected_all_pass"], verdict
+
+
+# ---- reference solutions and mutants of them
+
+
+class Change(ast.NodeTransformer):
+    """Change the n-th place where an operator, a comparison or a small number can become another."""
+
+    swaps = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult}
+    swaps |= {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+
+    def __init__(self, n):
+        self.left = n
+
+    def generic_visit(self, node):
+        node = super().generic_visit(node)
+        if type(node) in self.swaps or isinstance(node, ast.Constant) and type(node.value) is int:
+            self.left -= 1
+            if self.left == -1:
+                return ast.Constant(node.value + 1) if isinstance(node, ast.Constant) else self.swaps[type(node)]()
+        return node
+
+
+class ReturnNothing(ast.NodeTransformer):
+    def visit_Return(self, node):
+        return ast.Return(ast.Constant(None))
+
+
+def mutant(source, change):
+    """The changed source, None if nothing could be changed."""
+    with warnings.catch_warnings(action="ignore"):  # some references have invalid escapes
+        changed = ast.unparse(ast.fix_missing_locations(change.visit(ast.parse(source))))
+        return None if changed == ast.unparse(ast.parse(source)) else changed
+
+
+def solutions(name, step):
+    """Problems of a set with their whole reference programs."""
+    problems = read_task("code", SHARED / f"data/{name}.jsonl")[::step]
+    return problems, [problem.tests.opening + problem.answer for problem in problems]
+
+
+def check_solutions(name, step, timeout_s=5):
+    problems, programs = solutions(name, step)
+    verdicts = judge_programs(problems, list(map(block, programs)), timeout_s)
+    failed = [(p.prompt[:60], v) for p, v in zip(problems, verdicts, strict=True) if not v.passed]
+    assert not failed
+
+
+def check_mutants(name, step, places, share):
+    """Functions that return None fail, all of them; of those changed in one place at least the share given.
+
+    A change may make no difference that the tests can show (a search goes further, equals take the other branch): what
+    survives here must also survive where Python simply runs program and tests together.
+    """
+    problems, programs = solutions(name, step)
+    nothing = [(p, mutant(source, ReturnNothing())) for p, source in zip(problems, programs, strict=True)]
+    changed = [(p, mutant(s, Change(n))) for p, s in zip(problems, programs, strict=True) for n in range(places)]
+    for mutants, least in ((nothing, 1), (changed, share)):
+        mutants = [(problem, source) for problem, source in mutants if source]
+        verdicts = judge_programs([p for p, _ in mutants], [block(source) for _, source in mutants], timeout_s=1)
+        assert all(v.passed is not None for v in verdicts)
+        survivors = [(p.tests, source) for (p, source), v in zip(mutants, verdicts, strict=True) if v.passed]
+        print(f"{name}: {len(mutants) - len(survivors)} of {len(mutants)} mutants fail")
+        assert len(survivors) <= (1 - least) * len(mutants)
+        assert [source for tests, source in survivors if not plainly_passes(tests, source)] == []
+
+
+def plainly_passes(tests, source):
+    together = f"{source}\n{tests.tests}".replace(f"from program import {tests.function}\n", "")
+    return subprocess.run([sys.executable, "-I", "-S", "-c", together], capture_output=True, timeout=20).returncode == 0
+
+
+@shared
+@pytest.mark.parametrize("name", ["HumanEval", "mbpp_sanitized"])
+def test_reference_solutions_pass(name):
+    check_solutions(name, 10)
+
+
+@shared
+@pytest.mark.parametrize("name", ["HumanEval", "mbpp_sanitized"])
+def test_mutated_solutions_fail(name):
+    check_mutants(name, 15, 1, 0.7)
+
+
+@shared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HumanEval", "mbpp_sanitized"])
+def test_all_reference_solutions_pass(name):
+    check_solutions(name, 1, timeout_s=30)  # one of MBPP works for 5 s
+
+
+@shared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HumanEval", "mbpp_sanitized"])
+def test_most_mutated_solutions_fail(name):
+    check_mutants(name, 1, 3, 0.8)
