@@ -4,20 +4,25 @@
     python sample.py --model FOLDER                            a conversation (Ctrl-C: stop an answer, Ctrl-D: end)
     python sample.py --model FOLDER --raw < prompt.txt         the text as it is: for base models and miniatures
     python sample.py --model FOLDER --task gsm8k --data gsm8k_test.jsonl --limit 200 --out answers.jsonl
+    python sample.py --model FOLDER --task countdown --n 16 --keep correct --out traces.jsonl    text to train on
+    python sample.py --model FOLDER --prompts prompts.jsonl --out general.jsonl                  the same, not judged
 
-Answers and results go to stdout, everything else to stderr. The same command with the same seed gives the same result.
-A miniature made by train_zero.py is known by its vocabulary, and --task then takes the miniature's own problems.
+FOLDER is a model folder, a run folder (its newest checkpoint is taken) or miniature/countdown, which is pretrained
+where it is not in the cache. Answers and results go to stdout, everything else to stderr. The same command with the
+same seed gives the same result; one that writes training text goes on where it was stopped. A miniature is known by
+its vocabulary, and --task then takes the miniature's own problems.
 """
 
 import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
@@ -26,18 +31,29 @@ from nanor1.config import apply_preset, option, parse_args, user_errors
 from nanor1.evaluate import evaluate, summarize, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.machine import choose_device
-from nanor1.miniature import MINIATURES, Miniature, make_tokenizer, miniature_task
+from nanor1.miniature import Miniature, find_model, miniature_task, own_miniature
 from nanor1.model import Transformer
 from nanor1.pretrained import read_config
 from nanor1.rewards import final_answer
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, format_prompt, make_task, read_task, task_parameters
+from nanor1.tasks import Problem, Task, format_prompt, make_task, read_json_lines, read_task, task_parameters
 from nanor1.tokenizer import Tokenizer
+from nanor1.traces import (
+    SEED_STRIDE,
+    WAVES,
+    Progress,
+    Question,
+    Selection,
+    ask,
+    collect,
+    summary,
+    training_problems,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option(MISSING, "model folder")
+    model: str = option(MISSING, "model folder, run folder, or miniature/NAME")
     prompt: str = option("", "what to ask; left out: stdin, or on a terminal a conversation", positional=True)
     system: str = option("", "system message, for models with a chat template")
     template: Literal["auto", "chat", "r1-zero", "bare"] = option(
@@ -53,14 +69,26 @@ class Config:
     n: int = option(1, "answers to a prompt or problem; of a prompt's the first is printed as it is made")
     stop_text: str = option("", "end an answer that holds this text")
 
-    task: Literal["countdown", "arithmetic", "gsm8k", "math"] | None = option(
+    task: Literal["countdown", "arithmetic", "gsm8k", "math", "code"] | None = option(
         None, "measure on this task", "evaluation"
     )
-    data: str | None = option(None, "JSON lines of problems, taken in order; none: generated, held-out ones")
+    data: str | None = option(
+        None, "JSON lines of problems, taken in order; none: generated, held-out ones (--keep: those for training)"
+    )
     task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
     limit: int = option(0, "problems; 0: all of the file, or 200 generated")
-    out: str | None = option(None, "new file of JSON lines: each problem's answers and verdicts")
+    out: str | None = option(None, "new file of JSON lines: each problem's answers and verdicts, or training text")
     max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take more memory")
+
+    keep: Literal["correct", "pairs", "all"] | None = option(
+        None,
+        "write to --out: right and readable answers; pairs of such a one and a wrong one; all that ended",
+        "training text",
+    )
+    prompts: str | None = option(None, "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all")
+    any_format: bool = option(False, "keep right answers without the format asked for, too")
+    min_language: float = option(0.99, "least share of the thinking's words in the problem's language; 0: any")
+    max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled")
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
@@ -69,30 +97,52 @@ class Config:
     threads: int = option(0, "CPU threads; 0: torch's choice")
 
     def validate(self) -> None:
-        for name, least in dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        least = dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0, max_per_problem=1)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {value}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.min_language <= 1:
+            raise ValueError(f"--min-language is {self.min_language}; it must lie between 0 and 1")
         if self.raw and self.template not in ("auto", "bare"):
             raise ValueError(f"--raw means --template bare; leave one of --raw and --template {self.template} out")
-        for name in ("prompt", "system") if self.task else ("data", "task_args", "limit", "out"):
-            if getattr(self, name):
-                why = (
-                    "is not for --task, which has its own prompts" if self.task else "is for an evaluation: add --task"
-                )
-                raise ValueError(f"{'the prompt' if name == 'prompt' else '--' + name.replace('_', '-')} {why}")
-        if self.task in ("gsm8k", "math") and not self.data:
+        if self.task in ("gsm8k", "math", "code") and not self.data:
             raise ValueError(f"--task {self.task} needs --data FILE, JSON lines of its problems")
         if self.task == "arithmetic" and self.data:
             raise ValueError("--task arithmetic is generated; leave --data out")
+        self.check_mode()
+
+    def check_mode(self) -> None:
+        """Every option given belongs to what is done: an evaluation, training text, or a talk."""
+        if self.task:
+            self.refuse(["prompt", "system"], "is not for --task, which has its own prompts")
+            self.refuse(["prompts"], "takes the place of --task; leave one of them out")
+        elif self.prompts:
+            self.refuse(["prompt", "data", "task_args"], "is not for --prompts, which are the questions")
+        else:
+            self.refuse(["data", "task_args", "limit", "out", "keep"], "is for an evaluation: add --task")
+        if self.prompts and self.keep not in (None, "all"):
+            raise ValueError(f"--keep {self.keep} needs --task, by which answers are judged; --prompts are not")
+        if self.keep not in ("correct", "pairs"):
+            self.refuse(["any_format", "min_language", "max_per_problem"], "is for --keep correct or --keep pairs")
+        if (self.keep or self.prompts) and not self.out:
+            raise ValueError(f"{'--keep' if self.keep else '--prompts'} needs --out FILE, to which it writes")
+        if self.keep == "pairs" and self.n == 1:
+            raise ValueError("--keep pairs needs several answers to a problem; give --n 16")
+
+    def refuse(self, names: list[str], why: str) -> None:
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ValueError(f"{'the prompt' if field.name == 'prompt' else flag(field.name)} {why}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 N_GENERATED = 200  # problems where no --limit is given
-WAVES = 4  # --max-rows times this many answers make a batch: a row that ends early takes the next answer
-SEED_STRIDE = 1_000_003  # apart are the random numbers of one --seed and the next: problems and turns count up from it
 INTERRUPTED = "stopped by Ctrl-C"
-SPARSE_S, LIVE_S = 30.0, 0.2  # between reports of progress: to a file, on a terminal
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -105,9 +155,11 @@ def main() -> None:
         raise ValueError(
             f"--n {config.n} at --temperature 0 gives the same answer {config.n} times; raise one or drop one"
         )
-    prompt = config.prompt if config.task or "prompt" in given else read_stdin()
+    prompt = config.prompt if config.task or config.prompts or "prompt" in given else read_stdin()
     engine = load_engine(config)
-    if config.task:
+    if config.keep or config.prompts:
+        write_traces(engine)
+    elif config.task:
         measure(engine)
     elif prompt is None:
         converse(engine)
@@ -122,6 +174,7 @@ def main() -> None:
 class Engine:
     """A model ready to answer, and how it is asked to."""
 
+    folder: Path  # of the model
     sampler: Sampler
     tokenizer: Tokenizer
     template: str
@@ -136,12 +189,29 @@ class Engine:
         )
 
     @property
+    def batch_size(self) -> int:
+        """Problems answered at once."""
+        return max(1, WAVES * self.config.max_rows // self.config.n)
+
+    @property
     def context(self) -> int:
         return self.sampler.model.config.max_position_embeddings
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class Console:
+    """What making a miniature reports to."""
+
+    def say(self, text: str) -> None:
+        say(text)
+
+    def progress(self, done: int, total: int, label: str) -> None:
+        if sys.stderr.isatty():
+            end = "" if done < total else "\r\x1b[K"
+            print(f"\r\x1b[K{label} {done}/{total}{end}", end="", file=sys.stderr, flush=True)
 
 
 def read_stdin() -> str | None:
@@ -157,15 +227,15 @@ def read_stdin() -> str | None:
 def load_engine(config: Config) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
-    _, model_config = read_config(config.model)
+    folder = find_model(config.model, config.seed, Console())
+    _, model_config = read_config(folder)
     device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
-    model = Transformer.from_pretrained(config.model, dtype, device)
-    tokenizer = Tokenizer.from_pretrained(config.model)
+    model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
     template, reason = choose_template(config, tokenizer)
-    say(f"model: {config.model}; template: {template} ({reason})")
+    say(f"model: {folder}; template: {template} ({reason})")
     if config.system and template != "chat":
         raise ValueError(f"--system needs the template chat, and this is {template}; write it into the prompt")
-    return Engine(Sampler(model, config.max_rows), tokenizer, template, config)
+    return Engine(folder, Sampler(model, config.max_rows), tokenizer, template, config)
 
 
 def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -180,16 +250,6 @@ def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
         return "chat", "the model's own"
     is_bare = not config.task or own_miniature(tokenizer)
     return "bare" if is_bare else "r1-zero", "the model has no chat template"
-
-
-def own_miniature(tokenizer: Tokenizer) -> Miniature | None:
-    """The miniature whose vocabulary this is, if it is one's."""
-    for miniature in MINIATURES.values():
-        made = make_tokenizer(miniature)
-        words = [made.decode([i]) for i in range(made.vocab_size)]
-        if tokenizer.vocab_size == made.vocab_size and [*map(tokenizer.token_id, words)] == [*range(len(words))]:
-            return miniature
-    return None
 
 
 # ---- one prompt, or a conversation
@@ -361,11 +421,13 @@ class Dimmer:
 def measure(engine: Engine) -> None:
     """Answer and judge the problems, batch by batch, and print what came of it; Ctrl-C reports the batches done."""
     config, tokenizer = engine.config, engine.tokenizer
-    problems = load_problems(config, own_miniature(tokenizer))
+    miniature = own_miniature(tokenizer)
+    check_miniature(config, miniature)
+    problems = load_problems(config, miniature)
     for number, problem in enumerate(problems, 1):
         check_room(f"problem {number}", write_prompt(problem, engine.template, tokenizer)[1], engine)
     rollouts_PG: list[list[Rollout]] = []
-    batch_size = max(1, WAVES * config.max_rows // config.n)
+    batch_size = engine.batch_size
     progress = Progress(len(problems) * config.n, config.max_new_tokens, tokenizer.stop_ids)
     start_s = time.monotonic()
     with open_rows(config.out) as rows:
@@ -390,16 +452,26 @@ def measure(engine: Engine) -> None:
 
 def load_problems(config: Config, miniature: Miniature | None) -> list[Problem]:
     """The file's problems in its order, or generated held-out ones, the same ones that train_zero.py evaluates on."""
+    if config.data:
+        return read_file(config)
+    return load_task(config, miniature).held_out(config.limit or N_GENERATED)
+
+
+def read_file(config: Config) -> list[Problem]:
+    problems = read_task(config.task, config.data, **task_parameters(config.task_args))
+    return problems[: config.limit or len(problems)]
+
+
+def load_task(config: Config, miniature: Miniature | None) -> Task:
+    return miniature_task(miniature) if miniature else make_task(config.task, **task_parameters(config.task_args))
+
+
+def check_miniature(config: Config, miniature: Miniature | None) -> None:
     if miniature and (config.task != miniature.task or config.data or config.task_args):
         raise ValueError(
             f"{config.model} is the {miniature.task} miniature and knows no other words; give --task {miniature.task} "
             "without --data and --task-args"
         )
-    if config.data:
-        problems = read_task(config.task, config.data, **task_parameters(config.task_args))
-        return problems[: config.limit or len(problems)]
-    task = miniature_task(miniature) if miniature else make_task(config.task, **task_parameters(config.task_args))
-    return task.held_out(config.limit or N_GENERATED)
 
 
 def open_rows(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
@@ -413,7 +485,7 @@ def open_rows(path: str | None) -> contextlib.AbstractContextManager[TextIO | No
         ) from error
 
 
-def answer_batch(engine: Engine, problems: list[Problem], first: int, progress: "Progress") -> list[list[Rollout]]:
+def answer_batch(engine: Engine, problems: list[Problem], first: int, progress: Progress) -> list[list[Rollout]]:
     """The judged answers to problems `first`, `first` + 1, ...; each problem has random numbers of its own."""
     _, groups = evaluate(
         engine.sampler,
@@ -428,47 +500,6 @@ def answer_batch(engine: Engine, problems: list[Problem], first: int, progress: 
     )
     progress.end_batch(len(problems) * engine.config.n)
     return groups
-
-
-class Progress:
-    """How far an evaluation is, on stderr: one line rewritten on a terminal, else a line now and then."""
-
-    def __init__(self, n_answers: int, max_new_tokens: int, stop_ids: Sequence[int]):
-        self.n_answers, self.max_new_tokens, self.stop_ids = n_answers, max_new_tokens, frozenset(stop_ids)
-        self.n_tokens = self.n_done = self.n_done_before = 0
-        self.lengths: Counter[tuple[int, int]] = Counter()  # of the answers of this batch
-        self.is_live = sys.stderr.isatty()
-        self.start_s = self.shown_s = time.monotonic()
-
-    def hear(self, problem: int, index: int, token: int) -> None:
-        self.n_tokens += 1
-        self.lengths[problem, index] += 1
-        self.n_done += token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens
-        if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
-            self.show()
-
-    def end_batch(self, n_answers: int) -> None:
-        """Count the answers that ended otherwise too: by a stop text, or at the end of the context."""
-        self.n_done_before += n_answers
-        self.n_done = self.n_done_before
-        self.lengths.clear()
-
-    def show(self) -> None:
-        self.shown_s = time.monotonic()
-        wall_s = self.shown_s - self.start_s
-        text = (
-            f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {self.n_tokens / wall_s:.0f} tokens/s"
-        )
-        if self.n_done:
-            left_s = wall_s * (self.n_answers / self.n_done - 1)
-            text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
-        print(
-            f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True
-        )
-
-    def clear(self) -> None:
-        if self.is_live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def row(index: int, group: list[Rollout]) -> dict:
@@ -504,6 +535,10 @@ def report(engine: Engine, rollouts_PG: list[list[Rollout]], wall_s: float) -> s
         f"(n={result.n}); lenient: in any format",
         f"strict          {strict_accuracy(rollouts_PG):.3f}   right and in the format asked for",
         f"format          {result.format:.3f}",
+        *(
+            [f"language        {result.language:.3f}   of the thinking's words are in the problem's language"]
+            * (result.language < 1)
+        ),
         f"cut off         {result.truncated:.3f}   by --max-new-tokens {config.max_new_tokens} or a full context",
         f"tokens/problem  {sum(tokens_P) / len(tokens_P):.1f}   95% of the problems: at most {p95}",
         f"time            {wall_s:.1f} s   {sum(tokens_P) / wall_s:.0f} tokens/s",
@@ -518,6 +553,92 @@ def strict_accuracy(rollouts_PG: list[list[Rollout]]) -> float:
     judged_PG = [[r.parts for r in group if r.parts["accuracy"] is not None] for group in rollouts_PG]
     means_P = [sum(p["accuracy"] * p["format"] for p in group) / len(group) for group in judged_PG if group]
     return sum(means_P) / len(means_P)
+
+
+# ---- training text
+
+
+def write_traces(engine: Engine) -> None:
+    """Rejection sampling into --out, and what came of it; Ctrl-C keeps the batches done and ends with 130."""
+    config = engine.config
+    selection = Selection(config.keep or "all", not config.any_format, config.min_language, config.max_per_problem)
+    questions = read_prompts(engine) if config.prompts else ask_problems(engine)
+    for number, question in enumerate(questions, 1):
+        check_room(f"question {number}", question.prompt[1], engine)
+    start_s = time.monotonic()
+    ledger = collect(
+        engine.sampler,
+        engine.tokenizer,
+        questions,
+        selection,
+        config.out,
+        samples=config.n,
+        batch_size=engine.batch_size,
+        seed=config.seed,
+        source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed),
+        arguments=deciding_arguments(engine),
+        say=say,
+        **engine.sampling(),
+    )
+    print(summary(ledger, selection))
+    say(f"{config.out}, {time.monotonic() - start_s:.1f} s")
+    if not ledger.is_whole:
+        raise SystemExit(130)
+
+
+def ask_problems(engine: Engine) -> list[Question]:
+    """The file's problems in its order, or generated ones to train on: none of them is held out."""
+    config, miniature = engine.config, own_miniature(engine.tokenizer)
+    check_miniature(config, miniature)
+    if config.data:
+        problems = read_file(config)
+        say(f"problems: {len(problems)} of {config.data}")
+    else:
+        n = config.limit or N_GENERATED
+        problems = training_problems(load_task(config, miniature), n, config.seed)
+        repeated = f"{n - len(problems)} that came twice left out"
+        say(f"problems: {len(problems)} generated ones for training, none held out; {repeated}")
+    return [ask(problem, engine.template, engine.tokenizer) for problem in problems]
+
+
+def read_prompts(engine: Engine) -> list[Question]:
+    """The questions of --prompts: with a chat template messages, else text as --template dresses it."""
+
+    def to_question(row: dict) -> Question:
+        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+        if not is_chat(messages):
+            raise ValueError(
+                "expected a text 'prompt', or 'messages' with texts 'role' and 'content', the last a user's"
+            )
+        if "messages" in row and engine.template != "chat":
+            raise ValueError(f"'messages' need the template chat, and this is {engine.template}; give a 'prompt'")
+        messages = first_messages(engine.config) + messages
+        prompt = write_messages(messages, engine.template, engine.tokenizer)
+        return Question(messages if engine.template == "chat" else prompt[0], prompt, None)
+
+    questions = read_json_lines(engine.config.prompts, to_question)[: engine.config.limit or None]
+    say(f"prompts: {len(questions)} of {engine.config.prompts}")
+    return questions
+
+
+def is_chat(messages: object) -> bool:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return False
+    texts = [message.get(name) for message in messages for name in ("role", "content")]
+    return bool(messages) and all(isinstance(text, str) for text in texts) and messages[-1]["role"] == "user"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    found = re.fullmatch(r"step_(\d+)", folder.name)
+    return int(found[1]) if found else None
+
+
+def deciding_arguments(engine: Engine) -> dict:
+    """The arguments on which the lines depend; --max-rows and the machine may change when the command goes on."""
+    names = "task data task_args limit prompts system n seed keep any_format min_language max_per_problem stop_text"
+    names += " temperature top_k top_p max_new_tokens"
+    arguments = {flag(name): getattr(engine.config, name) for name in names.split()}
+    return {"--model": str(engine.folder), "--template": engine.template} | arguments
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanor1.checkpoint import save_checkpoint
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
@@ -288,6 +289,18 @@ def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folde
         assert re.search(f"^{line}", out, re.MULTILINE), out
 
 
+def test_an_evaluation_shows_the_language_only_where_an_answer_leaves_it(run, tmp_path, rigged_folder):
+    words = {"<think>": "等", "等": "</think>", "=": "<think>", "</think>": "<answer>", "<answer>": "3"}
+    words |= {"3": "</answer>", "</answer>": "<end>", ":": "</answer>"}
+    folder = save_rigged(tmp_path / "mixed", Tokenizer.from_words([*WORDS, "等"], eos="<end>"), words)
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"question": "go so go =", "answer": "#### 3"}\n{"question": "go so go :", "answer": "#### 3"}\n')
+    options = ["--task", "gsm8k", "--data", str(data), "--template", "bare"]
+    _, out, _ = run("--model", folder, *options)
+    assert re.search("^language +0.500 ", out, re.MULTILINE)
+    assert "language" not in run("--model", rigged_folder, *options)[1]
+
+
 def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_folder, problem_file):
     options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-new-tokens", "6"]
     code, out, _ = run("--model", rigged_folder, *options)
@@ -358,6 +371,122 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
     assert code == 130 and "2 of 3 problems" in err and "gsm8k: 2 problems x 1" in out
 
 
+# ---- training text
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped(
+    run, rigged_folder, problem_file, tmp_path
+):
+    out_file = str(tmp_path / "traces.jsonl")
+    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--n", "3"]
+    code, out, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
+    (line,) = lines(out_file)
+    assert code == 0 and f"problems: 3 of {problem_file}" in err
+    assert (line["prompt"], line["completion"]) == ("1 + 2 =", "<think> so </think> <answer> 3 </answer>")
+    assert (line["model"], line["step"], line["seed"]) == (rigged_folder, None, 0)
+    assert (line["problem"], line["sample"], line["tokens"]) == (0, 0, 7)
+    table = [re.match(r"([\w -]+?)  +(\d+) ", row).groups() for row in out.splitlines()]
+    assert table == [
+        ("sampled", "9"),
+        ("right", "6"),
+        ("- wrong", "3"),
+        ("- format", "3"),
+        ("- duplicate", "2"),
+        ("kept", "1"),
+    ]
+
+    code, again, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
+    assert code == 0 and again == out and f"{out_file} is finished" in err and lines(out_file) == [line]
+
+    boxed = str(tmp_path / "boxed.jsonl")
+    code, _, _ = run("--model", rigged_folder, *options, "--keep", "correct", "--any-format", "--out", boxed)
+    assert code == 0 and [row["completion"] for row in lines(boxed)] == [line["completion"], r"\boxed{3}"]
+
+
+def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoint_is_named(run, tmp_path):
+    miniature, out_file = MINIATURES["arithmetic"], str(tmp_path / "all.jsonl")
+    source = save_rigged(tmp_path / "mini", make_tokenizer(miniature), {"=": "7", "7": "<end>"})
+    model, tokenizer = Transformer.from_pretrained(source, torch.float32), Tokenizer.from_pretrained(source)
+
+    def write_model(folder):
+        save(folder, model, tokenizer)
+
+    for step in (20, 40):
+        folder = save_checkpoint(
+            tmp_path / "run" / "checkpoints", step, write_model=write_model, tensors={"x": torch.zeros(1)}, state={}
+        )
+    options = ["--model", str(tmp_path / "run"), "--task", "arithmetic", "--seed", "3"]
+    code, _, err = run(*options, "--limit", "50", "--keep", "all", "--out", out_file)
+    made, held_out = lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
+    assert code == 0 and f"model: {folder};" in err and "generated ones for training, none held out" in err
+    assert [row["prompt"] for row in made] == [p.prompt for p in miniature_task(miniature).sample(50, 3, 0)]
+    assert not held_out & {row["prompt"] for row in made}
+    assert {(row["model"], row["step"], row["seed"], row["completion"]) for row in made} == {(str(folder), 40, 3, "7")}
+    assert {row["parts"]["accuracy"] for row in made} == {0.0, 1.0}
+
+    code, _, err = run(*options, "--limit", "60", "--keep", "all", "--out", out_file)
+    assert code == 2 and "was begun with --limit 50, this is 60" in err
+
+
+def test_prompts_are_answered_without_being_judged_and_cut_answers_left_out(run, tmp_path):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    folder = save_rigged(tmp_path / "chat", Tokenizer.from_words(WORDS, eos="<end>", chat_template=template), NEXT)
+    prompts, out_file = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "="}]
+    rows = [{"prompt": "1 + 2 :"}, {"prompt": "go"}, {"messages": chat}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", folder, "--prompts", str(prompts), "--max-new-tokens", "9", "--seed", "5"]
+    code, out, _ = run(*options, "--out", out_file)
+    boxed = {"role": "assistant", "content": r"\boxed{3}"}
+    thought = {"role": "assistant", "content": "<think> so </think> <answer> 3 </answer>"}
+    source = {"model": folder, "step": None, "seed": 5, "sample": 0}
+    assert code == 0 and lines(out_file) == [
+        {"messages": [{"role": "user", "content": "1 + 2 :"}, boxed], "problem": 0} | source | {"tokens": 2},
+        {"messages": [*chat, thought], "problem": 2} | source | {"tokens": 7},
+    ]
+    assert re.search(r"^sampled +3 +for 3 of 3 problems\n- cut off +1 .*\nkept +2 +of 2 problems$", out, re.MULTILINE)
+
+    code, _, err = run(*options, "--raw", "--out", str(tmp_path / "raw.jsonl"))
+    assert code == 2 and f"{prompts}, line 3: 'messages' need the template chat, and this is bare" in err
+
+
+def test_pairs_are_written_from_the_command_line(run, rigged_folder, tmp_path):
+    data, out_file = tmp_path / "problems.jsonl", str(tmp_path / "pairs.jsonl")
+    data.write_text('{"question": "1 + 2 :", "answer": "#### 3"}\n')
+    hot = ["--temperature", "40", "--seed", "1", "--n", "64", "--any-format", "--max-per-problem", "2"]
+    options = ["--task", "gsm8k", "--data", str(data), "--template", "bare", *hot, "--max-new-tokens", "12"]
+    code, out, err = run("--model", rigged_folder, *options, "--keep", "pairs", "--out", out_file)
+    assert code == 0, err
+    assert len(lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
+    for row in lines(out_file):
+        assert row["prompt"] == "1 + 2 :" and "3" in row["chosen"] and row["chosen"] != row["rejected"]
+
+
+def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on(
+    run, rigged_folder, problem_file, tmp_path, monkeypatch
+):
+    calls, out_file = iter([True, True]), str(tmp_path / "traces.jsonl")
+
+    def interrupted(*arguments, **options):
+        if next(calls, None):
+            return GENERATE(*arguments, **options)
+        raise KeyboardInterrupt
+
+    options = ["--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--template", "bare"]
+    options += ["--keep", "all", "--out", out_file, "--n", "4", "--max-rows", "1"]  # a problem a batch
+    monkeypatch.setattr(Sampler, "generate", interrupted)
+    code, out, err = run(*options)
+    assert code == 130 and "stopped by Ctrl-C after 2 of 3 problems" in err and "sampled" in out
+    monkeypatch.setattr(Sampler, "generate", GENERATE)
+    code, _, err = run(*options)
+    assert code == 0 and f"{out_file} goes on after 2 of 3 problems" in err
+    assert [row["problem"] for row in lines(out_file)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
 # ---- errors
 
 
@@ -373,6 +502,7 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
         (["--model", "CHAT", "hi", "--task", "countdown"], "the prompt is not for --task"),
         (["--model", "CHAT", "hi", "--out", "x"], "--out is for an evaluation: add --task"),
         (["--model", "CHAT", "--task", "gsm8k"], "--task gsm8k needs --data FILE"),
+        (["--model", "CHAT", "--task", "code"], "--task code needs --data FILE"),
         (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "leave --data out"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
@@ -382,6 +512,26 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
         ),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--out", "GOOD"], "--out .* cannot be made"),
         (["--model", "MISSING", "hi"], "no folder"),
+        (["--model", "miniature/chess", "hi"], "there is no model miniature/chess"),
+        (["--model", "CHAT", "--keep", "all", "hi"], "--keep is for an evaluation: add --task"),
+        (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "correct"], "--keep needs --out FILE"),
+        (
+            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "pairs", "--out", "MISSING"],
+            "--keep pairs needs several answers to a problem; give --n 16",
+        ),
+        (
+            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "all", "--out", "GOOD"],
+            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
+        ),
+        (
+            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--any-format"],
+            "--any-format is for --keep correct",
+        ),
+        (["--model", "CHAT", "--prompts", "GOOD"], "--prompts needs --out FILE"),
+        (["--model", "CHAT", "--prompts", "GOOD", "--task", "countdown"], "--prompts takes the place of --task"),
+        (["--model", "CHAT", "--prompts", "GOOD", "--data", "GOOD"], "--data is not for --prompts"),
+        (["--model", "CHAT", "--prompts", "GOOD", "--keep", "correct", "--out", "x"], "--keep correct needs --task"),
+        (["--model", "CHAT", "--prompts", "GOOD", "--out", "MISSING"], "good.jsonl, line 1: expected a text 'prompt'"),
         (["--model", "CHAT", "hi", "--device", "gpu9"], "--device gpu9 is not to be had here"),
         (["--model", "CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
         (["--model", "CHAT", " "], "the prompt is empty"),

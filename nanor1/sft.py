@@ -1,0 +1,401 @@
+"""Supervised fine-tuning: files become token sequences with a loss mask, packed batches, and the loss of an update.
+
+A model learns what it would have had to sample. The prompt of a chat's answer is rendered and encoded as it is for
+sampling, the answer is encoded apart from it, as sampled ids begin anew there, and the stop token that ends a turn is
+learned with it. The answer never passes through the chat template, which may strip its thinking (DeepSeek-R1-Distill,
+Qwen3). DeepSeek-R1 (2501.12948, section 2.3) learns its cold start and its rejection-sampled answers this way.
+
+Special tokens spelled out in an answer stay mere text, so no line can end a turn within it or begin another; added
+tokens that are not special (Qwen3's `<think>`) are what they are in sampling. In the messages of a prompt they count,
+as for the sampler (see Tokenizer.apply_chat_template): strip untrusted text first.
+
+Left out: loss weights within an example, tools, loss on the user's turns, packing that fills batches to the brim.
+
+Letters: N packed tokens, B sequences, M tokens with a loss, C width.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from nanor1.logprobs import chunked_loss
+from nanor1.parallel import Workers
+from nanor1.tasks import is_in_share, prefilled, read_json_lines
+from nanor1.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
+PROBE = "42"  # an answer that no template rewrites
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids; `is_target[t]`: the loss falls on predicting ids[t]. The first has none: nothing comes before it."""
+
+    ids: list[int]
+    is_target: list[bool]
+
+    def __post_init__(self):
+        assert len(self.ids) == len(self.is_target)
+        assert any(self.is_target) and not self.is_target[0], "a token with a loss, and not the first"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What can be learned from a file, and what was left out of it."""
+
+    examples: list[Example]
+    n_too_long: int = 0  # examples not there
+    n_rewritten: int = 0  # earlier assistant turns without a loss: in the prompt the template shows them otherwise
+    n_cut: int = 0  # documents that are several examples
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Examples laid end to end (see nanor1/packing.py). An example's last token predicts nothing: it is left out."""
+
+    ids_N: Tensor  # int64, and so the three below
+    cu_seqlens_B1: Tensor
+    predictor_M: Tensor  # the packed token whose hidden state predicts the target
+    target_M: Tensor
+    weight_M: Tensor  # fp32; sums to 1 over all batches of an update
+
+    def to(self, device) -> "TextBatch":
+        return TextBatch(*(x.to(device) for x in vars(self).values()))
+
+
+# ---- examples from JSON lines
+
+
+def read_examples(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Examples:
+    """Read JSON lines of `messages` (chat), or of `prompt` and `completion` (text); other fields are ignored.
+
+    Messages: a loss on the last one, which is the assistant's, and on its earlier ones that stand in the last one's
+    prompt token for token as they would have been sampled. Text: a loss on the completion and the end-of-text token.
+    Examples longer than `max_tokens` are left out and counted. ValueError names file, line and fault.
+    """
+    end_id = turn_end(tokenizer)
+
+    def to_example(row: dict) -> tuple[Example, int]:
+        if "messages" in row:
+            return _chat_example(row["messages"], tokenizer, end_id)
+        return _text_example(row, tokenizer), 0
+
+    found = read_json_lines(path, to_example)
+    kept = [(example, n) for example, n in found if len(example.ids) <= max_tokens]
+    if not kept:
+        raise ValueError(f"{path}: all of its {len(found)} examples are longer than {max_tokens} tokens; allow more")
+    return Examples(
+        [example for example, _ in kept],
+        n_too_long=len(found) - len(kept),
+        n_rewritten=sum(n for _, n in kept),
+    )
+
+
+def _text_example(row: dict, tokenizer: Tokenizer) -> Example:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
+        raise ValueError(
+            "expected 'messages', or texts 'prompt' and (non-empty) 'completion', "
+            f"found prompt {prompt!r:.60} and completion {completion!r:.60} (fields: {', '.join(row)})"
+        )
+    before = [*_text_start(tokenizer), *tokenizer.encode(prompt)]
+    answer = [*tokenizer.encode(completion), text_end(tokenizer)]
+    return _example(before + answer, [False] * len(before) + [True] * len(answer))
+
+
+def _chat_example(messages: object, tokenizer: Tokenizer, end_id: int) -> tuple[Example, int]:
+    """The example, and how many of the assistant's earlier turns got no loss."""
+    _check_messages(messages)
+    before, answer = _turn(messages, len(messages) - 1, tokenizer, end_id)
+    is_target, n_rewritten = [False] * len(before) + [True] * len(answer), 0
+    for i, message in enumerate(messages[:-1]):
+        if message["role"] == "assistant":
+            start, said = _turn(messages, i, tokenizer, end_id)
+            end = len(start) + len(said)
+            if before[:end] == start + said:
+                is_target[len(start) : end] = [True] * len(said)
+            else:
+                n_rewritten += 1
+    return _example(before + answer, is_target), n_rewritten
+
+
+def _turn(messages: list[dict], i: int, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], list[int]]:
+    """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
+    prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
+    answer = continuation(prompt, messages[i]["content"])
+    return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), end_id]
+
+
+def _example(ids: list[int], is_target: list[bool]) -> Example:
+    if len(ids) < 2:
+        raise ValueError("expected a text of at least one token, found none that this tokenizer knows")
+    return Example(ids, [False, *is_target[1:]])
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"expected 'messages': a list of messages, found {messages!r:.60}")
+    for n, message in enumerate(messages, 1):
+        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError(f"expected texts 'role' and 'content', found {message!r:.60} as message {n}")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"expected the assistant to say something, found message {n} without content")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"expected the last message to be the assistant's, found role {messages[-1]['role']!r}")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("expected a message for the assistant to answer, found the assistant's first")
+
+
+def continuation(prompt: str, response: str) -> str:
+    """What is left to write of a response where the prompt may end in an opened `<think>`: the tag is not repeated.
+
+    >>> continuation("Assistant: <think>\\n", "<think>\\nTwo. </think> 2"), continuation("Assistant:", "<think> 2")
+    ('Two. </think> 2', '<think> 2')
+    """
+    opened, blanks = prefilled(prompt), prompt[len(prompt.rstrip()) :]
+    if not opened or not response.lstrip().startswith(opened):
+        return response
+    return response.lstrip().removeprefix(opened).removeprefix(blanks)
+
+
+def turn_end(tokenizer: Tokenizer) -> int:
+    """The stop token that the chat template writes behind an answer, else the end-of-text token."""
+    if not tokenizer.chat_template:
+        return text_end(tokenizer)
+    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    _, _, rest = tokenizer.apply_chat_template(chat).rpartition(PROBE)
+    ends = [i for i in tokenizer.encode(rest, allow_special=True) if i in tokenizer.stop_ids]
+    return ends[0] if ends else text_end(tokenizer)
+
+
+def text_end(tokenizer: Tokenizer) -> int:
+    """The token that ends a plain text: the tokenizer's own, else the first on which sampling stops."""
+    ends = tokenizer.stop_ids if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if not ends:
+        raise ValueError("the tokenizer has no token that ends a text; name an eos_token in its files")
+    return ends[0]
+
+
+def _text_start(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.adds_bos else []
+
+
+# ---- examples from plain text
+
+
+def read_text(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Examples:
+    """Documents to learn whole, as in pretraining: a .jsonl file has a `text` a line, any other file is one document.
+
+    A document longer than `max_tokens` is cut into examples (see `cut`) and counted. ValueError names file, line and
+    fault.
+    """
+
+    def to_ids(row: dict) -> list[int]:
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"expected a non-empty 'text', found {text!r:.60} (fields: {', '.join(row)})")
+        ids = [*_text_start(tokenizer), *tokenizer.encode(text), text_end(tokenizer)]
+        return _example(ids, [True] * len(ids)).ids
+
+    is_lines = Path(path).suffix == ".jsonl"
+    documents = read_json_lines(path, to_ids) if is_lines else [_read_document(path, to_ids)]
+    pieces = [piece for ids in documents for piece in cut(ids, max_tokens)]
+    examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in pieces]
+    return Examples(examples, n_cut=sum(len(ids) > max_tokens for ids in documents))
+
+
+def _read_document(path: str | Path, to_ids: Callable[[dict], list[int]]) -> list[int]:
+    try:
+        return to_ids({"text": Path(path).read_text(encoding="utf-8")})
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as plain text ({error})") from error
+
+
+def cut(ids: list[int], max_tokens: int) -> list[list[int]]:
+    """Pieces of 2 to `max_tokens` tokens. Each begins with the last token of the one before: all but the first of all
+    are then learned, each once.
+
+    >>> cut([1, 2, 3, 4, 5, 6], 3)
+    [[1, 2, 3], [3, 4, 5], [5, 6]]
+    """
+    return [ids[start : start + max_tokens] for start in range(0, len(ids) - 1, max_tokens - 1)]
+
+
+# ---- several files, epochs, what is held out
+
+
+def parse_data(text: str) -> list[tuple[str, float]]:
+    """Paths and weights of `a.jsonl:3,b.jsonl`; without a number behind its last colon a path has weight 1.
+
+    >>> parse_data("a.jsonl:3,C:/b.jsonl,c.jsonl:0.5")
+    [('a.jsonl', 3.0), ('C:/b.jsonl', 1.0), ('c.jsonl', 0.5)]
+    """
+    return [_parse_source(part.strip()) for part in text.split(",")]
+
+
+def _parse_source(part: str) -> tuple[str, float]:
+    path, colon, number = part.rpartition(":")
+    if not colon or not NUMBER.fullmatch(number):
+        path, number = part, "1"
+    if not path:
+        raise ValueError(f"data {part!r} names no file; expected FILE or FILE:WEIGHT, separated by commas")
+    if not 0 < float(number) < float("inf"):
+        raise ValueError(f"the weight of {path} is {number}; it must be above 0, as in {path}:0.5")
+    return path, float(number)
+
+
+def sample_examples(sources: Sequence[Source], n: int, seed: int, step: int) -> list:
+    """The `n` examples of update `step` (from 0), which follow from the arguments alone: a resumed run sees the same.
+
+    They are the next ones of an endless sequence of epochs. In an epoch, shuffled over all sources, each example of a
+    source of weight 2.3 comes twice, and 0.3 of them once more: another 0.3 in the next epoch, until all had their
+    turn. What a source holds are examples, or anything else.
+    """
+    sizes, per_epoch = _sizes(sources), examples_per_epoch(sources)
+    chosen: list[tuple[int, int]] = []
+    while len(chosen) < n:
+        epoch, start = divmod(step * n + len(chosen), per_epoch)
+        chosen += _epoch(sizes, seed, epoch)[start : start + n - len(chosen)]
+    return [sources[source][0][i] for source, i in chosen]
+
+
+def examples_per_epoch(sources: Sequence[Source]) -> int:
+    """How many examples an epoch has; ValueError for a weight so small that it takes none of its source."""
+    return sum(n_taken for _, n_taken in _sizes(sources))
+
+
+def _sizes(sources: Sequence[Source]) -> tuple[tuple[int, int], ...]:
+    """How many examples each source has, and how many an epoch takes of them."""
+    sizes = tuple((len(items), round(weight * len(items))) for items, weight in sources)
+    for (n_there, n_taken), (_, weight) in zip(sizes, sources, strict=True):
+        if n_taken == 0:
+            raise ValueError(f"weight {weight:g} takes none of a file's {n_there} examples; give it a larger one")
+    return sizes
+
+
+@functools.lru_cache(maxsize=2)  # the updates of an epoch share it
+def _epoch(sizes: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[tuple[int, int]]:
+    """Source and index of each example of an epoch, in its order."""
+    chosen = []
+    for source, (n_there, n_taken) in enumerate(sizes):
+        times, rest = divmod(n_taken, n_there)
+        order = list(range(n_there))
+        random.Random(f"share {seed} {source}").shuffle(order)
+        chosen += [(source, i) for i in order * times]
+        chosen += [(source, order[(epoch * rest + j) % n_there]) for j in range(rest)]
+    random.Random(f"epoch {seed} {epoch}").shuffle(chosen)
+    return chosen
+
+
+def question(example: Example) -> list[int]:
+    """What an example answers: the ids before its first target; all of them where there is one such id at most."""
+    n_before = example.is_target.index(True)
+    return example.ids[:n_before] if n_before > 1 else example.ids
+
+
+def split(
+    items: Sequence[Item], share: float, key: Callable[[Item], object] = question
+) -> tuple[list[Item], list[Item]]:
+    """(to train on, held out): a hash of `key(item)` that never changes holds out about this share.
+
+    Items of the same key, all answers to a question, come to the same side, in whichever file they are. Either side can
+    come out empty.
+    """
+    is_out = [is_in_share(str(key(item)), share) for item in items]
+    pairs = list(zip(items, is_out, strict=True))
+    return [item for item, out in pairs if not out], [item for item, out in pairs if out]
+
+
+# ---- packing and the loss
+
+
+def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[TextBatch]:
+    """Lay the examples of an update end to end, in batches of at most `tokens_per_batch` tokens (or of one example).
+
+    The weights are those of the mean over all their target tokens. The longest come first: the first batch is then
+    the most demanding, so that a run that does not fit in memory fails at once.
+    """
+    weight = 1 / sum(sum(example.is_target) for example in examples)
+    batches, n_tokens = [], 0
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        n_more = len(example.ids) - 1
+        if not batches or n_tokens + n_more > tokens_per_batch:
+            batches.append([])
+            n_tokens = 0
+        batches[-1].append(example)
+        n_tokens += n_more
+    return [_pack_one(batch, weight) for batch in batches]
+
+
+def _pack_one(examples: list[Example], weight: float) -> TextBatch:
+    starts = list(accumulate((len(example.ids) - 1 for example in examples), initial=0))
+    predictor, target = [], []
+    for start, example in zip(starts, examples, strict=False):
+        learned = [t for t, is_target in enumerate(example.is_target) if is_target]
+        predictor += [start + t - 1 for t in learned]
+        target += [example.ids[t] for t in learned]
+    return TextBatch(
+        torch.tensor([token for example in examples for token in example.ids[:-1]]),
+        torch.tensor(starts),
+        torch.tensor(predictor),
+        torch.tensor(target),
+        torch.full((len(target),), weight),
+    )
+
+
+def text_states(model, batch: TextBatch) -> Tensor:
+    """The hidden state that predicts each target: [M, C]."""
+    return model(batch.ids_N, batch.cu_seqlens_B1).index_select(0, batch.predictor_M)
+
+
+def add_gradient(
+    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
+) -> float:
+    """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
+
+    Ids at or above `vocab_size` are never sampled, and here have no probability either.
+    """
+
+    def backward(model, batch: TextBatch) -> Tensor:
+        loss = _loss(model, batch, vocab_size)
+        loss.backward()
+        return loss.detach()
+
+    losses = workers.map(backward, pack_examples(examples, tokens_per_batch))
+    workers.gather_gradients()
+    return torch.stack(losses).sum().item()
+
+
+def mean_loss(
+    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
+) -> float:
+    """What `add_gradient` returns, and no gradient: for held-out examples."""
+
+    @torch.no_grad()  # here: it holds for the calling thread alone
+    def forward(model, batch: TextBatch) -> Tensor:
+        return _loss(model, batch, vocab_size)
+
+    return torch.stack(workers.map(forward, pack_examples(examples, tokens_per_batch))).sum().item()
+
+
+def _loss(model, batch: TextBatch, vocab_size: int | None) -> Tensor:
+    batch = batch.to(model.head_weight_VC.device)
+    loss, _, _ = chunked_loss(
+        text_states(model, batch),
+        model.head_weight_VC,
+        batch.target_M,
+        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
+        vocab_size=vocab_size,
+    )
+    return loss

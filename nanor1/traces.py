@@ -1,0 +1,442 @@
+"""Rejection sampling: of a model's answers the right and readable ones become training text, line by line in a file.
+
+Several answers to each problem are sampled and judged, and what is kept is written batch by batch, as JSON lines that
+train_sft.py and distill.py read. Beside the file stands `FILE.progress.json`: the arguments, how many problems are done
+at which byte of the file, and what has been counted. A killed run so continues where it was, with the very bytes that
+an uninterrupted one would have written: a problem's random numbers depend on its index alone.
+
+Source: DeepSeek-R1 (arXiv:2501.12948), section 2.3.3: several answers a prompt, only right ones kept, those that mix
+languages filtered out. Departures: long paragraphs and code blocks stay, in which correct work is often written; what
+is unreadable is here what lacks the format, or loops; and a problem gives only so many answers, so that easy ones do
+not outnumber the hard ones. These are the first in the order of sampling, not the shortest: samples of one problem are
+exchangeable, so the choice favours no kind of answer.
+
+Left out: answers judged by a model, weighing problems by difficulty.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from nanor1.evaluate import judge_all, write_prompt
+from nanor1.grpo import Rollout
+from nanor1.rewards import after_thinking
+from nanor1.runlog import fsync, rounded, write_json
+from nanor1.sampler import Completion, Sampler
+from nanor1.tasks import Problem, Task, format_prompt, prefilled
+from nanor1.tokenizer import Tokenizer
+
+SEED_STRIDE = 1_000_003  # apart are the random numbers of one seed and the next: problems count up from it
+WAVES = 4  # rows times this many answers make a batch: a row that ends early takes the next answer
+SPARSE_S, LIVE_S = 30.0, 0.2  # between reports of progress: to a file, on a terminal
+LOOP_PERIODS = range(10, 301)  # characters; what is shorter may well stand often: 1 + 1 + 1 + 1 + 1
+DROPPED = {  # why a sample is not kept, and how the report explains it; the first reason that holds counts
+    "cut off": "unfinished at the length limit",
+    "empty": "nothing said",
+    "not judged": "no gold answer, or none that could be compared",
+    "wrong": "or without an answer",
+    "format": "right, but not in the format asked for",
+    "language": "right, but in mixed languages",
+    "looping": "right, but with a stretch of text four times in a row",
+    "duplicate": "the same text again",
+    "unpaired": "no answer of the other kind was left for it",
+    "above the limit": "more than --max-per-problem",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of a problem's samples.
+
+    "all": all that ended. "correct": right, in the format, in one language, without loops, each text once, at most
+    `max_per_problem`. "pairs": such an answer and a wrong one that ended, at most so many pairs, each sample in one.
+    """
+
+    keep: str = "correct"
+    needs_format: bool = True
+    min_language: float = 0.99  # share of the reasoning's words that are in the problem's language
+    max_per_problem: int = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: the text or messages shown, their rendered text and ids, and what judges the answer."""
+
+    shown: str | list[dict[str, str]]
+    prompt: tuple[str, list[int]]
+    problem: Problem | None  # None: the answer is not judged
+
+
+def ask(problem: Problem, template: str, tokenizer: Tokenizer) -> Question:
+    return Question(format_prompt(problem, template), write_prompt(problem, template, tokenizer), problem)
+
+
+def training_problems(task: Task, n: int, seed: int) -> list[Problem]:
+    """Of `n` problems drawn for training, none of which is held out, each once."""
+    return list({(problem.prompt, problem.answer): problem for problem in task.sample(n, seed, 0)}.values())
+
+
+# ---- what is kept of one problem's samples
+
+
+def select(group: Sequence[Rollout], selection: Selection) -> tuple[list[tuple[int, ...]], Counter[str]]:
+    """The samples kept, by index: one each, or with "pairs" a chosen and a rejected one; and why others were dropped.
+
+    In the order of sampling. Every sample is in one tuple, or counted once under a reason of DROPPED.
+    """
+    faults = [find_fault(rollout, selection) for rollout in group]
+    good = [g for g, fault in enumerate(faults) if fault is None]
+    if selection.keep == "all":
+        return [(g,) for g in good], Counter(filter(None, faults))
+    if selection.keep == "pairs":
+        bad = [g for g, fault in enumerate(faults) if fault == "wrong"]
+        pairs, dropped = select_pairs(group, good, bad, selection.max_per_problem)
+        return pairs, dropped + Counter(fault for fault in faults if fault not in (None, "wrong"))
+    different = first_of_each([squeeze(group[g].text) for g in good])
+    kept = [(good[i],) for i in different[: selection.max_per_problem]]
+    more = {"duplicate": len(good) - len(different), "above the limit": len(different) - len(kept)}
+    return kept, Counter(filter(None, faults)) + Counter(more)
+
+
+def select_pairs(
+    group: Sequence[Rollout], good: list[int], bad: list[int], limit: int
+) -> tuple[list[tuple[int, ...]], Counter[str]]:
+    """Pair the first good answer with the first bad one, and so on.
+
+    A preference model judges what follows the thinking (section 2.3.4), so no two samples share that part, and no
+    pair can have it twice.
+    """
+    finals = [squeeze(after_thinking(group[g].text)) for g in good + bad]
+    different = [(good + bad)[i] for i in first_of_each(finals)]
+    n_good = sum(g in good for g in different)
+    pairs = list(zip(different[:n_good], different[n_good:], strict=False))
+    kept = pairs[:limit]
+    dropped = {
+        "duplicate": len(good) + len(bad) - len(different),
+        "unpaired": len(different) - 2 * len(pairs),
+        "above the limit": 2 * (len(pairs) - len(kept)),
+    }
+    return kept, Counter(dropped)
+
+
+def find_fault(rollout: Rollout, selection: Selection) -> str | None:
+    """The first reason not to keep a sample for itself; None for a good one."""
+    parts = rollout.parts
+    if rollout.completion.finish != "stop":
+        return "cut off"
+    if selection.keep == "all":
+        return "empty" if rollout.text.strip() in ("", "<think>") else None  # the tag may be the prompt's
+    if parts["accuracy"] is None:
+        return "not judged"
+    if parts["accuracy"] < 1:
+        return "wrong"
+    if selection.needs_format and parts["format"] != 1:
+        return "format"
+    if parts["language"] < selection.min_language:
+        return "language"
+    return "looping" if is_looping(rollout.text) else None
+
+
+def is_looping(text: str) -> bool:
+    """Whether 10 to 300 characters stand four times in a row, blanks and line breaks taken for one blank.
+
+    >>> is_looping("So it is 4.\\n" * 4), is_looping("So it is 4.\\n" * 3)
+    (True, False)
+    """
+    codes = np.frombuffer(f"{squeeze(text)} ".encode("utf-32-le", "surrogatepass"), np.uint32)
+    for period in LOOP_PERIODS:
+        if 4 * period > len(codes):
+            return False
+        breaks = np.flatnonzero(codes[period:] != codes[:-period])
+        if np.diff(breaks, prepend=-1, append=len(codes) - period).max() > 3 * period:
+            return True
+    return False
+
+
+def squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+def first_of_each(texts: list[str]) -> list[int]:
+    """Where each different text stands first."""
+    return sorted({text: i for i, text in reversed([*enumerate(texts)])}.values())
+
+
+# ---- lines
+
+
+def write_lines(
+    question: Question, index: int, group: Sequence[Rollout], selection: Selection, source: dict
+) -> tuple[list[dict], Counter[str]]:
+    """The lines of one problem and what to count; `source` says where they come from: model, step, seed."""
+    kept, dropped = select(group, selection)
+    lines = [to_line(question, index, group, samples, source) for samples in kept]
+    n_right = sum(rollout.parts.get("accuracy") == 1 for rollout in group)
+    return lines, dropped + Counter({"sampled": len(group), "right": n_right})
+
+
+def to_line(question: Question, index: int, group: Sequence[Rollout], samples: tuple[int, ...], source: dict) -> dict:
+    """Training text as train_sft.py or the reward model reads it, then its provenance.
+
+    Text of `prompt` and `completion` is what the model saw and made. Answers to messages, and those of a pair, are
+    given as judged, with a `<think>` that the prompt pre-filled: another model's template may not write it.
+    """
+    rollouts = [group[g] for g in samples]
+    texts, problem = [rollout.text for rollout in rollouts], question.problem
+    if len(texts) == 2:
+        line = {"prompt": question.shown, "chosen": texts[0], "rejected": texts[1]}
+    elif isinstance(question.shown, str):
+        line = {"prompt": question.shown, "completion": texts[0].removeprefix(prefilled(question.shown))}
+    else:
+        line = {"messages": [*question.shown, {"role": "assistant", "content": texts[0]}]}
+    line |= {"problem": index} | source | {"sample": list(samples)}
+    if problem:
+        parts = [rounded(dict(sorted(rollout.parts.items())), "parts", []) for rollout in rollouts]
+        line |= {"task": problem.task, "answer": problem.answer, "parts": parts}
+    line["tokens"] = [len(rollout.completion.ids) for rollout in rollouts]
+    if len(texts) == 1:
+        line |= {name: line[name][0] for name in ("sample", "parts", "tokens") if name in line}
+    return line
+
+
+def line_key(line: dict) -> bytes:
+    """What two lines that train the same share."""
+    texts = [line.get(name) for name in ("messages", "prompt", "completion", "chosen", "rejected")]
+    return hashlib.sha256(json.dumps(texts).encode()).digest()
+
+
+# ---- the file, and how far it is
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """How far a file of traces is: what FILE.progress.json holds."""
+
+    arguments: dict  # that decide the lines
+    n_problems: int
+    n_done: int = 0
+    n_bytes: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.n_done == self.n_problems
+
+
+def ledger_path(path: str | Path) -> Path:
+    return Path(f"{path}.progress.json")
+
+
+def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
+    """Start a file of traces, or cut one back to the last whole batch; ValueError where it is something else."""
+    beside, new = ledger_path(path), Ledger(arguments, n_problems)
+    if not beside.exists():
+        if path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} is there already, without {beside.name} to continue it; give a new --out")
+        touch(path)
+        write_json(beside, asdict(new))
+        return new
+    try:
+        ledger = Ledger(**json.loads(beside.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{beside} says nothing about traces ({error}); give a new --out") from error
+    for name, value in arguments.items():
+        if (before := ledger.arguments.get(name)) != value:
+            raise ValueError(
+                f"{path} was begun with {name} {before!r}, this is {value!r}; continue with the same, or give a new "
+                "--out"
+            )
+    n_bytes = path.stat().st_size if path.exists() else -1
+    if n_bytes < ledger.n_bytes:
+        raise ValueError(f"{path} is shorter than {beside.name} says; delete both to start again")
+    if n_bytes > ledger.n_bytes and not ledger.is_whole:
+        os.truncate(path, ledger.n_bytes)
+    return ledger
+
+
+def touch(path: Path) -> None:
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); give an --out in a folder that is there"
+        ) from error
+
+
+def append(path: Path, ledger: Ledger, lines: list[dict], n_problems: int, counts: Counter[str]) -> Ledger:
+    """Add the lines of a batch: first the bytes are on the disk, then the ledger says so."""
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
+    with path.open("ab") as file:
+        file.write(content)
+    fsync(path)
+    ledger = replace(
+        ledger,
+        n_done=ledger.n_done + n_problems,
+        n_bytes=ledger.n_bytes + len(content),
+        counts=dict(Counter(ledger.counts) + counts),
+    )
+    write_json(ledger_path(path), asdict(ledger))
+    return ledger
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    with path.open("rb") as file:
+        yield from map(json.loads, file)
+
+
+# ---- sample, select, write
+
+
+def collect(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    selection: Selection,
+    path: str | Path,
+    *,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    source: dict,
+    arguments: dict,
+    say: Callable[[str], None],
+    **sampling,
+) -> Ledger:
+    """Answer each question `samples` times and write what is kept to `path`, `batch_size` questions at a time.
+
+    Continues the file if it was begun with the same `arguments` (all that decide the lines; the questions are added
+    here). `source` goes into every line; `sampling` to Sampler.generate. After Ctrl-C the ledger returned is not whole.
+    """
+    path, arguments = Path(path), {**arguments, "problems": digest(questions)}
+    ledger = open_ledger(path, arguments, len(questions))
+    if ledger.is_whole:
+        say(f"{path} is finished: nothing to do")
+        return ledger
+    if ledger.n_done:
+        say(f"{path} goes on after {ledger.n_done} of {ledger.n_problems} problems")
+    seen = set(map(line_key, read_lines(path)))
+    n_before, n_all = ledger.n_done * samples, len(questions) * samples
+    progress = Progress(n_all, sampling["max_new_tokens"], tokenizer.stop_ids, n_before)
+    try:
+        while not ledger.is_whole:
+            batch = questions[ledger.n_done : ledger.n_done + batch_size]
+            seeds = [seed * SEED_STRIDE + ledger.n_done + i for i in range(len(batch))]
+            groups = answer(sampler, tokenizer, batch, n=samples, seed=seeds, on_token=progress.hear, **sampling)
+            progress.end_batch(len(batch) * samples)
+            lines, counts = keep_batch(batch, ledger.n_done, groups, selection, source, seen)
+            ledger = append(path, ledger, lines, len(batch), counts)
+    except KeyboardInterrupt:
+        progress.clear()
+        say(
+            f"stopped by Ctrl-C after {ledger.n_done} of {ledger.n_problems} problems, kept in {path}; "
+            "the same command goes on from there"
+        )
+    progress.clear()
+    return ledger
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Changes when a question or its gold answer does, as when the file that they are read from is edited."""
+    asked = [(question.shown, question.problem and question.problem.answer) for question in questions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def answer(sampler: Sampler, tokenizer: Tokenizer, questions: Sequence[Question], **sampling) -> list[list[Rollout]]:
+    """The answers to each question, judged if the questions are problems."""
+    prompts = [question.prompt for question in questions]
+    problems = [question.problem for question in questions]
+    completions_PG = sampler.generate(
+        [ids for _, ids in prompts], stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, **sampling
+    )
+    if None not in problems:
+        return judge_all(problems, prompts, completions_PG, tokenizer, {"accuracy": 1.0})
+    return [
+        [unjudged(prompt, completion, tokenizer) for completion in group]
+        for prompt, group in zip(prompts, completions_PG, strict=True)
+    ]
+
+
+def unjudged(prompt: tuple[str, list[int]], completion: Completion, tokenizer: Tokenizer) -> Rollout:
+    made = tokenizer.decode(i for i in completion.ids if i not in tokenizer.stop_ids)
+    return Rollout(None, prompt[1], completion, prefilled(prompt[0]) + made, None, {})
+
+
+def keep_batch(
+    questions: Sequence[Question], first: int, groups, selection: Selection, source: dict, seen: set[bytes]
+) -> tuple[list[dict], Counter[str]]:
+    """The batch's lines and counts. A line that the file holds already (a problem that came twice) is a duplicate."""
+    kept, counts = [], Counter()
+    for i, (question, group) in enumerate(zip(questions, groups, strict=True)):
+        lines, counted = write_lines(question, first + i, group, selection, source)
+        new = [line for line in lines if selection.keep == "all" or line_key(line) not in seen]
+        seen.update(map(line_key, new))
+        kept += new
+        counts += counted
+        n_samples = 2 if selection.keep == "pairs" else 1
+        counts += Counter(
+            {"duplicate": (len(lines) - len(new)) * n_samples, "kept": len(new), "problems": min(1, len(new))}
+        )
+    return kept, counts
+
+
+def summary(ledger: Ledger, selection: Selection) -> str:
+    """What was sampled, dropped and why, and kept, in a table."""
+    counts = Counter(ledger.counts)
+    rows = [("sampled", counts["sampled"], f"for {ledger.n_done} of {ledger.n_problems} problems")]
+    rows += [(f"- {name}", counts[name], why) for name, why in DROPPED.items() if counts[name]]
+    what = "pairs" if selection.keep == "pairs" else "kept"
+    rows.append((what, counts["kept"], f"of {counts['problems']} problems"))
+    if selection.keep != "all":
+        rows.insert(1, ("right", counts["right"], f"{counts['right'] / max(1, counts['sampled']):.3f} of them"))
+    return "\n".join(f"{name:<18}{n:>9,}   {why}" for name, n, why in rows)
+
+
+class Progress:
+    """How far sampling is, on stderr: one line rewritten on a terminal, else a line now and then."""
+
+    def __init__(self, n_answers: int, max_new_tokens: int, stop_ids: Sequence[int], n_before: int = 0):
+        """`n_before` of the answers were there before it began, and say nothing about the time left."""
+        self.n_answers, self.max_new_tokens, self.stop_ids = n_answers, max_new_tokens, frozenset(stop_ids)
+        self.n_tokens, self.n_before = 0, n_before
+        self.n_done = self.n_done_before = n_before
+        self.lengths: Counter[tuple[int, int]] = Counter()  # of the answers of this batch
+        self.is_live = sys.stderr.isatty()
+        self.start_s = self.shown_s = time.monotonic()
+
+    def hear(self, problem: int, index: int, token: int) -> None:
+        self.n_tokens += 1
+        self.lengths[problem, index] += 1
+        self.n_done += token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens
+        if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
+            self.show()
+
+    def end_batch(self, n_answers: int) -> None:
+        """Count the answers that ended otherwise too: by a stop text, or at the end of the context."""
+        self.n_done_before += n_answers
+        self.n_done = self.n_done_before
+        self.lengths.clear()
+
+    def show(self) -> None:
+        self.shown_s = time.monotonic()
+        wall_s = self.shown_s - self.start_s
+        text = (
+            f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {self.n_tokens / wall_s:.0f} tokens/s"
+        )
+        if n_new := self.n_done - self.n_before:
+            left_s = wall_s * (self.n_answers - self.n_done) / n_new
+            text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
+        print(
+            f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True
+        )
+
+    def clear(self) -> None:
+        if self.is_live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
