@@ -17,9 +17,10 @@ from typing import Literal
 
 import torch
 
-from nanor1.checkpoint import load_checkpoint
+from nanor1.checkpoint import load_checkpoint, model_folder
 from nanor1.config import apply_preset, option, parse_args, user_errors
-from nanor1.evaluate import Evaluation, evaluate, judge, write_prompt
+from nanor1.distillation import check_same_vocabulary
+from nanor1.evaluate import Evaluation, Preference, evaluate, judge_all, write_prompt
 from nanor1.grpo import (
     LossSettings,
     Rollout,
@@ -45,6 +46,7 @@ from nanor1.miniature import (
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
 from nanor1.parallel import Workers, start_workers
+from nanor1.preference import load_scorer, preference, score
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
@@ -87,7 +89,12 @@ class Config:
     max_rows: int = option(512, "completions sampled at once")
     resample: int = option(0, "at most this many further rounds of sampling to replace groups of equal reward")
 
-    rewards: str = option("accuracy=1,format=0.1", "NAME=WEIGHT,...; format is a cost: weight * (format - 1)", "reward")
+    rewards: str = option(
+        "accuracy=1,format=0.1",
+        "NAME=WEIGHT,... of accuracy, format (a cost: weight * (format - 1)), language, preference, random",
+        "reward",
+    )
+    reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for preference=WEIGHT")
     overlong: Literal["none", "mask", "penalty"] = option("none", "cut-off completions: no loss, or DAPO's penalty")
     overlong_buffer: int = option(64, "tokens before the limit in which the penalty grows")
 
@@ -141,7 +148,8 @@ class Config:
             raise ValueError("--importance-cap needs --minibatches 1: with several the ratio is to the sampler already")
         if self.compile == "on" and self.workers > 1:
             raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
-        parse_rewards(self.rewards)
+        if ("preference" in parse_rewards(self.rewards)) != bool(self.reward_model):
+            raise ValueError("--rewards preference=WEIGHT and --reward-model FOLDER need each other; give both or none")
 
 
 PRESETS = {
@@ -202,6 +210,7 @@ class Actor:
     task: Task
     template: str
     weights: dict[str, float]
+    preference: Preference | None  # the reward model's
     config: Config
 
     @property
@@ -257,6 +266,7 @@ def train(run: Run) -> None:
         step_start_s = time.monotonic()
         rollouts_PG, advantages_PG = act(run.actor, run.reference, progress.step)
         rollout_s = time.monotonic() - step_start_s
+        report_unjudged(run.log, rollouts_PG)
         learned = learn(run.actor, run.reference, run.optimizer, rollouts_PG, advantages_PG, progress.step)
         guard.check(learned["skipped_updates"], learned["updates"])
         progress.step += 1
@@ -322,11 +332,12 @@ def set_up(
     if is_compiled:
         model.compile_blocks()
     task, template, weights = load_task(config, tokenizer)
+    preference = load_preference(config, tokenizer, device, dtype, log) if "preference" in weights else None
     workers = start_workers(model, 1 if is_compiled else config.workers)
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
     return Run(
         config=config,
-        actor=Actor(workers, sampler, tokenizer, task, template, weights, config),
+        actor=Actor(workers, sampler, tokenizer, task, template, weights, preference, config),
         reference=reference,
         optimizer=optimizer,
         held_out=task.held_out(config.eval_problems),
@@ -349,6 +360,16 @@ def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "r1-zero"
     return task, template, parse_rewards(config.rewards)
+
+
+def load_preference(config: Config, tokenizer: Tokenizer, device, dtype, log: RunLog) -> Preference:
+    """What the reward model thinks of responses, in 0..1."""
+    folder = model_folder(config.reward_model)
+    log.say(f"reward model: {folder}")
+    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
+    scorer = load_scorer(folder, dtype, device).requires_grad_(False)
+    n_tokens = default_tokens_per_batch(config.tokens_per_batch, device)
+    return lambda prompt_ids_B, texts_B: [*map(preference, score(scorer, tokenizer, prompt_ids_B, texts_B, n_tokens))]
 
 
 def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict[str, torch.Tensor]) -> None:
@@ -409,10 +430,7 @@ def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollo
         seed=request_seed(config.seed, index),
         **stop_texts(actor),
     )
-    return [
-        [judge(problem, prompt, completion, tokenizer, actor.weights) for completion in group]
-        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
-    ]
+    return judge_all(problems, prompts, completions_PG, tokenizer, actor.weights, actor.preference)
 
 
 def stop_texts(actor: Actor) -> dict:
@@ -516,6 +534,13 @@ def throughput(rollouts_PG: list[list[Rollout]], rollout_s: float, learned: dict
     }
 
 
+def report_unjudged(log: RunLog, rollouts_PG: list[list[Rollout]]) -> None:
+    """Show the run's first completion that could not be judged; how many there are is in metrics.jsonl."""
+    for rollout in (rollout for group in rollouts_PG for rollout in group if rollout.reward is None):
+        shown = f"  problem: {shorten(rollout.problem.prompt)}\n  response: {shorten(rollout.text)}"
+        log.say_once("unjudged", f"could not be judged, left out (first case): {rollout.parts}\n{shown}")
+
+
 def rollout_row(rollout: Rollout) -> dict:
     return {
         "prompt": rollout.problem.prompt,
@@ -591,7 +616,7 @@ def say_what_changed(run: Run, after: dict, rollouts_PG: list[list[Rollout]]) ->
         log.say(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
         log.say(f"  before: {shorten(before_text)}")
         log.say(f"  after:  {shorten(rollout.text)}")
-    names = ["accuracy", "format", "response_tokens", "retries", "truncated"]
+    names = ["accuracy", "format", "language", "response_tokens", "retries", "truncated"]
     names += [name for name in after if name.startswith("majority") and after[name] is not None]
     log.say(f"\n{'held-out, ' + str(after['n']) + ' x ' + str(after['samples']):<24}{'before':>9}{'after':>9}")
     for name in names:

@@ -28,6 +28,13 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+REWARD_MODELS = {
+    "gpt2": "GPT2ForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+}
+SCORE = "score.weight"  # a reward model's one row of output weights, in place of the output matrix
 SUPPORTED = "nanor1 loads dense gpt2, llama, qwen2 and qwen3 models with full attention and unquantized weights"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # stored by old versions; not parameters
@@ -117,6 +124,12 @@ def read_config(folder: str | Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{path} has no {error}, which a model of type {hf['model_type']} needs") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether the model in the folder gives a text a score, and no next token; ValueError as from `read_config`."""
+    hf, _ = read_config(folder)
+    return REWARD_MODELS[hf["model_type"]] in (hf.get("architectures") or [])
 
 
 def read_json(path: Path) -> dict:
@@ -319,6 +332,8 @@ def read_parameters(
 
     ValueError names the file and the tensor that is damaged, missing, left over, or of another shape.
     """
+    if SCORE not in shapes and is_reward_model(folder):
+        raise ValueError(f"{folder} holds a reward model, which scores text and writes none; give a language model")
     stored = {parameter: stored_as(config, parameter) for parameter in shapes}
     places = tensor_places(folder, "transformer." if config.model_type == "gpt2" else "model.")
     check_names(folder, config, {item.name for item in stored.values()}, places.keys())
@@ -344,7 +359,7 @@ def tensor_places(folder: str | Path, prefix: str) -> dict[str, tuple[Path, str]
     for path in weight_files(Path(folder)):
         for key in open_weights(path).keys():
             if not BUFFER.search(key):
-                places[key if key.startswith((prefix, "lm_head.")) else prefix + key] = (path, key)
+                places[key if key.startswith((prefix, "lm_head.", SCORE)) else prefix + key] = (path, key)
     return places
 
 
@@ -408,6 +423,9 @@ def write_folder(folder: str | Path, config: ModelConfig, hf: Mapping, parameter
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     keys = {key: value for key, value in hf.items() if key not in ("rope_parameters", "dtype")}
     keys |= config_to_hf(config) | {"architectures": [FAMILIES[config.model_type]], "torch_dtype": dtype}
+    if SCORE in tensors:  # without these labels transformers would make a classifier of two
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        keys |= {"architectures": [REWARD_MODELS[config.model_type]]} | labels
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -574,7 +574,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, world, tmp_path):
         return 1.0
 
     world.setattr(train_zero.MasterAdamW, "step", step)
-    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 10), []))
+    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 11), []))
     flags = [*FLAGS.split(), "--minibatches", "1", "--steps", "1", "--out", str(tmp_path / "run")]
     assert_refused(run(*flags), "not finite after step 1")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -658,7 +658,9 @@ def make_actor(world, base):
         config = dataclasses.replace(train_zero.read_command_line()[0], **fields)
         model, tokenizer = Transformer.from_pretrained(base), Tokenizer.from_pretrained(base)
         task = train_zero.miniature_task(TINY)
-        return train_zero.Actor(Workers(model), Sampler(model), tokenizer, task, "bare", {"accuracy": 1.0}, config)
+        return train_zero.Actor(
+            Workers(model), Sampler(model), tokenizer, task, "bare", {"accuracy": 1.0}, None, config
+        )
 
     return make
 

@@ -1,0 +1,404 @@
+"""Supervised training from files: fine-tuning on answers, language modelling on text, or a preference reward model.
+
+    python train_sft.py --model FOLDER --data traces.jsonl                        fine-tuning: loss on the answers alone
+    python train_sft.py --model FOLDER --data traces.jsonl:3,general.jsonl        several files, with weights
+    python train_sft.py --model FOLDER --data corpus.txt --objective text         loss on every token
+    python train_sft.py --model FOLDER --data pairs.jsonl --objective preference  a reward model
+
+In DeepSeek-R1 (2501.12948, section 2.3) fine-tuning is the cold start, and later the stage between the two stages of
+reinforcement learning; a preference reward model takes part in the last one. Each step: take some examples, follow the
+gradient of their loss. What is read from a file and how a loss is made of it: nanor1/sft.py, nanor1/preference.py.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanor1 import preference, sft
+from nanor1.checkpoint import load_checkpoint
+from nanor1.config import apply_preset, option, parse_args, user_errors
+from nanor1.evaluate import wilson_interval
+from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
+from nanor1.miniature import find_miniature, find_model
+from nanor1.model import Transformer
+from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
+from nanor1.parallel import Workers, start_workers
+from nanor1.runlog import RunLog
+from nanor1.tokenizer import Tokenizer
+from nanor1.training import (
+    check_least,
+    choose_machine,
+    compiles,
+    default_tokens_per_batch,
+    is_due,
+    is_finished,
+    open_log,
+    resumed,
+    save_run,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str | None = option(
+        None, "model or run folder, or miniature/NAME, which is pretrained first", "what to train"
+    )
+    data: str | None = option(None, "files, as a.jsonl or a.jsonl:3,b.jsonl with weights: epochs of it in one epoch")
+    eval_data: str | None = option(None, "file of held-out examples; none: --held-out of the data")
+    held_out: float = option(0.05, "share of the data held out, by a hash of the example; 0: no evaluation")
+    objective: Literal["sft", "text", "preference"] = option(
+        "sft", "sft: on answers; text: on every token; preference: a reward model from prompt/chosen/rejected"
+    )
+    from_scratch: bool = option(False, "fresh weights: the folder needs only config.json and the tokenizer")
+    out: str | None = option(None, "run folder; none: runs/OBJECTIVE-TIME")
+    resume: str | None = option(None, "continue the run in this folder")
+    seed: int = option(0, "of everything random")
+
+    epochs: float = option(1.0, "passes over the data", "a step")
+    steps: int = option(0, "updates; 0: as many as the epochs take")
+    examples: int = option(16, "examples, or pairs, an update")
+    max_tokens: int = option(2048, "longer examples are left out, counted and reported")
+
+    centring: float = option(0.01, "preference: weight of the squared sum of a pair's scores", "loss")
+
+    lr: float = option(1e-5, "peak learning rate", "optimizer")
+    warmup: int = option(5, "updates of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
+    weight_decay: float = option(0.0, "AdamW's, on matrices")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    tokens_per_batch: int = option(
+        0, "tokens a forward and backward pass; 0: 1024 on the CPU (for the memory), else 8192"
+    )
+    checkpoint_activations: bool = option(False, "less memory, for a third more work")
+
+    eval_every: int = option(0, "evaluate every so many updates; 0: only before and after", "evaluation and saving")
+    eval_examples: int = option(500, "held-out examples, at most")
+    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end")
+    keep_last: int = option(2, "checkpoints kept")
+
+    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the weights; auto: bfloat16 on cuda, and on CPUs where it is measured to be faster"
+    )
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
+    threads: int = option(0, "CPU threads; 0: torch's choice")
+    workers: int = option(0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads")
+
+    def validate(self) -> None:
+        at_least = dict(steps=0, examples=1, max_tokens=2, warmup=0, lr=0, centring=0, weight_decay=0, keep_last=1)
+        at_least |= dict(tokens_per_batch=0, eval_every=0, eval_examples=1, save_every=0, threads=0, workers=0)
+        check_least(self, at_least, {})
+        if self.epochs <= 0:
+            raise ValueError(f"--epochs is {self.epochs}; it must be above 0")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"--held-out is {self.held_out}; it must be at least 0 and below 1")
+        if self.from_scratch and self.objective == "preference":
+            raise ValueError("a reward model starts from a language model; leave out --from-scratch")
+        if self.compile == "on" and self.workers > 1:
+            raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
+        sft.parse_data(self.data or "none")
+
+
+MINIATURE_RUN = dict(  # on the CPU, where one step is short: a GPU would wait for its launches
+    examples=64, epochs=2.0, lr=1e-3, max_tokens=256, tokens_per_batch=4096, device="cpu", dtype="float32"
+)
+COLUMNS = [
+    ("loss", "loss", "7.4f"), ("accuracy", "acc", "5.3f"), ("difference", "margin", "6.3f"), ("lr", "lr", "7.1e"),
+    ("grad_norm", "gnorm", "6.3f"), ("epoch", "epoch", "5.2f"), ("tokens_per_s", "tok/s", "7.0f"),
+    ("mfu", "mfu", "5.3f"), ("step_s", "s", "5.1f"), ("eval_loss", "eval", "7.4f"), ("eval_accuracy", "acc", "5.3f"),
+]  # fmt: skip
+
+
+PAIR_COLUMNS = {"accuracy", "difference", "eval_accuracy"}  # of --objective preference
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
+
+    step: int = 0
+    wall_s: float = 0.0
+    before: dict | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is read from a file, which model learns from it, and how; an item is an example or a pair."""
+
+    read: Callable  # (path, tokenizer, max_tokens) -> (items, how many were left out and why)
+    load: Callable  # (folder, dtype, device) -> model
+    learn: Callable  # (workers, items, tokens_per_batch) -> metrics; the gradient of their mean loss is added
+    measure: Callable  # the same without a gradient
+
+
+@dataclass
+class Run:
+    """Everything a run holds."""
+
+    config: Config
+    objective: Objective
+    workers: Workers  # the model, on one CPU thread or more
+    tokenizer: Tokenizer
+    optimizer: MasterAdamW
+    sources: list[sft.Source]
+    held_out: list
+    n_steps: int
+    tokens_per_batch: int
+    progress: Progress
+    log: RunLog
+    interrupt: Interrupt
+    peak_flops: float  # FLOP/s of matrix products on this device
+    start_s: float  # less what earlier parts of the run took
+
+
+@user_errors()
+def main() -> None:
+    start_s = time.monotonic()
+    config, checkpoint = read_command_line()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    progress = Progress(**state)
+    columns = [column for column in COLUMNS if config.objective == "preference" or column[0] not in PAIR_COLUMNS]
+    with open_log(config, checkpoint, progress.step, config.objective, columns) as log:
+        run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
+        del tensors  # twice the model's size
+        if checkpoint and is_finished(config.resume, progress.step, run.n_steps):
+            log.say(f"{config.resume} is finished; to train on, give more than --epochs {config.epochs:g}")
+            return
+        if progress.before is None and run.held_out:
+            progress.before = evaluate(run)
+            log.say(f"before: {describe(progress.before)}\n")
+        train(run)
+        if run.interrupt.is_asked:
+            log.say(f"stopped after step {progress.step}; continue with: python train_sft.py --resume {log.folder}")
+        else:
+            finish(run)
+
+
+def train(run: Run) -> None:
+    """The steps: take examples, follow the gradient of their loss, and do what is due after each."""
+    config, progress, guard = run.config, run.progress, NonFiniteGuard()
+    while progress.step < run.n_steps and not run.interrupt.is_asked:
+        step_start_s = time.monotonic()
+        items = sft.sample_examples(run.sources, config.examples, config.seed, progress.step)
+        metrics = run.objective.learn(run.workers, items, run.tokens_per_batch)
+        lr = learning_rate(progress.step, run.n_steps, config.lr, config.warmup, config.decay)
+        grad_norm = run.optimizer.step(lr, config.max_grad_norm)
+        guard.check(int(not math.isfinite(grad_norm)), int(math.isfinite(grad_norm)))
+        progress.step += 1
+
+        step_s = time.monotonic() - step_start_s
+        metrics |= {"lr": lr, "grad_norm": grad_norm, "step_s": step_s} | throughput(run, metrics, step_s)
+        is_last = progress.step == run.n_steps or run.interrupt.is_asked
+        if run.held_out and is_due(config.eval_every, progress.step) and not is_last:
+            metrics |= {f"eval_{key}": value for key, value in evaluate(run).items()}
+        run.log.metrics(progress.step, metrics)
+        run.log.line(progress.step, metrics)
+        progress.wall_s = time.monotonic() - run.start_s
+        if is_last or is_due(config.save_every, progress.step):
+            save_run(
+                run.log.folder, run.workers.model, run.tokenizer, run.optimizer, progress, keep_last=config.keep_last
+            )
+
+
+def throughput(run: Run, metrics: dict, step_s: float) -> dict:
+    per_epoch = sft.examples_per_epoch(run.sources)
+    return {
+        "epoch": run.progress.step * run.config.examples / per_epoch,
+        "tokens_per_s": metrics["tokens"] / step_s,
+        "mfu": metrics.pop("flops") / step_s / run.peak_flops,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+# ---- the objectives
+
+
+def make_objective(config: Config, vocab_size: int, is_fresh: bool) -> Objective:
+    """What the three objectives differ in; `vocab_size` is the tokenizer's, `is_fresh`: start from fresh weights."""
+    if config.objective == "preference":
+        return Objective(
+            read_pairs, preference.RewardModel.from_pretrained, partial(learn_pairs, config.centring), measure_pairs
+        )
+    load = partial(Transformer.from_scratch, seed=config.seed) if is_fresh else Transformer.from_pretrained
+    read = read_text if config.objective == "text" else read_answers
+    return Objective(
+        read, load, partial(learn_examples, vocab_size=vocab_size), partial(measure_examples, vocab_size=vocab_size)
+    )
+
+
+def read_answers(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sft.Example], str]:
+    found = sft.read_examples(path, tokenizer, max_tokens)
+    n_turns = sum(sum(example.is_target) for example in found.examples)
+    notes = [f"{n_turns:,} tokens to learn"]
+    if found.n_too_long:
+        notes.append(f"{found.n_too_long} longer than {max_tokens} tokens left out")
+    if found.n_rewritten:
+        notes.append(f"{found.n_rewritten} earlier answers without a loss, as the chat template rewrites them")
+    return found.examples, ", ".join(notes)
+
+
+def read_text(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sft.Example], str]:
+    found = sft.read_text(path, tokenizer, max_tokens)
+    n_tokens = sum(len(example.ids) for example in found.examples)
+    return found.examples, f"{n_tokens:,} tokens, {found.n_cut} documents cut into pieces of {max_tokens}"
+
+
+def read_pairs(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[preference.Pair], str]:
+    found = preference.read_pairs(path, tokenizer, max_tokens)
+    too_long = f"{found.n_too_long} longer than {max_tokens} tokens"
+    return found.pairs, f"left out: {too_long}, {found.n_equal} with the same final answer twice"
+
+
+def learn_examples(workers: Workers, examples: list[sft.Example], tokens_per_batch: int, vocab_size: int) -> dict:
+    loss = sft.add_gradient(workers, examples, tokens_per_batch, vocab_size)
+    lengths = [len(example.ids) - 1 for example in examples]
+    n_targets = sum(sum(example.is_target) for example in examples)
+    flops = workers.model.training_flops(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), n_targets)
+    return {"loss": loss, "tokens": sum(lengths), "flops": flops}
+
+
+def measure_examples(workers: Workers, examples: list[sft.Example], tokens_per_batch: int, vocab_size: int) -> dict:
+    return {"loss": sft.mean_loss(workers, examples, tokens_per_batch, vocab_size), "n": len(examples)}
+
+
+def learn_pairs(centring: float, workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int) -> dict:
+    terms = preference.add_gradient(workers, pairs, tokens_per_batch, centring)
+    n_pairs = sum(attended_tokens(pair) for pair in pairs)
+    return pair_metrics(terms) | {
+        "tokens": terms.n_tokens,
+        "flops": workers.model.training_flops(terms.n_tokens, n_pairs, 0),
+    }
+
+
+def attended_tokens(pair: preference.Pair) -> int:
+    """Pairs of query and key: the prompt's, and each answer's with the prompt and itself."""
+    n_prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
+    return n_prompt * (n_prompt + 1) // 2 + sum(n * n_prompt + n * (n + 1) // 2 for n in answers)
+
+
+def measure_pairs(workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int) -> dict:
+    terms = preference.evaluate_pairs(workers, pairs, tokens_per_batch)
+    low, high = wilson_interval(terms.n_right, terms.n)
+    return pair_metrics(terms) | {"accuracy_low": low, "accuracy_high": high, "n": terms.n}
+
+
+def pair_metrics(terms: preference.PairTerms) -> dict:
+    return {"loss": terms.loss, "accuracy": terms.accuracy, "difference": terms.difference, "score": terms.score}
+
+
+# ---- start and end
+
+
+def read_command_line() -> tuple[Config, Path | None]:
+    """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
+    config, given = parse_args(Config, description=__doc__)
+    if config.resume:
+        return resumed(config, given)
+    if config.model is None or config.data is None:
+        raise ValueError("--model and --data are needed: what to train, and on which files")
+    if find_miniature(config.model):
+        config = apply_preset(config, given, MINIATURE_RUN)
+    config.validate()
+    return config, None
+
+
+def set_up(
+    config: Config, checkpoint: Path | None, tensors: dict, progress: Progress, log: RunLog, start_s: float
+) -> Run:
+    folder = checkpoint or find_model(config.model, config.seed, log)
+    log.say(f"model: {folder}")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    is_fresh = config.from_scratch and not checkpoint
+    objective = make_objective(config, tokenizer.vocab_size, is_fresh)
+    sources, held_out = read_sources(config, objective, tokenizer, log)
+    device, dtype = choose_machine(config, checkpoint, folder, log)
+    model = objective.load(folder, dtype=dtype, device=device)
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
+    if checkpoint:
+        optimizer.load_state_tensors(tensors)
+    model.checkpoints_activations = config.checkpoint_activations
+    if is_compiled := compiles(config.compile, device):
+        model.compile_blocks()
+    per_epoch = sft.examples_per_epoch(sources)
+    n_steps = config.steps or math.ceil(config.epochs * per_epoch / config.examples)
+    log.say(f"{per_epoch} {'pairs' if config.objective == 'preference' else 'examples'} an epoch, {n_steps} steps")
+    return Run(
+        config=config,
+        objective=objective,
+        workers=start_workers(model, 1 if is_compiled else config.workers),
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        sources=sources,
+        held_out=held_out,
+        n_steps=n_steps,
+        tokens_per_batch=default_tokens_per_batch(config.tokens_per_batch, device),
+        progress=progress,
+        log=log,
+        interrupt=Interrupt(),
+        peak_flops=peak_flops(device, dtype, log.say),
+        start_s=start_s,
+    )
+
+
+def read_sources(config: Config, objective: Objective, tokenizer: Tokenizer, log: RunLog) -> tuple[list, list]:
+    """The files to train on with their weights, and the held-out items; says what was read and what left out."""
+    sources, held_out = [], []
+    for path, weight in sft.parse_data(config.data):
+        items, note = objective.read(path, tokenizer, config.max_tokens)
+        log.say(f"data: {path}, weight {weight:g}: {len(items)} ({note})")
+        if not config.eval_data and config.held_out:
+            items, out = sft.split(items, config.held_out, key_of(config.objective))
+            held_out += out
+        if not items:
+            raise ValueError(f"{path}: all of it is held out; lower --held-out, or give --eval-data")
+        sources.append((items, weight))
+    if config.eval_data:
+        held_out, note = objective.read(config.eval_data, tokenizer, config.max_tokens)
+        log.say(f"held out: {config.eval_data}: {len(held_out)} ({note})")
+    if not held_out:
+        log.say("nothing is held out: no evaluation")
+    return sources, held_out[: config.eval_examples]
+
+
+def key_of(objective: str) -> Callable:
+    """Items of one key are held out together, or not at all: all answers to a question."""
+    return (lambda pair: pair.prompt_ids) if objective == "preference" else sft.question
+
+
+def evaluate(run: Run) -> dict:
+    return run.objective.measure(run.workers, run.held_out, run.tokens_per_batch)
+
+
+def describe(measured: dict) -> str:
+    text = f"held-out loss {measured['loss']:.4f} (n={measured['n']})"
+    if "accuracy" in measured:
+        text += f", accuracy {measured['accuracy']:.3f} (95%: {measured['accuracy_low']:.3f} to "
+        text += f"{measured['accuracy_high']:.3f}), mean difference of scores {measured['difference']:.3f}"
+    return text
+
+
+def finish(run: Run) -> None:
+    """Evaluate the trained model; say and write what the run came to."""
+    progress, log = run.progress, run.log
+    after = evaluate(run) if run.held_out else None
+    progress.wall_s = time.monotonic() - run.start_s
+    times = dict(wall_s=progress.wall_s, steps=progress.step, seed=run.config.seed)
+    log.summary({"before": progress.before, "after": after} | times)
+    if after:
+        log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
+        log.say(f"\nbefore: {describe(progress.before)}\nafter:  {describe(after)}")
+    log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
+    use = "train_zero.py --rewards accuracy=1,format=0.1,preference=0.5 --reward-model"
+    log.say(f"next: python {use if run.config.objective == 'preference' else 'sample.py --model'} {log.folder} ...")
+
+
+if __name__ == "__main__":
+    main()
