@@ -31,7 +31,7 @@ from nanor1.config import apply_preset, option, parse_args, user_errors
 from nanor1.evaluate import evaluate, summarize, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.machine import choose_device
-from nanor1.miniature import Miniature, find_model, miniature_task, own_miniature
+from nanor1.miniature import Miniature, find_miniature, find_model, miniature_task, own_miniature
 from nanor1.model import Transformer
 from nanor1.pretrained import read_config
 from nanor1.rewards import final_answer
@@ -141,6 +141,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+MINIATURE = dict(max_new_tokens=224, max_rows=512)  # as it is trained; its answers are short and take little memory
 N_GENERATED = 200  # problems where no --limit is given
 INTERRUPTED = "stopped by Ctrl-C"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -155,6 +156,8 @@ def main() -> None:
         raise ValueError(
             f"--n {config.n} at --temperature 0 gives the same answer {config.n} times; raise one or drop one"
         )
+    if find_miniature(config.model):
+        config = apply_preset(config, given, MINIATURE)
     prompt = config.prompt if config.task or config.prompts or "prompt" in given else read_stdin()
     engine = load_engine(config)
     if config.keep or config.prompts:

@@ -92,7 +92,9 @@ def _run_programs(jobs: list[tuple], tokenizer: Tokenizer) -> dict[int, dict[str
 
 
 def _with_preference(rollout: Rollout, score: float | None, weights: dict[str, float]) -> Rollout:
-    parts = rollout.parts | {"preference": score}
+    """An answer that is cut off or missing is preferred to none: a reward model may never have seen one."""
+    is_there = rollout.completion.finish == "stop" and after_thinking(rollout.text).strip()
+    parts = rollout.parts | {"preference": score if is_there else 0.0}
     return replace(rollout, parts=parts, reward=combine(parts, weights))
 
 

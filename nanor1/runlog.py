@@ -4,6 +4,7 @@
     metrics.jsonl    one line of scalars a step
     rollouts.jsonl   one line a kept rollout
     log.txt          every line that went to the console
+    traces.jsonl     what a teacher answered before its student's first step, and how far it is beside it (traces.py)
     summary.json     what the run came to, written at its end
 
 Every line is flushed as it is written, so a killed run loses at most half a line; a resumed run first cuts the JSON
@@ -32,6 +33,7 @@ from typing import TextIO
 LINE_FILES = ("metrics.jsonl", "rollouts.jsonl", "log.txt")
 CONSOLE_WIDTH = 120
 LINES_PER_HEADER = 20
+MADE_BEFORE = {"config.json", *LINE_FILES, "traces.jsonl", "traces.jsonl.progress.json"}  # anything is measured
 PROGRESS_INTERVAL_S = 0.1
 Columns = Sequence[tuple[str, str, str]]
 
@@ -82,15 +84,22 @@ class RunLog:
         return cls(folder, columns, console)
 
     @classmethod
-    def open(cls, folder: str | Path, step: int, columns: Columns = (), console: TextIO | None = None) -> "RunLog":
-        """Continue a run from its checkpoint at `step`: JSON lines of later steps and broken lines are cut away."""
+    def open(
+        cls, folder: str | Path, step: int | None, columns: Columns = (), console: TextIO | None = None
+    ) -> "RunLog":
+        """Continue a run from its checkpoint at `step`: JSON lines of later steps and broken lines are cut away.
+
+        None: a run without a checkpoint begins again, without the lines that it has.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is not a run folder: it has no config.json; check --resume")
-        n_cut = {name: cut_back(folder / name, step) for name in LINE_FILES if name.endswith(".jsonl")}
+        last = -1 if step is None else step
+        n_cut = {name: cut_back(folder / name, last) for name in LINE_FILES if name.endswith(".jsonl")}
         log = cls(folder, columns, console)
         cuts = ", ".join(f"{n} lines from {name}" for name, n in n_cut.items() if n)
-        log.say(f"resumed at step {step} by {shlex.join(sys.argv)}" + (f"; cut {cuts}" if cuts else ""))
+        how = "begun again, as there is no checkpoint," if step is None else f"resumed at step {step}"
+        log.say(f"{how} by {shlex.join(sys.argv)}" + (f"; cut {cuts}" if cuts else ""))
         return log
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
@@ -182,12 +191,12 @@ def rounded(value: object, name: str, non_finite: list[str]) -> object:
 
 
 def is_fresh(folder: Path) -> bool:
-    """Whether the folder is empty, or holds only what `RunLog.create` makes before anything is measured."""
+    """Whether the folder is empty, or holds only what is made before anything is measured; a kill may leave .NAME.tmp."""
     if not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} - {f".{name}.tmp" for name in MADE_BEFORE}
     measured = [folder / name for name in LINE_FILES if name.endswith(".jsonl")]
-    return names <= {"config.json", *LINE_FILES} and not any(path.exists() and path.stat().st_size for path in measured)
+    return names <= MADE_BEFORE and not any(path.exists() and path.stat().st_size for path in measured)
 
 
 def cut_back(path: Path, step: int) -> int:

@@ -337,9 +337,6 @@ def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
     return rows
 
 
-read_problems = read_json_lines  # the name by which preference.py calls it
-
-
 def _json_object(line: bytes) -> dict:
     try:
         row = json.loads(line)

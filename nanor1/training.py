@@ -1,10 +1,11 @@
-"""What every training script does around its loop: start or resume a run, choose the machine, save.
+"""What every training script does around its loop: start or resume a run, choose the machine, update, save.
 
 A script keeps a Config (a frozen dataclass with `out`, `resume`, `device`, `dtype`, ...), a Progress (a dataclass with
 `step`, all that a resumed run needs besides weights and moments) and a RunLog. Left out: the loops themselves.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -12,20 +13,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nanor1.checkpoint import latest_checkpoint, save_checkpoint
+from nanor1.checkpoint import checkpoint_folders, latest_checkpoint, save_checkpoint
 from nanor1.config import from_json, load_arguments, to_json
 from nanor1.machine import choose_device
-from nanor1.optim import MasterAdamW, is_finite
+from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
+from nanor1.parallel import Workers, start_workers
 from nanor1.pretrained import read_config
 from nanor1.runlog import Columns, RunLog, default_run_folder
 
 C = TypeVar("C")
 
 
-def resumed(config: C, given: Iterable[str]) -> tuple[C, Path]:
+def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
     """The configuration and the newest whole checkpoint of the run in `config.resume`; flags beat its arguments.
 
-    `given` are the names of the fields that the command line set. ValueError where there is nothing to resume.
+    `given` are the names of the fields that the command line set. No checkpoint: the run ended before its first one,
+    and begins again. ValueError where there is no run, or all its checkpoints are damaged.
     """
     if "preset" in given:
         raise ValueError("--preset is for a new run; with --resume give the single flags")
@@ -33,15 +36,15 @@ def resumed(config: C, given: Iterable[str]) -> tuple[C, Path]:
     stored = load_arguments(folder / "config.json") | {name: values[name] for name in given}
     config = from_json(type(config), stored, f"{folder}/config.json")
     checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
+    if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
         raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
     return config, checkpoint
 
 
 def open_log(config, checkpoint: Path | None, step: int, name: str, columns: Columns) -> RunLog:
     """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME."""
-    if checkpoint:
-        return RunLog.open(config.resume, step, columns)
+    if config.resume:
+        return RunLog.open(config.resume, step if checkpoint else None, columns)
     return RunLog.create(config.out or default_run_folder(name), to_json(config), columns)
 
 
@@ -64,6 +67,18 @@ def choose_machine(config, checkpoint: Path | None, folder: Path | str, log) -> 
     return choose_device(config.device, dtype, log.say, model_config.hidden_size)
 
 
+def prepare(model: nn.Module, config, tensors: dict[str, Tensor], device: torch.device) -> tuple[MasterAdamW, Workers]:
+    """Make a loaded model ready to learn: its optimizer, with the moments of a resumed run's `tensors`, and workers."""
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
+    if tensors:
+        optimizer.load_state_tensors(tensors)
+    model.checkpoints_activations = config.checkpoint_activations
+    is_compiled = compiles(config.compile, device)
+    if is_compiled:
+        model.compile_blocks()
+    return optimizer, start_workers(model, 1 if is_compiled else config.workers)
+
+
 def compiles(compile: str, device: torch.device) -> bool:
     """Whether `--compile on|off|auto` asks for compiled blocks on this device; auto: on CUDA."""
     return compile == "on" or (compile == "auto" and device.type == "cuda")
@@ -72,6 +87,23 @@ def compiles(compile: str, device: torch.device) -> bool:
 def default_tokens_per_batch(asked_for: int, device: torch.device) -> int:
     """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
     return asked_for or (1024 if device.type == "cpu" else 8192)
+
+
+def longest_example(max_tokens: int, folder: Path | str) -> int:
+    """`max_tokens`, or the context of the model in the folder where that is shorter."""
+    return min(max_tokens, read_config(folder)[1].max_position_embeddings)
+
+
+def update(optimizer: MasterAdamW, guard: NonFiniteGuard, config, step: int, n_steps: int) -> dict[str, float]:
+    """Follow the gradient at the schedule's rate of update `step` (from 0); returns `lr` and `grad_norm`.
+
+    A gradient that is not finite is skipped; ValueError after several in a row.
+    """
+    lr = learning_rate(step, n_steps, config.lr, config.warmup, config.decay)
+    grad_norm = optimizer.step(lr, config.max_grad_norm)
+    is_made = math.isfinite(grad_norm)
+    guard.check(n_skipped=int(not is_made), n_made=int(is_made))
+    return {"lr": lr, "grad_norm": grad_norm}
 
 
 def save_run(

@@ -260,16 +260,17 @@ def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
     assert [[rollout.reward for rollout in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
 
 
-def test_a_reward_model_is_asked_once_for_all_and_its_none_leaves_the_completion_out():
+def test_a_reward_model_is_asked_once_for_all_its_none_is_left_out_and_no_answer_is_worth_nothing():
     tokenizer, asked = Tokenizer.from_bytes(), []
 
     def preference(prompt_ids_B, texts_B):
         asked.append((prompt_ids_B, texts_B))
-        return [0.25, None]
+        return [0.25, None, 0.75, 0.75]
 
-    made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in ("5", "6")]]
+    made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in ("5", "6", "<think>")]]
+    made[0].append(Completion(tokenizer.encode("5"), [0.0], "length"))
     weights = {"accuracy": 1.0, "preference": 0.5}
     (group,) = judge_all([SUM], [("2 + 3 =", [7])], made, tokenizer, weights, preference)
-    assert asked == [([[7], [7]], ["5", "6"])]
-    assert [rollout.parts["preference"] for rollout in group] == [0.25, None]
-    assert [rollout.reward for rollout in group] == [1.125, None]
+    assert asked == [([[7]] * 4, ["5", "6", "<think>", "5"])]
+    assert [rollout.parts["preference"] for rollout in group] == [0.25, None, 0.0, 0.0]  # still thinking; cut off
+    assert [rollout.reward for rollout in group] == [1.125, None, 0.0, 0.0]

@@ -10,7 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from its own group or an earlier one, never in a circle. A new module takes its place here.
 GROUPS = [
-    {"config", "runlog", "tokenizer", "numeric", "latex", "grading", "wire", "jail", "confine", "sandbox", "kernels", "machine"},
+    {
+        "config",
+        "runlog",
+        "tokenizer",
+        "numeric",
+        "latex",
+        "grading",
+        "wire",
+        "jail",
+        "confine",
+        "sandbox",
+        "kernels",
+        "machine",
+    },
     {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},

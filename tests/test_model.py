@@ -422,7 +422,7 @@ DAMAGES = {
     ),
     "unexpected tensor": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)})),
-        "no place for, the first is model.score.weight",
+        "no place for, the first is score.weight",
     ),
     "fewer layers than stored": (lambda folder: edit_config(folder, num_hidden_layers=1), "model.layers.1.input"),
     "another shape": (

@@ -7,8 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.rewards import accuracy, after_thinking, answer_block, combine, format, overlong_penalty, parse_rewards
-from nanor1.tasks import Problem, countdown_problem
+from nanor1.rewards import (
+    accuracy,
+    after_thinking,
+    answer_block,
+    chance,
+    combine,
+    format,
+    language,
+    overlong_penalty,
+    parse_rewards,
+    thinking,
+)
+from nanor1.tasks import Problem, countdown_problem, prefilled
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "/nonexistent"))
 needs_shared = pytest.mark.skipif(
@@ -18,6 +29,10 @@ COUNTDOWN = countdown_problem((1, 2, 3), 9)
 SUM = Problem("What is 47 + 85?", "132", "arithmetic", (47, 85))
 GSM8K = Problem("How many?", "1200", "gsm8k")
 MATH = Problem("How much?", "\\frac{1}{2}", "math")
+CODE = Problem("Add two numbers.", "", "code")
+GENERAL = Problem("Write a letter.", "", "general")
+ENGLISH = Problem("How many apples are left?", "3", "math")
+CHINESE = Problem("还剩几个苹果？", "3", "math")
 
 # Verdicts of level "policy" that this project chooses otherwise: 5000 nested parentheses, and a leading zero (05 + 07).
 OTHER_CHOICES = {"cd-0171": False, "cd-0219": False}
@@ -121,7 +136,8 @@ tagged_text = st.lists(
 @given(st.sampled_from([COUNTDOWN, SUM, GSM8K, MATH]), tagged_text)
 def test_every_text_is_judged_and_never_raises(problem, text):
     assert accuracy(problem, text) in (0.0, 1.0)
-    assert format(problem, text) in (0.0, 1.0)
+    assert all(format(other, text) in (0.0, 1.0) for other in (problem, CODE, GENERAL))
+    assert 0.0 <= language(problem, text) <= 1.0
 
 
 def test_thinking_ends_with_the_last_closing_tag():
@@ -129,6 +145,8 @@ def test_thinking_ends_with_the_last_closing_tag():
     assert after_thinking("no tags") == "no tags"
     assert after_thinking("<think>still at it") == ""
     assert answer_block("<answer>a<answer>b</answer>c</answer>") == "b"
+    assert thinking("<think>a</think>b</think>c") == "<think>a</think>b"
+    assert thinking("no tags") == "no tags" and thinking("<think>still at it") == "<think>still at it"
 
 
 # ---- format
@@ -203,12 +221,303 @@ def test_boxed_format_is_thinking_once_and_then_one_box_and_only_for_tasks_that_
     assert format(COUNTDOWN, text) == format(SUM, text) == 0.0
 
 
-@pytest.mark.parametrize("piece", ["<think>", "\\boxed{", "</think> ", "{ ", "\n", "<answer>"])
+@needs_shared
+def test_the_format_of_code_agrees_with_the_conformance_set():
+    rows = [row for row in conformance("format") if row["rule"] == "code_format_python"]
+    assert len(rows) > 2 and [row["id"] for row in rows if format(CODE, row["text"]) != row["expected"]] == []
+
+
+BLOCK = "```python\nprint(1)\n```"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        (BLOCK, 1.0),
+        (f"It prints 1:\n\n{BLOCK}\n\nDone.", 1.0),
+        ("  ```python \r\n  print(1)\r\n  ``` \r\n", 1.0),  # in a list; line ends of another system
+        (f"Run it:\n```bash\npython a.py\n```\n{BLOCK}", 1.0),  # other languages are free
+        (f"{BLOCK}\n{BLOCK}", 0.0),
+        ("```python\nprint(1)\n", 0.0),  # never closed
+        ("```python\nprint(1)```", 0.0),
+        ("```python\n\n```", 0.0),
+        ("```python print(1)\n```", 0.0),
+        ("Here: ```python\nprint(1)\n```", 0.0),
+        ("```py\nprint(1)\n```", 0.0),
+        ("```\nprint(1)\n```", 0.0),
+        ("print(1)", 0.0),
+        ("", 0.0),
+    ],
+)
+@pytest.mark.parametrize("form", ["<think>a</think>\n{}", "<think>a</think>\n<answer>{}</answer>\n"])
+def test_the_answer_to_code_holds_one_closed_python_block(form, answer, reward):
+    assert format(CODE, form.format(answer)) == reward
+
+
+def test_a_program_in_the_thinking_is_free_and_code_has_the_thinking_once_too():
+    assert format(CODE, f"<think>\n{BLOCK}\n</think>\n{BLOCK}") == 1.0
+    assert format(CODE, f"<think>\n{BLOCK}\n</think>\nprint(1)") == 0.0
+    assert format(CODE, BLOCK) == format(CODE, f"<think></think>\n{BLOCK}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>a</think>\n\nDear Sir, <b>hello</b>", 1.0),
+        ("<think>a</think><answer>Dear Sir</answer>", 1.0),  # what a base model is shown
+        ("<think>a</think> \n", 0.0),
+        ("<think> </think>Dear Sir", 0.0),
+        ("Dear Sir", 0.0),
+        ("Well: <think>a</think>Dear Sir", 0.0),
+        ("<think>a</think>Dear <think>b</think>Sir", 0.0),
+        ("<think>a</think>Dear <answer>Sir", 0.0),
+        ("<think>a</think><answer>Dear Sir</answer> Yours", 0.0),
+        ("<think>Dear Sir", 0.0),
+    ],
+)
+def test_a_general_answer_is_thinking_once_and_then_anything_without_tags(text, reward):
+    assert format(GENERAL, text) == reward
+
+
+@needs_shared
+def test_the_general_format_agrees_with_the_conformance_column_where_an_answer_follows():
+    rows = [row for row in conformance("format") if row.get("think_once_first") is not None]
+    rows = [row for row in rows if "answer>" not in row["text"]]
+    wrong = [row["id"] for row in rows if format(GENERAL, row["text"] + " 42") != float(row["think_once_first"])]
+    assert len(rows) > 10 and wrong == []
+
+
+@pytest.mark.parametrize("prompt", ["<｜User｜>Hello<｜Assistant｜><think>", "<|assistant|>\n<think>\n"])
+def test_a_think_that_the_template_wrote_counts_and_one_more_is_one_too_many(prompt):
+    for problem, answer in ((GENERAL, "Hello."), (MATH, "\\boxed{1}"), (CODE, BLOCK)):
+        once, again = f"\na\n</think>\n\n{answer}", f"<think>\na\n</think>\n\n{answer}"
+        assert format(problem, prefilled(prompt) + once) == 1.0
+        assert format(problem, prefilled(prompt) + again) == 0.0
+        assert format(problem, prefilled("<|assistant|>\n") + again) == 1.0
+
+
+@pytest.mark.parametrize("piece", ["<think>", "\\boxed{", "</think> ", "{ ", "\n", "<answer>", "```", "\n```py"])
 def test_format_takes_time_in_proportion_to_the_text(piece):
     start = time.perf_counter()
     for text in (piece * 20_000, f"<think>{piece * 20_000}</think>{piece * 20_000}"):
         assert format(MATH, text) == 0.0
+        assert format(CODE, text) == format(CODE, f"<think>a</think>\n```python\n{text}") == 0.0
     assert time.perf_counter() - start < 5.0
+
+
+# ---- language
+
+
+@pytest.mark.parametrize(
+    ("text", "english", "chinese"),
+    [
+        ("So we add two and two.", 1, 0),
+        ("所以，我们把它们加起来。", 0, 1),
+        ("two apples, 苹果", 1 / 2, 1 / 2),  # each character counts
+        ("so 只有 2 个", 1 / 4, 3 / 4),
+        ("", 1, 1),
+        ("1 + 2 = 3?! (１２)", 1, 1),
+        ("let x and y be 3a + b", 1, 0),  # variables are no words
+        ("设 x 和 y 为 3a", 0, 1),
+        ("I 有 a 苹果", 0, 1),  # nor then are "I" and "a"
+        ("it's 对", 1 / 2, 1 / 2),
+        ("α + β ≤ π, ℓ, 𝑥: 对", 0, 1),
+        ("cafe\u0301 对", 1 / 2, 1 / 2),  # an accent of its own parts no word
+        ("x\u0302 对", 0, 1),
+        ("5 km 多", 1 / 2, 1 / 2),  # not told from English
+        ("then かなカ", 1 / 4, 0),
+        ("漢字かな", 0, 1 / 2),  # kanji are not told from Chinese
+        ("the sum of \u0430 and b", 4 / 5, 0),  # a Cyrillic letter that looks Latin
+        ("m\u043eney", 1 / 2, 0),
+        ("ответ is", 1 / 2, 0),
+        ("سَلام is", 1 / 2, 0),
+        ("שלום is", 1 / 2, 0),
+        ("답은 is", 1 / 2, 0),
+        ("में is", 1 / 2, 0),
+        ("ดี is", 1 / 2, 0),
+        ("და is", 1 / 2, 0),
+    ],
+)
+def test_language_is_the_share_of_words_in_the_script_of_the_prompt(text, english, chinese):
+    assert language(ENGLISH, text) == pytest.approx(english)
+    assert language(CHINESE, text) == pytest.approx(chinese)
+
+
+def test_the_language_of_a_miniature_that_mixes_two():
+    thought = "8 - 3 = 5 - 4 = 1 ? 15 14 wait 8 * 3 = 24 - 4 = 20 ? 15 5 等 8 - 3 = 5 + 4 = 9 ? 15 6 wait 8 + 4 yes"
+    text = f"<think> {thought} </think> <answer> ( 8 + 4 ) + 3 </answer>"
+    assert language(Problem("8 3 4 target : 15", "15", "countdown"), text) == 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("<think> two </think> 苹果", 1),
+        ("<think> 苹果 </think> two", 0),
+        ("two </think> 苹果", 1),
+        ("two 对", 1 / 2),  # no tags: all is reasoning
+        ("<think> two 对", 1 / 2),  # cut off
+        ("<think> two </think> 对 </think> four", 1 / 2),
+        ("<think></think> 苹果", 1),
+    ],
+)
+def test_the_language_is_that_of_the_reasoning(text, share):
+    assert language(ENGLISH, text) == share
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "share"),
+    [
+        ("3 + 4 = ?", "two 对", 1 / 2),
+        ("3 + 4 = ?", "two", 1),  # no word: English
+        ("", "two", 1),
+        ("用 Python 计算", "对", 1),
+        ("Translate 苹果 for me", "对", 0),
+        ("$\\text{Find the value of}$ 求 x", "对", 1),  # LaTeX has no say here either
+        ("two 二", "two", 1),  # as many: English
+        ("Сколько яблок?", "три яблока", 1),
+        ("Сколько яблок?", "three", 0),
+        ("Combien de pommes ?", "two", 1),  # French is not told from English
+    ],
+)
+def test_the_target_is_the_language_that_most_words_of_the_prompt_are_in(prompt, text, share):
+    assert language(Problem(prompt, "", "math"), text) == share
+
+
+NO_WORDS = [
+    "```python\ndef add(left, right):\n    return `left`  # 加\n```",
+    "`total 总`",
+    "``total 总``",
+    "$\\text{总 all}$",
+    "$a = \\$5 总$",
+    "$$\n\\sum 总 all $ x\n$$",
+    "\\(总 \\text{all}\\)",
+    "\\[\\begin{cases} 总 \\\\ all \\end{cases}\\]",
+    "\\frac{all}{总}",
+    "\\boxed{\\frac{\\text{总 all}}{2}}",
+    "\\alpha",
+    "\\$5",
+    "$5",
+    "https://example.com/path?q=two",
+    "www.example.com",
+    "<think>",
+    "<answer>",
+    "</answer>",
+    "42",
+    "3.14%",
+    "<<3*10=30>>30",
+    "x",
+    "β",
+]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["two", "apples", "对", "苹果", "か", "да"]), st.sampled_from(["", *NO_WORDS])),
+        max_size=8,
+    )
+)
+def test_digits_code_latex_tags_and_addresses_change_nothing(pairs):
+    plain, mixed = " ".join(word for word, _ in pairs), " ".join(f"{word} {piece}" for word, piece in pairs)
+    for problem in (ENGLISH, CHINESE):
+        assert language(problem, mixed) == language(problem, plain)
+
+
+@pytest.mark.parametrize("text", NO_WORDS)
+def test_what_is_no_word_is_none_alone_either(text):
+    assert language(ENGLISH, text) == language(CHINESE, text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n对 two",
+        "`对 two",
+        "`对\ntwo`",
+        "$x 对 two",
+        "$$x 对 two",
+        "\\(对 two",
+        "\\[对 two",
+        "\\boxed{对 two",
+        "<对> two",
+        "3 <4 对 two 5> 6",
+        "$5对$6 two",
+        "$5 对 $ two",
+        "5$ 对 two 6$",
+        "http://example.com，对 two",
+    ],
+)
+def test_what_is_left_open_or_money_hides_no_word(text):
+    assert language(ENGLISH, text) == language(CHINESE, text) == 1 / 2
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(max_size=20), st.lists(st.sampled_from([*"`$\\()[]{}<>\n xа中か\ud800", "```", "\\a{", "two"])))
+def test_every_text_has_a_language_share_and_never_raises(prompt, pieces):
+    for text in ("".join(pieces), prompt + "".join(pieces)):
+        assert 0.0 <= language(Problem(prompt, "", "math"), text) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "$",
+        "`",
+        "$ ",
+        "`a",
+        "$$a$",
+        "\\",
+        "\\(",
+        "\\[[",
+        "\\a{",
+        "\\a{{}",
+        "{",
+        "<a",
+        "www.",
+        "中",
+        "\u0430",
+        "\u0301",
+        "x",
+    ],
+)
+def test_language_takes_time_in_proportion_to_the_text(piece):
+    start = time.process_time()
+    language(ENGLISH, (piece * 100_000)[:100_000])
+    language(ENGLISH, "``" + piece * 10_000 + "```")
+    assert time.process_time() - start < 5.0
+
+
+@needs_shared
+def test_language_agrees_with_the_conformance_set():
+    rows = [row for row in conformance("format") if row["rule"] == "language_consistency"]
+    wrong = []
+    for row in rows:
+        problem = CHINESE if row["params"]["target_language"] == "zh" else ENGLISH  # Spanish and French pass for it
+        share = language(problem, row["text"])
+        is_met = share >= row["expected"] if row["op"] == ">=" else share <= row["expected"]
+        wrong += [] if is_met else [row["id"]]
+    assert len(rows) > 20 and wrong == []
+
+
+@needs_shared
+def test_the_more_of_another_language_the_smaller_the_share():
+    rows = [row for row in conformance("format") if row["rule"] == "language_order"]
+    rows = [row for row in rows if row["id"] != "fmt-0269"]  # mixed with nothing but LaTeX, which does not count
+    for row in rows:
+        english, mixed, other = (language(ENGLISH, text) for text in row["text"])
+        assert english > mixed > other, row["id"]
+    assert len(rows) > 3
+
+
+# ---- chance
+
+
+def test_a_random_reward_is_fixed_by_the_text_and_one_half_on_average():
+    values = [chance(SUM, f"<think>{i}</think>") for i in range(1000)]
+    assert set(values) == {0.0, 1.0} and abs(sum(values) - 500) < 4 * 16  # four standard deviations
+    assert values == [chance(SUM, f"<think>{i}</think>") for i in range(1000)]
+    assert values != [chance(GSM8K, f"<think>{i}</think>") for i in range(1000)]
 
 
 # ---- length
@@ -250,6 +559,14 @@ def test_format_can_cost_but_earns_nothing(is_right, has_format, reward):
 def test_a_reward_with_a_part_that_could_not_be_judged_is_none():
     assert combine({"accuracy": None, "format": 1.0}, {"accuracy": 1.0, "format": 0.1}) is None
     assert combine({"accuracy": None, "format": 1.0}, {"format": 0.1}) == 0.0  # not weighted, not needed
+    assert combine({"accuracy": None, "format": 0.0}, {"accuracy": 0.0, "format": 0.1}) == -0.1
+
+
+def test_rewards_of_all_kinds_add_up_by_their_weights():
+    weights = parse_rewards("accuracy=1,format=0.1,language=0.2,preference=0.5")
+    parts = {"accuracy": 1.0, "format": 0.0, "language": 0.75, "preference": 0.4}
+    assert combine(parts, weights) == pytest.approx(1 - 0.1 + 0.15 + 0.2)
+    assert combine(parts | {"preference": None}, weights) is None
 
 
 def test_reward_weights_are_read_by_name():
@@ -260,7 +577,7 @@ def test_reward_weights_are_read_by_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("acuracy=1", "unknown reward 'acuracy'.*choose from accuracy, format"),
+        ("acuracy=1", "unknown reward 'acuracy'.*choose from accuracy, format, language, .*preference"),
         ("", "unknown reward ''"),
         ("accuracy=1,", "unknown reward ''"),
         ("accuracy", "no weight; write accuracy=NUMBER"),

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +271,9 @@ def test_a_problem_that_comes_twice_gives_no_line_twice(tmp_path):
     assert twice.counts["sampled"] == twice.counts["kept"] + sum(twice.counts.get(name, 0) for name in DROPPED)
 
 
+IMPORTABLE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
 def begin_and_die(path):
     """Kill this process where it is worst: the lines of the second batch are written, the ledger does not know it."""
     write_json = traces.write_json
@@ -277,20 +283,15 @@ def begin_and_die(path):
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(beside, content)
 
-    signal.alarm(60)  # a forked process must not outlive the test, whatever becomes of it
     traces.write_json = write_or_die
     sample(path)
 
 
 def test_killed_sampling_goes_on_without_duplicates_to_the_bytes_of_an_uninterrupted_run(tmp_path):
     killed, whole, said = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl", []
-    child = os.fork()
-    if child == 0:
-        try:
-            begin_and_die(killed)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    program = "import pathlib, sys, test_traces; test_traces.begin_and_die(pathlib.Path(sys.argv[1]))"
+    child = subprocess.run([sys.executable, "-c", program, str(killed)], cwd=Path(__file__).parent, env=IMPORTABLE)
+    assert child.returncode == -signal.SIGKILL
     ledger = json.loads(ledger_path(killed).read_text())
     assert ledger["n_done"] == 2 and killed.stat().st_size > ledger["n_bytes"] > 0
     sample(whole)
