@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss, token_logprobs
-from nanor1.packing import attended_pairs
+from nanor1.packing import attended_pairs, in_batches
 from nanor1.parallel import Workers
 
 Advantage = float | list[float]  # of a completion, or of each of its tokens
@@ -121,16 +121,12 @@ def pack(
     groups = groupby((i for i, r in enumerate(rollouts) if r.completion.ids), lambda i: rollouts[i].prompt_ids)
     by_length = [sorted(group, key=lambda i: -_n_tokens(rollouts[i])) for _, group in groups]
     by_length.sort(key=lambda group: -_n_tokens(rollouts[group[0]]))
-    batches, n_tokens, prompt = [], 0, None
-    for i in (i for group in by_length for i in group):
-        n_alone = _n_tokens(rollouts[i])
-        n_more = n_alone - len(prompt) if prompt == rollouts[i].prompt_ids else n_alone
-        if not batches or n_tokens + n_more > tokens_per_batch:
-            batches.append([])
-            n_tokens, n_more = 0, n_alone
-        batches[-1].append(i)
-        n_tokens += n_more
-        prompt = rollouts[i].prompt_ids
+
+    def n_new(i: int, before: int | None) -> int:
+        is_shared = before is not None and rollouts[before].prompt_ids == rollouts[i].prompt_ids
+        return _n_tokens(rollouts[i]) - (len(rollouts[i].prompt_ids) if is_shared else 0)
+
+    batches = in_batches((i for group in by_length for i in group), n_new, tokens_per_batch)
     return [_pack_one(rollouts, batch, advantages, weights) for batch in batches]
 
 

@@ -10,11 +10,15 @@ Left out: continuations of continuations.
 Letters: N packed tokens, M packed keys (N and the copies), B sequences, G continuations of a sequence at most.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,27 @@ def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> Layout:
     position_N = column_N + prefix_B[row_N]
     shared = _share(cu_seqlens_B1, parent_B, prefix_B, row_N, column_N)
     return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, shared)
+
+
+def in_batches(
+    items: Iterable[Item], n_new: Callable[[Item, Item | None], int], tokens_per_batch: int
+) -> list[list[Item]]:
+    """Batches of neighbours of at most `tokens_per_batch` tokens (or of one item).
+
+    `n_new(item, before)` is how many tokens an item adds to a batch behind `before`; None: to an empty one.
+
+    >>> in_batches([3, 3, 2, 9], lambda n, before: n, 6)
+    [[3, 3], [2], [9]]
+    """
+    batches, n_tokens = [], 0
+    for item in items:
+        n_more = n_new(item, batches[-1][-1] if batches else None)
+        if not batches or n_tokens + n_more > tokens_per_batch:
+            batches.append([])
+            n_tokens, n_more = 0, n_new(item, None)
+        batches[-1].append(item)
+        n_tokens += n_more
+    return batches
 
 
 def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:

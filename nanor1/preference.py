@@ -12,19 +12,17 @@ Letters: P pairs, B sequences, N packed tokens, M answers, C width.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.model import Transformer
-from nanor1.packing import attended_pairs
+from nanor1.packing import attended_pairs, in_batches
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.rewards import after_thinking
@@ -32,7 +30,6 @@ from nanor1.sft import text_end
 from nanor1.tasks import read_json_lines
 from nanor1.tokenizer import Tokenizer
 
-Item = TypeVar("Item")
 Answered = tuple[list[int], list[int]]  # the ids of a prompt and of an answer to it
 
 
@@ -224,19 +221,6 @@ def packed_scores(model: RewardModel, packed: PackedAnswers) -> Tensor:
     return model.scores(model(packed.ids_N, packed.cu_seqlens_B1, parent_B=packed.parent_B)[packed.last_M])
 
 
-def _split(items: list[Item], n_new: Callable[[Item, Item | None], int], tokens_per_batch: int) -> list[list[Item]]:
-    """Batches of neighbours of at most `tokens_per_batch` tokens (or of one item); n_new(item, the one before it)."""
-    batches, n_tokens = [], 0
-    for item in items:
-        n_more = n_new(item, batches[-1][-1] if batches else None)
-        if not batches or n_tokens + n_more > tokens_per_batch:
-            batches.append([])
-            n_tokens, n_more = 0, n_new(item, None)
-        batches[-1].append(item)
-        n_tokens += n_more
-    return batches
-
-
 @torch.no_grad()
 def score(
     model: RewardModel,
@@ -253,7 +237,7 @@ def score(
     answer_ids_B = [_answer_ids(text, tokenizer) for text in answers_B]
     sequences = list(zip(prompt_ids_B, answer_ids_B, strict=True))
     fits_B = [sum(map(len, sequence)) <= model.config.max_position_embeddings for sequence in sequences]
-    batches = _split([s for s, fits in zip(sequences, fits_B, strict=True) if fits], _n_new, tokens_per_batch)
+    batches = in_batches([s for s, fits in zip(sequences, fits_B, strict=True) if fits], _n_new, tokens_per_batch)
     scores = iter([x for batch in batches for x in packed_scores(model, pack(batch)).tolist()])
     return [next(scores) if fits else math.nan for fits in fits_B]
 
@@ -333,7 +317,7 @@ def evaluate_pairs(workers: Workers, pairs: list[Pair], tokens_per_batch: int) -
 def _batches(pairs: list[Pair], tokens_per_batch: int) -> list[list[Pair]]:
     """Longest first: the first batch is the most demanding, so a run that does not fit in memory fails at once."""
     by_length = sorted(pairs, key=lambda pair: -pair.n_tokens)
-    return _split(by_length, lambda pair, _: pair.n_tokens, tokens_per_batch)
+    return in_batches(by_length, lambda pair, _: pair.n_tokens, tokens_per_batch)
 
 
 def _loss_and_sums(model: RewardModel, pairs: list[Pair], center_coef: float) -> tuple[Tensor, list[float]]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
+from nanor1.packing import in_batches
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
@@ -327,14 +328,8 @@ def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[Te
     the most demanding, so that a run that does not fit in memory fails at once.
     """
     weight = 1 / sum(sum(example.is_target) for example in examples)
-    batches, n_tokens = [], 0
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        n_more = len(example.ids) - 1
-        if not batches or n_tokens + n_more > tokens_per_batch:
-            batches.append([])
-            n_tokens = 0
-        batches[-1].append(example)
-        n_tokens += n_more
+    by_length = sorted(examples, key=lambda example: -len(example.ids))
+    batches = in_batches(by_length, lambda example, _: len(example.ids) - 1, tokens_per_batch)
     return [_pack_one(batch, weight) for batch in batches]
 
 
