@@ -322,7 +322,7 @@ def test_format_takes_time_in_proportion_to_the_text(piece):
         ("I 有 a 苹果", 0, 1),  # nor then are "I" and "a"
         ("it's 对", 1 / 2, 1 / 2),
         ("α + β ≤ π, ℓ, 𝑥: 对", 0, 1),
-        ("cafe\u0301 对", 1 / 2, 1 / 2),  # an accent of its own parts no word
+        ("re\u0301sume\u0301 对", 1 / 2, 1 / 2),  # an accent of its own parts no word
         ("x\u0302 对", 0, 1),
         ("5 km 多", 1 / 2, 1 / 2),  # not told from English
         ("then かなカ", 1 / 4, 0),
@@ -394,7 +394,7 @@ NO_WORDS = [
     "\\(总 \\text{all}\\)",
     "\\[\\begin{cases} 总 \\\\ all \\end{cases}\\]",
     "\\frac{all}{总}",
-    "\\boxed{\\frac{\\text{总 all}}{2}}",
+    "\\boxed{all \\frac{\\text{总}}{2}}",
     "\\alpha",
     "\\$5",
     "$5",
@@ -445,6 +445,7 @@ def test_what_is_no_word_is_none_alone_either(text):
         "$5对$6 two",
         "$5 对 $ two",
         "5$ 对 two 6$",
+        "\\$对 two$ x",
         "http://example.com，对 two",
     ],
 )
