@@ -25,29 +25,32 @@ import torch
 
 from nanor1 import distillation, sft, traces
 from nanor1.checkpoint import load_checkpoint
-from nanor1.config import apply_preset, option, parse_args, user_errors
-from nanor1.evaluate import evaluate, judge_all, write_prompt
-from nanor1.grpo import LossSettings, Rollout, mean, step_metrics
+from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
+from nanor1.evaluate import Evaluation, evaluate, write_prompt
+from nanor1.grpo import LossSettings, mean, step_metrics
 from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.machine import Interrupt, peak_memory_gib
 from nanor1.miniature import Miniature, find_miniature, find_model, miniature_task, own_miniature
 from nanor1.model import Transformer
-from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
-from nanor1.parallel import Workers, start_workers
+from nanor1.optim import MasterAdamW, NonFiniteGuard
+from nanor1.parallel import Workers
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, Task, make_task, task_parameters
+from nanor1.tasks import Problem, Task, format_prompt, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
     check_least,
     choose_machine,
-    compiles,
     default_tokens_per_batch,
+    eval_metrics,
     is_due,
     is_finished,
+    longest_example,
     open_log,
+    prepare,
     resumed,
     save_run,
+    update,
 )
 
 
@@ -141,7 +144,15 @@ COLUMNS = [
     ("grad_norm", "gnorm", "6.3f"), ("tokens_per_s", "tok/s", "7.0f"), ("step_s", "s", "5.1f"),
     ("eval_accuracy", "eval", "5.3f"),
 ]  # fmt: skip
-OWN_COLUMNS = {"logits": {"divergence"}, "on-policy": {"reverse_kl", "accuracy", "response_tokens"}, "traces": set()}
+HIDDEN_COLUMNS = {  # those of the other methods; on-policy's loss is its reverse KL
+    "traces": {"divergence", "reverse_kl", "accuracy", "response_tokens"},
+    "logits": {"reverse_kl", "accuracy", "response_tokens"},
+    "on-policy": {"loss", "divergence"},
+}
+
+
+# what a traces file depends on, besides teacher and problems
+DECIDING = ("trace_samples", "max_per_problem", "any_format", "max_new_tokens", "temperature", "seed")
 
 
 @dataclass
@@ -153,6 +164,13 @@ class Progress:
     before: dict | None = None
 
 
+@dataclass(frozen=True)
+class Teacher:
+    folder: Path
+    model: Transformer
+    tokenizer: Tokenizer
+
+
 @dataclass
 class Run:
     """Everything a run holds."""
@@ -161,7 +179,7 @@ class Run:
     workers: Workers  # the student, on one CPU thread or more
     sampler: Sampler  # of the student
     tokenizer: Tokenizer
-    teacher: Transformer | None  # None where its traces are all that is needed
+    teacher: Teacher | None  # None where its traces are all that is needed
     task: Task | None
     held_out: list[Problem]
     examples: list[sft.Example]  # the teacher's traces; none with on-policy
@@ -182,16 +200,15 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     progress = Progress(**state)
-    hidden = set().union(*OWN_COLUMNS.values()) - OWN_COLUMNS[config.method]
-    columns = [column for column in COLUMNS if column[0] not in hidden]
+    columns = [column for column in COLUMNS if column[0] not in HIDDEN_COLUMNS[config.method]]
     with open_log(config, checkpoint, progress.step, f"distill-{config.method}", columns) as log:
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if checkpoint and is_finished(config.resume, progress.step, run.n_steps):
-            log.say(f"{config.resume} is finished; to train on, give more --steps or --epochs")
+            log.say(f"{config.resume} is finished, {progress.step} steps; to train on, give more --epochs or --steps")
             return
         if progress.before is None and run.held_out:
-            progress.before = run_evaluation(run)
+            evaluate_before(run)
         train(run, STEPS[config.method])
         if run.interrupt.is_asked:
             log.say(f"stopped after step {progress.step}; continue with: python distill.py --resume {log.folder}")
@@ -205,20 +222,17 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
     while progress.step < run.n_steps and not run.interrupt.is_asked:
         step_start_s = time.monotonic()
         metrics = learn(run, progress.step)
-        lr = learning_rate(progress.step, run.n_steps, config.lr, config.warmup, config.decay)
-        grad_norm = run.optimizer.step(lr, config.max_grad_norm)
-        guard.check(int(not math.isfinite(grad_norm)), int(math.isfinite(grad_norm)))
+        metrics |= update(run.optimizer, guard, config, progress.step, run.n_steps)
         progress.step += 1
 
         step_s = time.monotonic() - step_start_s
-        metrics |= {"lr": lr, "grad_norm": grad_norm, "step_s": step_s, "tokens_per_s": metrics["tokens"] / step_s}
-        metrics["peak_memory_gib"] = peak_memory_gib()
-        is_last = progress.step == run.n_steps or run.interrupt.is_asked
-        if run.held_out and is_due(config.eval_every, progress.step) and not is_last:
-            metrics |= {f"eval_{key}": value for key, value in run_evaluation(run).items()}
+        metrics |= {"step_s": step_s, "tokens_per_s": metrics["tokens"] / step_s, "peak_memory_gib": peak_memory_gib()}
+        if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
+            metrics |= eval_metrics(run_evaluation(run).to_dict())
         run.log.metrics(progress.step, metrics)
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
+        is_last = progress.step == run.n_steps or run.interrupt.is_asked
         if is_last or is_due(config.save_every, progress.step):
             save_run(
                 run.log.folder, run.workers.model, run.tokenizer, run.optimizer, progress, keep_last=config.keep_last
@@ -239,7 +253,7 @@ def learn_logits(run: Run, step: int) -> dict:
     settings = distillation.DivergenceSettings(
         run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
     )
-    metrics = distillation.add_gradient(run.workers, run.teacher, examples, run.tokens_per_batch, settings)
+    metrics = distillation.add_gradient(run.workers, run.teacher.model, examples, run.tokens_per_batch, settings)
     return metrics | {"tokens": n_tokens(examples)}
 
 
@@ -255,35 +269,29 @@ def learn_on_policy(run: Run, step: int) -> dict:
     """The student samples, the teacher scores each token, and the policy loss follows: no reward is needed."""
     config, vocab_size = run.config, run.tokenizer.vocab_size
     problems = run.task.sample(config.problems, config.seed, step)
-    rollouts = answer(run, problems, config.seed * traces.SEED_STRIDE + step + 1)  # 0 is left to evaluations
-    advantages = distillation.teacher_advantages(
-        run.teacher, rollouts, config.temperature, vocab_size, run.tokens_per_batch
-    )
-    settings = LossSettings(config.temperature, vocab_size, run.tokens_per_batch)
-    metrics = step_metrics([add_policy_gradient(run.workers, None, rollouts, advantages, settings)])
-    return metrics | {
-        "tokens": metrics.pop("learned_tokens"),
-        "reverse_kl": distillation.reverse_kl(advantages),
-        "accuracy": mean(rollout.parts["accuracy"] for rollout in rollouts),
-        "response_tokens": mean(len(rollout.completion.ids) for rollout in rollouts),
-    }
-
-
-def answer(run: Run, problems: list[Problem], seed: int) -> list[Rollout]:
-    """The student's judged answers; the verdicts are for the log alone."""
-    config, tokenizer = run.config, run.tokenizer
-    prompts = [write_prompt(problem, config.template, tokenizer) for problem in problems]
-    completions_PG = run.sampler.generate(
-        [ids for _, ids in prompts],
+    questions = [traces.ask(problem, config.template, run.tokenizer) for problem in problems]
+    groups = traces.answer(
+        run.sampler,
+        run.tokenizer,
+        questions,
         n=config.completions,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
-        seed=seed,
+        seed=config.seed * traces.SEED_STRIDE + step + 1,  # 0 is left to evaluations
     )
-    groups = judge_all(problems, prompts, completions_PG, tokenizer, {"accuracy": 1.0})
-    return [rollout for group in groups for rollout in group]
+    rollouts = [rollout for group in groups for rollout in group]
+    advantages = distillation.teacher_advantages(
+        run.teacher.model, rollouts, config.temperature, vocab_size, run.tokens_per_batch
+    )
+    settings = LossSettings(config.temperature, vocab_size, run.tokens_per_batch)
+    learned = step_metrics([add_policy_gradient(run.workers, None, rollouts, advantages, settings)])
+    return {
+        "reverse_kl": distillation.reverse_kl(advantages),
+        "accuracy": mean(rollout.parts["accuracy"] for rollout in rollouts),  # for the log alone
+        "response_tokens": mean(len(rollout.completion.ids) for rollout in rollouts),
+        "tokens": learned["learned_tokens"],
+        **{name: learned[name] for name in ("entropy", "logp_gap_mean", "logp_gap_max")},
+    }
 
 
 STEPS = {"traces": learn_traces, "logits": learn_logits, "on-policy": learn_on_policy}
@@ -322,20 +330,16 @@ def set_up(
     log.say(f"student: {folder}")
     tokenizer = Tokenizer.from_pretrained(folder)
     if config.template == "auto":
-        config = replace(config, template="chat" if tokenizer.chat_template else "r1-zero")
+        config = replace(config, template=default_template(tokenizer))
+    config = replace(config, max_tokens=longest_example(config.max_tokens, folder))
     device, dtype = choose_machine(config, checkpoint, folder, log)
     task = load_task(config, tokenizer)
-    teacher, examples = load_teacher(config, tokenizer, task, device, dtype, log)
+    teacher, examples = load_teaching(config, checkpoint, tokenizer, task, (dtype, device), log)
     model = Transformer.from_pretrained(folder, dtype, device)
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
-    if checkpoint:
-        optimizer.load_state_tensors(tensors)
-    model.checkpoints_activations = config.checkpoint_activations
-    if is_compiled := compiles(config.compile, device):
-        model.compile_blocks()
+    optimizer, workers = prepare(model, config, tensors, device)
     return Run(
         config=config,
-        workers=start_workers(model, 1 if is_compiled else config.workers),
+        workers=workers,
         sampler=Sampler(model, config.max_rows, memory_share=0.5),  # the other half is for learning
         tokenizer=tokenizer,
         teacher=teacher,
@@ -360,64 +364,85 @@ def load_task(config: Config, tokenizer: Tokenizer) -> Task | None:
     return make_task(config.task, data=config.data, eval_data=config.eval_data, **task_parameters(config.task_args))
 
 
-def load_teacher(
-    config: Config, tokenizer: Tokenizer, task: Task | None, device: torch.device, dtype: torch.dtype, log: RunLog
-) -> tuple[Transformer | None, list[sft.Example]]:
-    """The teacher, where the method asks it at each step, and the traces to learn from, made now where there are none.
+def load_teaching(
+    config: Config, checkpoint: Path | None, tokenizer: Tokenizer, task: Task | None, machine: tuple, log: RunLog
+) -> tuple[Teacher | None, list[sft.Example]]:
+    """The teacher, where the method asks it at each step, and its traces, which are made now where there are none.
 
-    The teacher is in the student's dtype, on its device.
+    They come before the first step, so a checkpoint says that they are all there.
     """
-    path, teacher = config.trace_file, None
-    if config.method != "traces" or not path:
-        folder = find_model(config.teacher, config.seed, log)
-        log.say(f"teacher: {folder}")
-        teacher, teacher_tokenizer = (
-            Transformer.from_pretrained(folder, dtype, device),
-            Tokenizer.from_pretrained(folder),
-        )
-        teacher.requires_grad_(False)
-        if config.method != "traces":
-            why = f"--method {config.method} compares distributions over tokens (--method traces does not)"
-            distillation.check_same_vocabulary(tokenizer, teacher_tokenizer, why)
+    path, has_traces = config.trace_file or str(log.folder / "traces.jsonl"), bool(config.trace_file or checkpoint)
+    if config.method == "traces" and has_traces:
+        return None, read_traces(config, tokenizer, path, log)
+    teacher = load_teacher(config, tokenizer, machine, log)
     if config.method == "on-policy":
         return teacher, []
-    if not path:
-        path = str(log.folder / "traces.jsonl")
-        make_traces(config, folder, teacher, teacher_tokenizer, task, path, log)
+    if not has_traces:
+        make_traces(config, teacher, task, path, log)
+    return teacher if config.method == "logits" else None, read_traces(config, tokenizer, path, log)
+
+
+def load_teacher(config: Config, tokenizer: Tokenizer, machine: tuple, log: RunLog) -> Teacher:
+    """The teacher in the student's dtype, on its device."""
+    folder = find_model(config.teacher, config.seed, log)
+    if not folder.exists():
+        raise ValueError(f"--teacher {folder} is neither a model folder nor a file of traces")
+    log.say(f"teacher: {folder}")
+    own = Tokenizer.from_pretrained(folder)
+    if config.method != "traces":
+        why = f"--method {config.method} compares distributions over tokens (--method traces does not)"
+        distillation.check_same_vocabulary(tokenizer, own, why)
+    return Teacher(folder, Transformer.from_pretrained(folder, *machine).requires_grad_(False), own)
+
+
+def read_traces(config: Config, tokenizer: Tokenizer, path: str, log: RunLog) -> list[sft.Example]:
     found = sft.read_examples(path, tokenizer, config.max_tokens)
-    log.say(f"traces: {len(found.examples)} of {path}; {found.n_too_long} longer than {config.max_tokens} left out")
-    return teacher if config.method == "logits" else None, found.examples
+    left_out = f", {found.n_too_long} longer than {config.max_tokens} tokens left out" if found.n_too_long else ""
+    log.say(f"traces: {path}: {len(found.examples):,}{left_out}")
+    return found.examples
 
 
-def make_traces(
-    config: Config, folder: Path, teacher: Transformer, tokenizer: Tokenizer, task: Task, path: str, log: RunLog
-) -> None:
+def make_traces(config: Config, teacher: Teacher, task: Task, path: str, log: RunLog) -> None:
     """The teacher answers training problems; its right and readable answers go to `path`, a begun file goes on."""
     problems = traces.training_problems(task, config.trace_problems, config.seed)
-    template = config.template if config.template == "bare" else "chat" if tokenizer.chat_template else "r1-zero"
     selection = traces.Selection("correct", not config.any_format, max_per_problem=config.max_per_problem)
     sampling = dict(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    sampler = Sampler(teacher, config.max_rows, memory_share=0.5)
     ledger = traces.collect(
-        sampler,
-        tokenizer,
-        [traces.ask(problem, template, tokenizer) for problem in problems],
+        Sampler(teacher.model, config.max_rows, memory_share=0.5),
+        teacher.tokenizer,
+        [ask(problem, config.template, teacher.tokenizer) for problem in problems],
         selection,
         path,
         samples=config.trace_samples,
         batch_size=max(1, traces.WAVES * config.max_rows // config.trace_samples),
         seed=config.seed,
-        source={"model": str(folder), "step": None, "seed": config.seed},
-        arguments={"--teacher": str(folder), **sampling},
+        source={"model": str(teacher.folder), "step": None, "seed": config.seed},
+        arguments={"--teacher": str(teacher.folder)} | {option_name(name): getattr(config, name) for name in DECIDING},
         say=log.say,
         **sampling,
     )
     log.say(traces.summary(ledger, selection))
     if not ledger.is_whole:
+        log.say(f"continue with: python distill.py --resume {log.folder}")
         raise SystemExit(130)
+    if not ledger.counts.get("kept"):
+        raise ValueError(
+            "none of the teacher's answers can be learned from; give a better teacher, more --trace-problems or "
+            "--trace-samples, or --any-format"
+        )
 
 
-def run_evaluation(run: Run) -> dict:
+def ask(problem: Problem, template: str, tokenizer: Tokenizer) -> traces.Question:
+    """The question in the teacher's own template for the teacher, and in the student's `template` to learn from."""
+    own = "bare" if template == "bare" else default_template(tokenizer)
+    return traces.Question(format_prompt(problem, template), write_prompt(problem, own, tokenizer), problem)
+
+
+def default_template(tokenizer: Tokenizer) -> str:
+    return "chat" if tokenizer.chat_template else "r1-zero"
+
+
+def run_evaluation(run: Run) -> Evaluation:
     """The student's accuracy on the held-out problems, with the same random numbers each time."""
     config = run.config
     evaluation, _ = evaluate(
@@ -430,8 +455,15 @@ def run_evaluation(run: Run) -> dict:
         temperature=config.eval_temperature,
         max_new_tokens=config.max_new_tokens,
     )
-    run.log.say(f"student after step {run.progress.step}: {evaluation}")
-    return evaluation.to_dict()
+    return evaluation
+
+
+def evaluate_before(run: Run) -> None:
+    """The starting student's evaluation, kept for the end."""
+    evaluation = run_evaluation(run)
+    run.progress.before = evaluation.to_dict()
+    run.log.metrics(0, eval_metrics(run.progress.before))
+    run.log.say(f"before: {evaluation}\n")
 
 
 def finish(run: Run) -> None:
@@ -439,11 +471,12 @@ def finish(run: Run) -> None:
     progress, log = run.progress, run.log
     after = run_evaluation(run) if run.held_out else None
     progress.wall_s = time.monotonic() - run.start_s
-    times = dict(wall_s=progress.wall_s, steps=progress.step, seed=run.config.seed)
-    log.summary({"before": progress.before, "after": after} | times)
     if after:
-        log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
-        log.say(f"held-out accuracy {progress.before['accuracy']:.3f} -> {after['accuracy']:.3f}")
+        log.metrics(progress.step, eval_metrics(after.to_dict()))
+    times = dict(wall_s=progress.wall_s, steps=progress.step, seed=run.config.seed)
+    log.summary({"before": progress.before, "after": after and after.to_dict()} | times)
+    if after:
+        log.say(f"\nbefore: accuracy {progress.before['accuracy']:.3f}\nafter:  {after}")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     log.say(f"next: python sample.py --model {log.folder} ...")
 

@@ -11,9 +11,10 @@ gradient of their loss. What is read from a file and how a loss is made of it: n
 """
 
 import math
+import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -27,20 +28,23 @@ from nanor1.evaluate import wilson_interval
 from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
 from nanor1.miniature import find_miniature, find_model
 from nanor1.model import Transformer
-from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
-from nanor1.parallel import Workers, start_workers
+from nanor1.optim import MasterAdamW, NonFiniteGuard
+from nanor1.parallel import Workers
 from nanor1.runlog import RunLog
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
     check_least,
     choose_machine,
-    compiles,
     default_tokens_per_batch,
+    eval_metrics,
     is_due,
     is_finished,
+    longest_example,
     open_log,
+    prepare,
     resumed,
     save_run,
+    update,
 )
 
 
@@ -51,7 +55,7 @@ class Config:
     )
     data: str | None = option(None, "files, as a.jsonl or a.jsonl:3,b.jsonl with weights: epochs of it in one epoch")
     eval_data: str | None = option(None, "file of held-out examples; none: --held-out of the data")
-    held_out: float = option(0.05, "share of the data held out, by a hash of the example; 0: no evaluation")
+    held_out: float = option(0.05, "share of the data held out, by a hash of the question; 0: no evaluation")
     objective: Literal["sft", "text", "preference"] = option(
         "sft", "sft: on answers; text: on every token; preference: a reward model from prompt/chosen/rejected"
     )
@@ -63,7 +67,7 @@ class Config:
     epochs: float = option(1.0, "passes over the data", "a step")
     steps: int = option(0, "updates; 0: as many as the epochs take")
     examples: int = option(16, "examples, or pairs, an update")
-    max_tokens: int = option(2048, "longer examples are left out, counted and reported")
+    max_tokens: int = option(2048, "longer examples (text: is cut) are left out, counted and reported")
 
     centring: float = option(0.01, "preference: weight of the squared sum of a pair's scores", "loss")
 
@@ -111,10 +115,9 @@ MINIATURE_RUN = dict(  # on the CPU, where one step is short: a GPU would wait f
 COLUMNS = [
     ("loss", "loss", "7.4f"), ("accuracy", "acc", "5.3f"), ("difference", "margin", "6.3f"), ("lr", "lr", "7.1e"),
     ("grad_norm", "gnorm", "6.3f"), ("epoch", "epoch", "5.2f"), ("tokens_per_s", "tok/s", "7.0f"),
-    ("mfu", "mfu", "5.3f"), ("step_s", "s", "5.1f"), ("eval_loss", "eval", "7.4f"), ("eval_accuracy", "acc", "5.3f"),
+    ("mfu", "mfu", "5.3f"), ("step_s", "s", "5.1f"), ("eval_loss", "eval", "7.4f"),
+    ("eval_accuracy", "eval acc", "5.3f"),
 ]  # fmt: skip
-
-
 PAIR_COLUMNS = {"accuracy", "difference", "eval_accuracy"}  # of --objective preference
 
 
@@ -131,7 +134,7 @@ class Progress:
 class Objective:
     """What is read from a file, which model learns from it, and how; an item is an example or a pair."""
 
-    read: Callable  # (path, tokenizer, max_tokens) -> (items, how many were left out and why)
+    read: Callable  # (path, tokenizer, max_tokens) -> (items, what they are and what was left out)
     load: Callable  # (folder, dtype, device) -> model
     learn: Callable  # (workers, items, tokens_per_batch) -> metrics; the gradient of their mean loss is added
     measure: Callable  # the same without a gradient
@@ -170,11 +173,10 @@ def main() -> None:
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if checkpoint and is_finished(config.resume, progress.step, run.n_steps):
-            log.say(f"{config.resume} is finished; to train on, give more than --epochs {config.epochs:g}")
+            log.say(f"{config.resume} is finished, {progress.step} steps; to train on, give more --epochs or --steps")
             return
         if progress.before is None and run.held_out:
-            progress.before = evaluate(run)
-            log.say(f"before: {describe(progress.before)}\n")
+            evaluate_before(run)
         train(run)
         if run.interrupt.is_asked:
             log.say(f"stopped after step {progress.step}; continue with: python train_sft.py --resume {log.folder}")
@@ -189,19 +191,16 @@ def train(run: Run) -> None:
         step_start_s = time.monotonic()
         items = sft.sample_examples(run.sources, config.examples, config.seed, progress.step)
         metrics = run.objective.learn(run.workers, items, run.tokens_per_batch)
-        lr = learning_rate(progress.step, run.n_steps, config.lr, config.warmup, config.decay)
-        grad_norm = run.optimizer.step(lr, config.max_grad_norm)
-        guard.check(int(not math.isfinite(grad_norm)), int(math.isfinite(grad_norm)))
+        metrics |= update(run.optimizer, guard, config, progress.step, run.n_steps)
         progress.step += 1
 
-        step_s = time.monotonic() - step_start_s
-        metrics |= {"lr": lr, "grad_norm": grad_norm, "step_s": step_s} | throughput(run, metrics, step_s)
-        is_last = progress.step == run.n_steps or run.interrupt.is_asked
-        if run.held_out and is_due(config.eval_every, progress.step) and not is_last:
-            metrics |= {f"eval_{key}": value for key, value in evaluate(run).items()}
+        metrics |= throughput(run, metrics, time.monotonic() - step_start_s)
+        if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
+            metrics |= eval_metrics(evaluate(run))
         run.log.metrics(progress.step, metrics)
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
+        is_last = progress.step == run.n_steps or run.interrupt.is_asked
         if is_last or is_due(config.save_every, progress.step):
             save_run(
                 run.log.folder, run.workers.model, run.tokenizer, run.optimizer, progress, keep_last=config.keep_last
@@ -211,6 +210,7 @@ def train(run: Run) -> None:
 def throughput(run: Run, metrics: dict, step_s: float) -> dict:
     per_epoch = sft.examples_per_epoch(run.sources)
     return {
+        "step_s": step_s,
         "epoch": run.progress.step * run.config.examples / per_epoch,
         "tokens_per_s": metrics["tokens"] / step_s,
         "mfu": metrics.pop("flops") / step_s / run.peak_flops,
@@ -236,25 +236,36 @@ def make_objective(config: Config, vocab_size: int, is_fresh: bool) -> Objective
 
 def read_answers(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sft.Example], str]:
     found = sft.read_examples(path, tokenizer, max_tokens)
-    n_turns = sum(sum(example.is_target) for example in found.examples)
-    notes = [f"{n_turns:,} tokens to learn"]
-    if found.n_too_long:
-        notes.append(f"{found.n_too_long} longer than {max_tokens} tokens left out")
-    if found.n_rewritten:
-        notes.append(f"{found.n_rewritten} earlier answers without a loss, as the chat template rewrites them")
-    return found.examples, ", ".join(notes)
+    n_targets = sum(sum(example.is_target) for example in found.examples)
+    return found.examples, counted(
+        (len(found.examples), "examples"),
+        (n_targets, "tokens to learn"),
+        (found.n_too_long, f"longer than {max_tokens} tokens left out"),
+        (found.n_rewritten, "earlier answers without a loss, as the chat template rewrites them"),
+    )
 
 
 def read_text(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sft.Example], str]:
     found = sft.read_text(path, tokenizer, max_tokens)
-    n_tokens = sum(len(example.ids) for example in found.examples)
-    return found.examples, f"{n_tokens:,} tokens, {found.n_cut} documents cut into pieces of {max_tokens}"
+    return found.examples, counted(
+        (len(found.examples), "examples"),
+        (sum(len(example.ids) for example in found.examples), "tokens"),
+        (found.n_cut, f"documents cut into pieces of {max_tokens} tokens"),
+    )
 
 
 def read_pairs(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[preference.Pair], str]:
     found = preference.read_pairs(path, tokenizer, max_tokens)
-    too_long = f"{found.n_too_long} longer than {max_tokens} tokens"
-    return found.pairs, f"left out: {too_long}, {found.n_equal} with the same final answer twice"
+    return found.pairs, counted(
+        (len(found.pairs), "pairs"),
+        (found.n_too_long, f"longer than {max_tokens} tokens left out"),
+        (found.n_equal, "left out whose two final answers are the same"),
+    )
+
+
+def counted(*counts: tuple[int, str]) -> str:
+    """What there is how many of, less what there is none of."""
+    return ", ".join(f"{n:,} {what}" for n, what in counts if n)
 
 
 def learn_examples(workers: Workers, examples: list[sft.Example], tokens_per_batch: int, vocab_size: int) -> dict:
@@ -271,17 +282,7 @@ def measure_examples(workers: Workers, examples: list[sft.Example], tokens_per_b
 
 def learn_pairs(centring: float, workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int) -> dict:
     terms = preference.add_gradient(workers, pairs, tokens_per_batch, centring)
-    n_pairs = sum(attended_tokens(pair) for pair in pairs)
-    return pair_metrics(terms) | {
-        "tokens": terms.n_tokens,
-        "flops": workers.model.training_flops(terms.n_tokens, n_pairs, 0),
-    }
-
-
-def attended_tokens(pair: preference.Pair) -> int:
-    """Pairs of query and key: the prompt's, and each answer's with the prompt and itself."""
-    n_prompt, answers = len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
-    return n_prompt * (n_prompt + 1) // 2 + sum(n * n_prompt + n * (n + 1) // 2 for n in answers)
+    return pair_metrics(terms) | {"tokens": terms.n_tokens, "flops": terms.flops}
 
 
 def measure_pairs(workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int) -> dict:
@@ -318,22 +319,17 @@ def set_up(
     tokenizer = Tokenizer.from_pretrained(folder)
     is_fresh = config.from_scratch and not checkpoint
     objective = make_objective(config, tokenizer.vocab_size, is_fresh)
+    config = replace(config, max_tokens=longest_example(config.max_tokens, folder))
     sources, held_out = read_sources(config, objective, tokenizer, log)
     device, dtype = choose_machine(config, checkpoint, folder, log)
-    model = objective.load(folder, dtype=dtype, device=device)
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
-    if checkpoint:
-        optimizer.load_state_tensors(tensors)
-    model.checkpoints_activations = config.checkpoint_activations
-    if is_compiled := compiles(config.compile, device):
-        model.compile_blocks()
+    optimizer, workers = prepare(objective.load(folder, dtype=dtype, device=device), config, tensors, device)
     per_epoch = sft.examples_per_epoch(sources)
     n_steps = config.steps or math.ceil(config.epochs * per_epoch / config.examples)
     log.say(f"{per_epoch} {'pairs' if config.objective == 'preference' else 'examples'} an epoch, {n_steps} steps")
     return Run(
         config=config,
         objective=objective,
-        workers=start_workers(model, 1 if is_compiled else config.workers),
+        workers=workers,
         tokenizer=tokenizer,
         optimizer=optimizer,
         sources=sources,
@@ -353,8 +349,8 @@ def read_sources(config: Config, objective: Objective, tokenizer: Tokenizer, log
     sources, held_out = [], []
     for path, weight in sft.parse_data(config.data):
         items, note = objective.read(path, tokenizer, config.max_tokens)
-        log.say(f"data: {path}, weight {weight:g}: {len(items)} ({note})")
-        if not config.eval_data and config.held_out:
+        log.say(f"data: {path}: {note}" + (f"; weight {weight:g}" if weight != 1 else ""))
+        if not config.eval_data:
             items, out = sft.split(items, config.held_out, key_of(config.objective))
             held_out += out
         if not items:
@@ -362,10 +358,10 @@ def read_sources(config: Config, objective: Objective, tokenizer: Tokenizer, log
         sources.append((items, weight))
     if config.eval_data:
         held_out, note = objective.read(config.eval_data, tokenizer, config.max_tokens)
-        log.say(f"held out: {config.eval_data}: {len(held_out)} ({note})")
-    if not held_out:
-        log.say("nothing is held out: no evaluation")
-    return sources, held_out[: config.eval_examples]
+        log.say(f"held out: {config.eval_data}: {note}")
+    n = min(len(held_out), config.eval_examples)
+    log.say(f"held out: {n} of {len(held_out)}" if n else "nothing is held out: no evaluation")
+    return sources, random.Random("held out").sample(held_out, n)  # of all files, for every seed the same
 
 
 def key_of(objective: str) -> Callable:
@@ -375,6 +371,13 @@ def key_of(objective: str) -> Callable:
 
 def evaluate(run: Run) -> dict:
     return run.objective.measure(run.workers, run.held_out, run.tokens_per_batch)
+
+
+def evaluate_before(run: Run) -> None:
+    """The starting model's evaluation, kept for the end."""
+    run.progress.before = evaluate(run)
+    run.log.metrics(0, eval_metrics(run.progress.before))
+    run.log.say(f"before: {describe(run.progress.before)}\n")
 
 
 def describe(measured: dict) -> str:
@@ -391,9 +394,10 @@ def finish(run: Run) -> None:
     after = evaluate(run) if run.held_out else None
     progress.wall_s = time.monotonic() - run.start_s
     times = dict(wall_s=progress.wall_s, steps=progress.step, seed=run.config.seed)
+    if after:
+        log.metrics(progress.step, eval_metrics(after))
     log.summary({"before": progress.before, "after": after} | times)
     if after:
-        log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
         log.say(f"\nbefore: {describe(progress.before)}\nafter:  {describe(after)}")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     use = "train_zero.py --rewards accuracy=1,format=0.1,preference=0.5 --reward-model"

@@ -45,7 +45,7 @@ from nanor1.miniature import (
 )
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
-from nanor1.parallel import Workers, start_workers
+from nanor1.parallel import Workers
 from nanor1.preference import load_scorer, preference, score
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog
@@ -55,11 +55,12 @@ from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
     check_least,
     choose_machine,
-    compiles,
     default_tokens_per_batch,
+    eval_metrics,
     is_due,
     is_finished,
     open_log,
+    prepare,
     resumed,
     save_run,
 )
@@ -323,17 +324,10 @@ def set_up(
     log.say(f"model: {folder}")
     device, dtype = choose_machine(config, checkpoint, folder, log)
     model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
-    if checkpoint:
-        restore(optimizer, reference, tensors)
-    model.checkpoints_activations = config.checkpoint_activations
-    is_compiled = compiles(config.compile, device)
-    if is_compiled:
-        model.compile_blocks()
+    reference = make_reference(model, tensors) if config.kl_coef else None
+    optimizer, workers = prepare(model, config, tensors, device)
     task, template, weights = load_task(config, tokenizer)
     preference = load_preference(config, tokenizer, device, dtype, log) if "preference" in weights else None
-    workers = start_workers(model, 1 if is_compiled else config.workers)
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
     return Run(
         config=config,
@@ -372,10 +366,12 @@ def load_preference(config: Config, tokenizer: Tokenizer, device, dtype, log: Ru
     return lambda prompt_ids_B, texts_B: [*map(preference, score(scorer, tokenizer, prompt_ids_B, texts_B, n_tokens))]
 
 
-def restore(optimizer: MasterAdamW, reference: Transformer | None, tensors: dict[str, torch.Tensor]) -> None:
-    optimizer.load_state_tensors(tensors)
-    if reference:
+def make_reference(model: Transformer, tensors: dict[str, torch.Tensor]) -> Transformer:
+    """The model as it is, or a resumed run's reference."""
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if tensors:
         reference.load_state_dict({name: tensors[f"reference.{name}"] for name in reference.state_dict()})
+    return reference
 
 
 def save(run: Run) -> None:
@@ -574,7 +570,7 @@ def evaluate_before(run: Run) -> None:
     evaluation, rollouts_PG = run_evaluation(run.actor, run.held_out, run.config.eval_samples)
     run.progress.before = evaluation.to_dict()
     run.progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
-    run.log.metrics(0, {f"eval_{key}": value for key, value in run.progress.before.items()})
+    run.log.metrics(0, eval_metrics(run.progress.before))
     run.log.say(f"before: {evaluation}\n")
     if run.interrupt.is_asked or not run.config.steps:
         save(run)
@@ -585,7 +581,7 @@ def evaluate_during(run: Run) -> dict:
     evaluation, _ = run_evaluation(run.actor, run.held_out, run.config.eval_samples_during)
     if evaluation.accuracy > run.progress.best_accuracy:
         run.progress.best_step, run.progress.best_accuracy = run.progress.step, evaluation.accuracy
-    return {f"eval_{key}": value for key, value in evaluation.to_dict().items()}
+    return eval_metrics(evaluation.to_dict())
 
 
 def finish(run: Run) -> None:
@@ -594,7 +590,7 @@ def finish(run: Run) -> None:
     evaluation, rollouts_PG = run_evaluation(run.actor, run.held_out, config.eval_samples)
     progress.wall_s = time.monotonic() - run.start_s
     after = evaluation.to_dict()
-    log.metrics(progress.step, {f"eval_{key}": value for key, value in after.items()})
+    log.metrics(progress.step, eval_metrics(after))
     times = dict(wall_s=progress.wall_s, steps=progress.step, seed=config.seed)
     log.summary({"before": progress.before, "after": after} | times)
     say_what_changed(run, after, rollouts_PG)

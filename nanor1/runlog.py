@@ -191,7 +191,7 @@ def rounded(value: object, name: str, non_finite: list[str]) -> object:
 
 
 def is_fresh(folder: Path) -> bool:
-    """Whether the folder is empty, or holds only what is made before anything is measured; a kill may leave .NAME.tmp."""
+    """Whether the folder is empty, or holds only what is made before anything is measured (or was in the making)."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()} - {f".{name}.tmp" for name in MADE_BEFORE}

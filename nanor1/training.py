@@ -106,6 +106,11 @@ def update(optimizer: MasterAdamW, guard: NonFiniteGuard, config, step: int, n_s
     return {"lr": lr, "grad_norm": grad_norm}
 
 
+def eval_metrics(measured: dict) -> dict:
+    """An evaluation's figures by their names in metrics.jsonl: `eval_accuracy` and so on."""
+    return {f"eval_{name}": value for name, value in measured.items()}
+
+
 def save_run(
     folder: Path,
     model: nn.Module,

@@ -45,6 +45,26 @@ def test_a_folder_that_holds_files_is_never_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_start_that_was_killed_while_its_teacher_answered_may_be_repeated(tmp_path):
+    RunLog.create(tmp_path, {}).close()
+    for name in ("traces.jsonl", "traces.jsonl.progress.json", ".traces.jsonl.progress.json.tmp", ".config.json.tmp"):
+        (tmp_path / name).write_text("1\n")
+    RunLog.create(tmp_path, {}).close()
+    assert (tmp_path / "traces.jsonl").read_text() == "1\n"
+    (tmp_path / "more.jsonl").touch()
+    with pytest.raises(ValueError, match="already holds files"):
+        RunLog.create(tmp_path, {})
+
+
+def test_a_run_without_checkpoint_begins_again_without_its_lines(tmp_path):
+    with RunLog.create(tmp_path, {}, console=io.StringIO()) as log:
+        log.metrics(0, {"eval_loss": 1.0})
+        log.metrics(1, {"loss": 1.0})
+    with RunLog.open(tmp_path, None, console=io.StringIO()) as log:
+        assert "begun again" in log.console.getvalue() and "cut 2 lines from metrics.jsonl" in log.console.getvalue()
+    assert json_lines(tmp_path / "metrics.jsonl") == []
+
+
 def test_default_folders_are_unique_within_a_second(tmp_path):
     folders = {default_run_folder("zero", tmp_path / "runs") for _ in range(20)}
     assert len(folders) == 20

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanor1 import training
 from nanor1.checkpoint import latest_checkpoint
 from nanor1.grpo import Rollout
 from nanor1.miniature import MINIATURES, base_model
@@ -34,6 +36,7 @@ from nanor1.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
+import train_sft  # noqa: E402
 import train_zero  # noqa: E402
 
 TINY = dataclasses.replace(MINIATURES["arithmetic"], steps=20, tokens_per_step=300, width=32, mlp_width=32, n_layers=1)
@@ -508,9 +511,10 @@ def test_an_existing_run_folder_is_refused_and_left_alone(run, uninterrupted):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_resuming_a_run_without_checkpoint_is_refused(run, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"task": "arithmetic"}}))
-    assert_refused(run("--resume", str(tmp_path)), str(tmp_path), "no whole checkpoint")
+def test_resuming_a_run_whose_checkpoints_are_damaged_is_refused(train, run):
+    folder = train("--steps 1")
+    (folder / "checkpoints/step_000001/model.safetensors").unlink()
+    assert_refused(run("--resume", str(folder)), str(folder), "no whole checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -740,7 +744,7 @@ def test_the_utilisation_is_the_work_of_the_learning_phase_over_the_peak(train, 
 
 def test_checkpointing_activations_changes_no_result(train, world):
     checkpointed = []
-    world.setattr(train_zero, "start_workers", lambda model, n: checkpointed.append(model) or Workers(model))
+    world.setattr(training, "start_workers", lambda model, n: checkpointed.append(model) or Workers(model))
     folders = [train(f"--steps 2 --save-every 2 {flag}", f"run{flag}") for flag in ("--checkpoint-activations", "")]
     assert [model.checkpoints_activations for model in checkpointed] == [True, False]
     assert repeatable(folders[0]) == repeatable(folders[1])
@@ -887,3 +891,100 @@ def test_what_to_try_next_asks_the_model_that_was_trained_something_it_can_read(
     assert shown and all(config.prompt for config in shown)
     for config in shown:
         assert Tokenizer.from_pretrained(config.model).encode(config.prompt)
+
+
+# ---- a reward model
+
+
+@pytest.fixture(scope="module")
+def reward_model(cache, base, tmp_path_factory):
+    """The folder of a run of train_sft.py: longer answers are preferred, and so scores differ."""
+    folder = tmp_path_factory.mktemp("reward")
+    rows = [{"prompt": f"{i} + 1 =", "chosen": "<answer> 3 3 </answer>", "rejected": "3"} for i in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--objective preference --model {base} --data {folder}/pairs.jsonl --steps 6 --lr 1e-2 --examples 8"
+    with tiny_world(cache) as patch:
+        patch.setattr(sys, "argv", ["train_sft.py", *f"{flags} --threads 1 --out {folder}/run".split()])
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_sft.main()
+    return folder / "run"
+
+
+PREFERRED = "--steps 2 --rewards accuracy=1,preference=0.5 --reward-model"
+
+
+def test_a_reward_model_takes_part_in_the_reward(train, reward_model):
+    folder = train(f"{PREFERRED} {reward_model}")
+    assert f"reward model: {reward_model}/checkpoints/step_000006" in (folder / "log.txt").read_text()
+    assert all(0 < line["preference"] < 1 for line in step_lines(folder))
+    rows = read_lines(folder / "rollouts.jsonl")
+    assert len({row["parts"]["preference"] for row in rows}) > 2
+    for row in rows:
+        parts = row["parts"]
+        assert row["reward"] == pytest.approx(parts["accuracy"] + 0.5 * parts["preference"], abs=1e-5)
+
+
+def test_an_answer_in_tags_is_preferred_as_the_reward_model_learned(reward_model, base):
+    tokenizer = Tokenizer.from_pretrained(base)
+    config = train_zero.Config(reward_model=str(reward_model))
+    judge = train_zero.load_preference(config, tokenizer, torch.device("cpu"), torch.float32, Quiet())
+    prompts = [tokenizer.encode("7 + 1 =")] * 2
+    tagged, bare = judge(prompts, ["<think> 1 </think> <answer> 3 3 </answer>", "<think> 1 </think> 3"])
+    assert 0 < bare < 0.5 < tagged < 1
+
+
+@pytest.mark.parametrize("flags", ["--rewards accuracy=1,preference=0.5", "--reward-model somewhere"])
+def test_one_of_reward_model_and_its_weight_without_the_other_is_refused(run, flags):
+    assert_refused(run(*FLAGS.split(), *flags.split()), "--rewards preference=WEIGHT", "--reward-model FOLDER")
+
+
+def test_a_language_model_is_no_reward_model(run, base, tmp_path):
+    flags = f"{FLAGS} {PREFERRED} {base} --out {tmp_path}/run"
+    assert_refused(run(*flags.split()), "language model", "--objective preference")
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(run, byte_model, tmp_path):
+    flags = f"{FLAGS} {PREFERRED} {byte_model} --out {tmp_path}/run"
+    assert_refused(run(*flags.split()), "--reward-model", "different vocabularies")
+
+
+def test_the_first_answer_that_cannot_be_judged_is_shown_once(train, world):
+    world.setitem(REWARDS, "accuracy", lambda problem, text: None if len(text) % 3 == 0 else 1.0)
+    said = (train("--steps 3") / "log.txt").read_text()
+    assert said.count("could not be judged") == 1
+    assert re.search(r"first case\): \{'accuracy': None.*\n  problem: .* =\n  response: ", said)
+
+
+def test_a_run_folder_is_trained_on_from_its_newest_checkpoint(train, uninterrupted):
+    whole, _ = uninterrupted("plain")
+    folder = train(f"--steps 1 --lr 0 --model {whole}", "more")
+    assert f"model: {whole}/checkpoints/step_000006" in (folder / "log.txt").read_text()
+    assert_same_weights(folder / "checkpoints/step_000001", whole / "checkpoints/step_000006")
+
+
+def test_random_rewards_do_not_favour_right_answers(train, world):
+    """The control: every answer earns 0 or 1 by chance, whatever accuracy and format say of it."""
+    seen = seen_by_add_gradient(world)
+    folder = train("--steps 6 --rewards random=1")
+    rollouts = [rollout for step, _ in seen for rollout in step]
+    of = {right: [r.reward for r in rollouts if r.parts["accuracy"] == right] for right in (0.0, 1.0)}
+    assert {*of[0.0], *of[1.0]} == {0.0, 1.0} and min(map(len, of.values())) > 10
+    means = [sum(rewards) / len(rewards) for rewards in of.values()]
+    assert abs(means[0] - means[1]) < 3 * (0.25 / len(of[0.0]) + 0.25 / len(of[1.0])) ** 0.5
+    assert all("random" in line and "accuracy" in line for line in step_lines(folder))
+
+
+def test_the_language_of_the_reasoning_is_reported_whatever_is_rewarded(uninterrupted):
+    folder, out = uninterrupted("plain")
+    assert all(0 <= line["language"] <= 1 for line in step_lines(folder))
+    assert all("language" in row["parts"] for row in read_lines(folder / "rollouts.jsonl"))
+    assert re.search(r"^language +[\d.]+ +[\d.]+$", out, re.M)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(uninterrupted, interrupted, run):
+    folder, code, _ = interrupted("killed after three steps", VARIANTS["plain"])
+    shutil.rmtree(folder / "checkpoints")
+    assert code == -signal.SIGKILL and len(read_lines(folder / "metrics.jsonl")) == 4
+    code, out, err = run("--resume", str(folder))
+    assert code == 0 and "begun again" in out, err
+    assert_same_run(folder, uninterrupted("plain")[0])

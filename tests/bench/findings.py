@@ -82,7 +82,7 @@ def make(config: Config, folder: Path, name: str, command: list[str]) -> None:
     """Make one run, unless it is finished; resume it, if it was begun."""
     if (folder / name / "summary.json").exists():
         return
-    if any((folder / name / "checkpoints").glob("step_*")):
+    if (folder / name / "config.json").exists():
         command = [command[0], "--resume", str(folder / name)]
     elif command[0] != "sample.py":
         command = [*command, "--seed", str(config.seed), "--threads", str(config.threads)]
