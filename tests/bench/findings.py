@@ -106,7 +106,7 @@ def table(folder: Path) -> str:
     """Means over the seeds, with each seed's accuracy and the widest of their intervals; seconds are of learning."""
     seeds = sorted(path for path in folder.glob("seed*") if path.is_dir())
     lines = [
-        "| | accuracy, by seed | 95% | majority@4 | format | language | tokens | cut | seconds of training |",
+        "| | accuracy, by seed | 95% | majority@4 | format | language, by seed | tokens | cut | seconds of training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (run, when) in ROWS.items():
@@ -114,13 +114,13 @@ def table(folder: Path) -> str:
         if not found:
             continue
         mean = lambda key: statistics.mean(values[key] for values in found)  # noqa: E731, B023
-        accuracies = ", ".join(f"{values['accuracy']:.3f}" for values in found)
+        each = lambda key: ", ".join(f"{values[key]:.3f}" for values in found)  # noqa: E731, B023
         half = max(values["accuracy_high"] - values["accuracy_low"] for values in found) / 2
         majority = next(key for key in found[0] if key.startswith("majority"))
         seconds = [sum(map(learning_seconds, (seed / run for run in LEARNED.get(name, [])))) for seed in seeds]
         lines.append(
-            f"| {name} | {accuracies} | +- {half:.3f} | {mean(majority):.3f} | {mean('format'):.3f} | "
-            f"{mean('language'):.3f} | {mean('response_tokens'):.1f} | {mean('truncated'):.1%} | "
+            f"| {name} | {each('accuracy')} | +- {half:.3f} | {mean(majority):.3f} | {mean('format'):.3f} | "
+            f"{each('language')} | {mean('response_tokens'):.1f} | {mean('truncated'):.1%} | "
             f"{statistics.mean(seconds[: len(found)]):.0f} |"
         )
     return "\n".join(lines)
