@@ -298,7 +298,7 @@ def test_nothing_waits_for_the_device_and_a_graph_replays_with_other_lengths(see
     torch.testing.assert_close(captured, run(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("capability", [90, 80, 89])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(older, marks=pytest.mark.slow) for older in (80, 89))])
 def test_kernels_compile_without_spills_and_within_shared_memory(capability, tmp_path):
     assert_compiles_well(capability, "bf16", (64, 128), tmp_path)
 
