@@ -25,12 +25,12 @@ import torch
 
 from nanor1 import distillation, sft, traces
 from nanor1.checkpoint import load_checkpoint
-from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
+from nanor1.config import option, option_name, parse_args, user_errors
 from nanor1.evaluate import Evaluation, evaluate, write_prompt
 from nanor1.grpo import LossSettings, mean, step_metrics
 from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.machine import Interrupt, peak_memory_gib
-from nanor1.miniature import Miniature, find_miniature, find_model, miniature_task, own_miniature
+from nanor1.miniature import find_miniature, find_model, miniature_task, own_miniature
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard
 from nanor1.parallel import Workers
@@ -39,6 +39,7 @@ from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, Task, format_prompt, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
+    as_miniature_run,
     check_least,
     choose_machine,
     default_tokens_per_batch,
@@ -310,17 +311,10 @@ def read_command_line() -> tuple[Config, Path | None]:
     if config.method != "traces" and Path(config.teacher).is_file():
         raise ValueError(f"--method {config.method} asks the teacher itself; --teacher {config.teacher} is a file")
     if miniature := find_miniature(config.model):
-        config = as_miniature_run(config, given, miniature)
+        config = as_miniature_run(config, given, miniature, MINIATURE_RUN)
     if not config.task and (config.method == "on-policy" or not config.trace_file):
         raise ValueError("--task is needed: the problems to answer")
     return config, None
-
-
-def as_miniature_run(config: Config, given: frozenset[str], miniature: Miniature) -> Config:
-    """The miniature's own task and settings, less what was given."""
-    for name in given & {"data", "eval_data", "task_args"}:
-        raise ValueError(f"--{name.replace('_', '-')} is for pretrained models: a miniature generates its problems")
-    return replace(apply_preset(config, given, MINIATURE_RUN), task=miniature.task)
 
 
 def set_up(

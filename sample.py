@@ -27,7 +27,7 @@ from typing import Literal, TextIO
 
 import torch
 
-from nanor1.config import apply_preset, option, parse_args, user_errors
+from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
 from nanor1.evaluate import evaluate, summarize, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.machine import choose_device
@@ -49,6 +49,7 @@ from nanor1.traces import (
     summary,
     training_problems,
 )
+from nanor1.training import check_least
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ class Config:
 
     def validate(self) -> None:
         least = dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0, max_per_problem=1)
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {value}")
+        check_least(self, least, {})
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_language <= 1:
@@ -134,11 +133,7 @@ class Config:
     def refuse(self, names: list[str], why: str) -> None:
         for field in fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
-                raise ValueError(f"{'the prompt' if field.name == 'prompt' else flag(field.name)} {why}")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+                raise ValueError(f"{'the prompt' if field.name == 'prompt' else option_name(field.name)} {why}")
 
 
 MINIATURE = dict(max_new_tokens=224, max_rows=512)  # as it is trained; its answers are short and take little memory
@@ -640,7 +635,7 @@ def deciding_arguments(engine: Engine) -> dict:
     """The arguments on which the lines depend; --max-rows and the machine may change when the command goes on."""
     names = "task data task_args limit prompts system n seed keep any_format min_language max_per_problem stop_text"
     names += " temperature top_k top_p max_new_tokens"
-    arguments = {flag(name): getattr(engine.config, name) for name in names.split()}
+    arguments = {option_name(name): getattr(engine.config, name) for name in names.split()}
     return {"--model": str(engine.folder), "--template": engine.template} | arguments
 
 

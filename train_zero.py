@@ -37,7 +37,6 @@ from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
 from nanor1.miniature import (
     MINIATURES,
     NAMESPACE,
-    Miniature,
     find_miniature,
     find_model,
     miniature_task,
@@ -53,6 +52,7 @@ from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, Task, make_task, task_parameters
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
+    as_miniature_run,
     check_least,
     choose_machine,
     default_tokens_per_batch,
@@ -301,20 +301,11 @@ def read_command_line() -> tuple[Config, Path | None]:
             raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
         config = replace(config, model=NAMESPACE + config.task)
     if miniature := find_miniature(config.model):
-        config = as_miniature_run(config, given, miniature)
+        config = as_miniature_run(config, given, miniature, MINIATURE_RUNS[miniature.task])
     if config.preset:
         config = apply_preset(config, given, PRESETS[config.preset])
     config.validate()
     return config, None
-
-
-def as_miniature_run(config: Config, given: frozenset[str], miniature: Miniature) -> Config:
-    """The miniature's own task and settings, less what was given."""
-    for name in given & {"data", "eval_data", "task_args"}:
-        raise ValueError(f"--{name.replace('_', '-')} is for pretrained models: a miniature generates its problems")
-    if "task" in given and config.task != miniature.task:
-        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
-    return replace(apply_preset(config, given, MINIATURE_RUNS[miniature.task]), task=miniature.task)
 
 
 def set_up(

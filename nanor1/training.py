@@ -7,6 +7,7 @@ A script keeps a Config (a frozen dataclass with `out`, `resume`, `device`, `dty
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from nanor1.checkpoint import checkpoint_folders, latest_checkpoint, save_checkpoint
-from nanor1.config import from_json, load_arguments, to_json
+from nanor1.config import apply_preset, from_json, load_arguments, option_name, to_json
 from nanor1.machine import choose_device
+from nanor1.miniature import Miniature
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 from nanor1.parallel import Workers, start_workers
 from nanor1.pretrained import read_config
@@ -39,6 +41,15 @@ def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
     if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
         raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
     return config, checkpoint
+
+
+def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, settings: dict) -> C:
+    """The miniature's own task and `settings`, less what was given; ValueError where another task was given."""
+    for name in given & {"data", "eval_data", "task_args"}:
+        raise ValueError(f"{option_name(name)} is for pretrained models: a miniature generates its problems")
+    if "task" in given and config.task != miniature.task:
+        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
+    return replace(apply_preset(config, given, settings), task=miniature.task)
 
 
 def open_log(config, checkpoint: Path | None, step: int, name: str, columns: Columns) -> RunLog:
@@ -148,5 +159,6 @@ def check_least(config, least: dict[str, float], why: dict[str, str]) -> None:
     """ValueError for the first field below its least value, with the reason in `why` where there is one."""
     for name, value in least.items():
         if getattr(config, name) < value:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(config, name)}; it must be at least {value}{why.get(name, '')}")
+            raise ValueError(
+                f"{option_name(name)} is {getattr(config, name)}; it must be at least {value}{why.get(name, '')}"
+            )
