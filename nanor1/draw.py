@@ -36,6 +36,16 @@ def sample_tokens(
     return token_B, (logits_BV.gather(-1, token_B[:, None]) - max_B1).squeeze(1) - sum_B.log()
 
 
+def token_confidence(logits_BV: Tensor, token_B: Tensor, logp_B: Tensor, temperature: float, k: int) -> Tensor:
+    """Minus the mean log-probability of the k likeliest tokens: fp32 [B], larger where the model is surer.
+
+    `token_B` and its log-probability `logp_B` are what `sample_tokens` drew from these logits; they spare a second sum
+    over the vocabulary. Source: DeepConf (Fu et al. 2025, 2508.15260), equation 2.
+    """
+    likeliest_B = logits_BV.topk(min(k, logits_BV.shape[-1]), sorted=False).values.mean(-1)
+    return (logits_BV.gather(-1, token_B[:, None]).squeeze(1) - likeliest_B) / (temperature or 1.0) - logp_B
+
+
 def narrow(weight_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Zero the weights outside the k largest, and outside the fewest that hold top_p of the rest.
 

@@ -16,6 +16,9 @@ and the position alone, so a request draws the same numbers whichever slot or ba
 differ in their last bits with the shape of the batch (floating-point sums are not associative), and a draw that falls
 between the two then gives another token.
 
+A call may keep the caches of its completions, and a later one continue them without reading their tokens again: what
+search over steps is made of (search.py).
+
 Left out: paged caches, sharing a prompt's cache between slots (copies are read as fast up to some hundred tokens).
 
 Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L new tokens, V vocabulary.
@@ -23,7 +26,7 @@ Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L ne
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,7 @@ from nanor1.slots import Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+MAX_FOLLOWING = 64  # tokens behind a cache that is taken over, read one by one; to read a longer text anew is quicker
 STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
 
@@ -47,6 +51,7 @@ class Completion:
     ids: list[int]  # the stop token included
     logprobs: list[float]  # at the sampling temperature, before top-k and top-p; those of temperature 1 when greedy
     finish: str  # "stop" or "length"
+    confidences: list[float] | None = None  # of its tokens, where they were asked for (see draw.token_confidence)
 
 
 def generate(
@@ -65,24 +70,54 @@ class Results:
 
     ids_RL: Tensor
     logp_RL: Tensor
+    confidence_RL: Tensor
     length_R: Tensor
     is_stopped_R: Tensor
 
     def take(self, slots: Slots, slot_F: Tensor, request_F: Tensor) -> None:
         self.ids_RL[request_F], self.logp_RL[request_F] = slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]
+        self.confidence_RL[request_F] = slots.confidence[slot_F, :-1]
         self.length_R[request_F], self.is_stopped_R[request_F] = slots.n_new[slot_F], slots.is_stopped[slot_F]
 
-    def completions(self, n: int) -> list[list[Completion]]:
+    def completions(self, n: int, has_confidences: bool) -> list[list[Completion]]:
         is_nan_R = self.logp_RL.isnan().any(-1)
         if is_nan_R.any():
             prompt = int(is_nan_R.nonzero()[0]) // n
             raise ValueError(f"the model's logits after prompt {prompt} are not numbers: look for nan in its weights")
         columns = (getattr(self, field.name).tolist() for field in fields(self))
         flat = [
-            Completion(ids[:length], logp[:length], "stop" if is_stopped else "length")
-            for ids, logp, length, is_stopped in zip(*columns, strict=True)
+            Completion(
+                ids[:length],
+                logp[:length],
+                "stop" if is_stopped else "length",
+                confidence[:length] if has_confidences else None,
+            )
+            for ids, logp, confidence, length, is_stopped in zip(*columns, strict=True)
         ]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+@dataclass
+class Kept:
+    """The caches of a call's completions, by request; of each all tokens but the last, which is never read."""
+
+    cache: KVCache
+    n: int  # completions a prompt
+    ids_R: list[list[int]] = field(default_factory=list)  # prompts and completions, when they are all there
+
+    def row_of(self, prompt: int, completion: int) -> int:
+        if not (0 <= completion < self.n and 0 <= prompt < len(self.ids_R) // self.n):
+            n_prompts = len(self.ids_R) // self.n
+            raise ValueError(
+                f"completion {completion} of prompt {prompt} is not kept: there are {n_prompts} x {self.n}"
+            )
+        return prompt * self.n + completion
+
+    def n_shared(self, row: int, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt the row's cache holds; never its last one, whose logits are wanted."""
+        kept = self.ids_R[row]
+        most = min(len(kept), len(prompt)) - 1
+        return next((i for i in range(most) if kept[i] != prompt[i]), most)
 
 
 class Sampler:
@@ -101,6 +136,7 @@ class Sampler:
         self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
         self.device = model.head_weight_VC.device
         self.slots: Slots | None = None
+        self.kept: Kept | None = None
         self.n_wanted = 0  # slots that were asked for, when these were made
         self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
         self.steps: dict[tuple[int, Sampling], Step] = {}
@@ -120,6 +156,9 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         vocab_size: int | None = None,
         on_token: Callable[[int, int, int], None] | None = None,
+        confidence_k: int = 0,
+        keep: bool = False,
+        continues: Sequence[tuple[int, int] | None] | None = None,
     ) -> list[list[Completion]]:
         """Sample n completions of each prompt; returns one inner list a prompt, n long.
 
@@ -127,9 +166,15 @@ class Sampler:
         into text): finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's
         context: finish "length". Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above
         `vocab_size` are never sampled. `seed` is one number, or one a prompt, with which a prompt draws the same
-        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made. Raises
-        ValueError for an empty prompt, one that leaves no room to answer, and where the cache of a single request
-        exceeds the memory.
+        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made. With
+        `confidence_k` completions have confidences, over so many likeliest tokens.
+
+        `keep` keeps the caches of all completions until the next call that keeps, or `release`; the model's weights
+        must stay as they are. `continues` then says of each prompt which completion (prompt, index) of that call it
+        continues, None: none; it takes over the cache of the ids that they begin with alike.
+
+        Raises ValueError for an empty prompt, one that leaves no room to answer, and where the cache of a single
+        request exceeds the memory.
         """
         seeds = [request_key(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -137,15 +182,26 @@ class Sampler:
         _check_sampling(temperature, top_k, top_p, stop_texts, decode)
         if not prompts:
             return []
-        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
+        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size, confidence_k)
         with torch.inference_mode():
             self._reserve(len(prompts) * n, max(map(len, prompts)), max(limits))
             run = _Run(self, prompts, n, limits, seeds, sampling)
+            run.take_over(self.kept, continues)
+            if keep:
+                run.keep(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
             run.listen(on_token, stop_texts, decode)
             while run.n_waiting or run.request_of:
                 run.admit() if run.should_admit() else run.decode()
                 run.look()
-            return run.results.completions(n)
+        completions_PG = run.results.completions(n, confidence_k > 0)
+        if keep:
+            run.kept.ids_R = [[*ids, *made.ids] for ids, g in zip(prompts, completions_PG, strict=True) for made in g]
+            self.kept = run.kept
+        return completions_PG
+
+    def release(self) -> None:
+        """Give back the memory of the caches that were kept."""
+        self.kept = None
 
     def _reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
         """Make slots for requests of so many tokens, if those there are do not suffice."""
@@ -185,10 +241,34 @@ class _Run:
         self.limit_R = self._index(limits).repeat_interleave(n)
         self.key_R = self._index(request_key(seed, g) for seed in seeds for g in range(n))
         ids_RL = torch.zeros(self.n_requests, self.slots.n_new_tokens, dtype=torch.int32, device=self.device)
+        logp_RL, confidence_RL = ids_RL.float(), ids_RL.float()
         stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
-        self.results = Results(ids_RL, torch.zeros_like(ids_RL, dtype=torch.float32), self.start_R * 0, stopped_R)
+        self.results = Results(ids_RL, logp_RL, confidence_RL, self.start_R * 0, stopped_R)
+        self.kept: Kept | None = None
         self.slots.is_running.fill_(False)
         self.slots.position.zero_()
+
+    def take_over(self, kept: Kept | None, continues: Sequence[tuple[int, int] | None] | None) -> None:
+        """Which rows of the kept caches the prompts begin with, and how many tokens of them."""
+        self.source, self.taken_P = kept, [(0, 0)] * len(self.prompts)
+        if continues is None:
+            return
+        if kept is None or len(continues) != len(self.prompts):
+            raise ValueError(
+                f"continues has {len(continues)} entries for {len(self.prompts)} prompts, and the last call kept "
+                f"{'nothing' if kept is None else 'its caches'}; give one entry a prompt after a call with keep=True"
+            )
+        for p, (prompt, continued) in enumerate(zip(self.prompts, continues, strict=True)):
+            if continued is not None:
+                row = kept.row_of(*continued)
+                n_shared = kept.n_shared(row, prompt)
+                self.taken_P[p] = (row, n_shared if len(prompt) - n_shared <= MAX_FOLLOWING else 0)
+
+    def keep(self, room: int) -> None:
+        """Have the caches of all requests, of up to `room` tokens, kept."""
+        self.kept = Kept(
+            KVCache(self.model.config, self.n_requests, room, self.slots.cache.k[0].dtype, self.device), self.n
+        )
 
     def listen(self, on_token, stop_texts: Sequence[str], decode_text) -> None:
         """What the host has to see after each step; if nothing, a stepwise sampler looks less often, and later."""
@@ -226,21 +306,44 @@ class _Run:
         self._hear(placed)
 
     def _prefill(self) -> None:
-        """Run the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle."""
+        """Run the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle.
+
+        All of them are read whole, or all take over a cache.
+        """
         start = self.n_admitted // self.n
-        stop, longest = start + 1, len(self.prompts[start])
-        while (stop - start) * self.n < self.n_free:
+        stop, longest, is_taken = start + 1, len(self.prompts[start]), self.taken_P[start][1] > 0
+        while (stop - start) * self.n < self.n_free and (self.taken_P[stop][1] > 0) == is_taken:
             longest = max(longest, len(self.prompts[stop]))
             if longest * (stop + 1 - start) > PREFILL_TOKENS:
                 break
             stop += 1
         prompts = self.prompts[start:stop]
-        cu_seqlens_B1 = F.pad(self._index(map(len, prompts)).cumsum(0), (1, 0))
-        ids_N = self._index(token for prompt in prompts for token in prompt)
         self.prefilled, dtype = range(start, stop), self.slots.cache.k[0].dtype
         self.prefilled_cache = KVCache(self.model.config, len(prompts), max(map(len, prompts)), dtype, self.device)
-        hidden_NC = self.model(ids_N, cu_seqlens_B1, self.prefilled_cache)
-        self.prefilled_logits = self.model.logits(hidden_NC[cu_seqlens_B1[1:] - 1])
+        hidden_BC = self._follow(prompts) if is_taken else self._read(prompts)
+        self.prefilled_logits = self.model.logits(hidden_BC)
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Run whole prompts into the cache; the hidden state of the last token of each: [B, C]."""
+        cu_seqlens_B1 = F.pad(self._index(map(len, prompts)).cumsum(0), (1, 0))
+        ids_N = self._index(token for prompt in prompts for token in prompt)
+        return self.model(ids_N, cu_seqlens_B1, self.prefilled_cache)[cu_seqlens_B1[1:] - 1]
+
+    def _follow(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The same of prompts that take over a cache: what follows it is run token by token, of all prompts at once."""
+        rows, n_taken = zip(*(self.taken_P[p] for p in self.prefilled), strict=True)
+        cache, B = self.prefilled_cache, len(prompts)
+        cache.copy_rows(self.source.cache, self._index(rows), self._index(range(B)), max(n_taken))
+        hidden_BC: list[Tensor] = [torch.empty(0)] * B
+        for i in range(max(len(prompt) - n for prompt, n in zip(prompts, n_taken, strict=True))):
+            active = [b for b in range(B) if n_taken[b] + i < len(prompts[b])]
+            ids_A = self._index(prompts[b][n_taken[b] + i] for b in active)
+            position_A = self._index(n_taken[b] + i for b in active)
+            slot_A = None if len(active) == B else self._index(active)
+            hidden_AC = self.model.decode(ids_A, position_A, cache, max(n_taken) + i + 1, slot_A)
+            for b, hidden_C in zip(active, hidden_AC, strict=True):
+                hidden_BC[b] = hidden_C  # the last one stays
+        return torch.stack(hidden_BC)
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""
@@ -283,7 +386,10 @@ class _Run:
         finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
         if not finished:
             return
-        self.results.take(self.slots, self._index(finished.keys()), self._index(finished.values()))
+        slot_F, request_F = self._index(finished.keys()), self._index(finished.values())
+        self.results.take(self.slots, slot_F, request_F)
+        if self.kept:
+            self.kept.cache.copy_rows(self.slots.cache, slot_F, request_F, int(self.slots.position[slot_F].max()))
         for slot in finished:
             del self.request_of[slot]
         if not self.sampler.is_stepwise:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanor1.draw import hash_uniform, sample_tokens
+from nanor1.draw import hash_uniform, sample_tokens, token_confidence
 from nanor1.model import KVCache, Transformer
 
 
@@ -26,6 +26,7 @@ class Sampling:
     top_p: float
     stop_ids: tuple[int, ...]
     vocab_size: int | None
+    confidence_k: int = 0  # 0: confidences are not asked for
 
     def stops(self, token_B: Tensor) -> Tensor:
         stopped_B = torch.zeros_like(token_B, dtype=torch.bool)
@@ -56,6 +57,7 @@ class Slots:
         # the last column takes what rows that are not running write
         self.ids = torch.zeros(n_slots + 1, n_new + 1, dtype=torch.int32, device=weight.device)
         self.logp = torch.zeros(n_slots + 1, n_new + 1, device=weight.device)
+        self.confidence = torch.zeros_like(self.logp)
         is_cuda = weight.device.type == "cuda"
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_tokens
@@ -72,6 +74,9 @@ class Slots:
         token_B, logp_B = self.sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
         slot_B, column_B = self.index[slots], torch.where(running_B, n_new_B, self.n_new_tokens)
         self.ids[slot_B, column_B], self.logp[slot_B, column_B] = token_B.int(), logp_B
+        if sampling.confidence_k:
+            confidence_B = token_confidence(logits_BV, token_B, logp_B, sampling.temperature, sampling.confidence_k)
+            self.confidence[slot_B, column_B] = confidence_B
         self.token[slots] = token_B
         n_new_B = n_new_B + running_B
         stopped_B = running_B & sampling.stops(token_B)
@@ -90,7 +95,8 @@ class Slots:
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
         self.cache.copy_rows(self.cache, from_B, to_B, int(self.position[from_B].max()))
-        for by_slot in (self.token, self.position, self.n_new, self.limit, self.key, self.ids, self.logp):
+        counters = (self.token, self.position, self.n_new, self.limit, self.key)
+        for by_slot in (*counters, self.ids, self.logp, self.confidence):
             by_slot[to_B] = by_slot[from_B]
         self.is_running[to_B], self.is_stopped[to_B] = self.is_running[from_B], self.is_stopped[from_B]
 

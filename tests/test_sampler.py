@@ -745,3 +745,104 @@ def test_weights_that_are_not_numbers_are_an_error_and_not_tokens(temperature):
     model.model.embed_tokens.weight.data[5] = math.nan
     with pytest.raises(ValueError, match="the model's logits after prompt 1 are not numbers"):
         generate(model, [[1], [5]], max_new_tokens=3, temperature=temperature, top_k=1)
+
+
+# ---- caches that are kept and continued
+
+KEEPING = dict(max_new_tokens=9, temperature=1.0, stop_ids=[3, 5], keep=True)
+
+
+@pytest.fixture(params=["first rows", "stepwise"])
+def is_stepwise(request):
+    return request.param == "stepwise"
+
+
+def extended(prompts, completions_PG, extra=()):
+    """Each completion behind its prompt, and which one that is."""
+    places = [(p, g) for p, group in enumerate(completions_PG) for g in range(len(group))]
+    return [prompts[p] + completions_PG[p][g].ids + list(extra) for p, g in places], places
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("extra", [(), (7,), (7, 8, 9)])
+def test_continuing_a_kept_cache_gives_what_reading_the_tokens_again_gives(config, extra, is_stepwise):
+    model, prompts = random_model(config), random_prompts([5, 1, 12])
+    engine = Sampler(model, max_rows=4, is_stepwise=is_stepwise)  # fewer rows than the 9 requests
+    longer, places = extended(prompts, engine.generate(prompts, n=3, **KEEPING), extra)
+    arguments = dict(n=2, max_new_tokens=6, temperature=1.0, seed=list(range(9)))
+    continued = engine.generate(longer, continues=places, **arguments)
+    for ours, fresh in zip(sum(continued, []), sum(generate(model, longer, **arguments), []), strict=True):
+        assert ours.ids == fresh.ids
+        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(fresh.logprobs), atol=1e-4, rtol=0)
+
+
+def test_a_prompt_that_leaves_a_kept_text_takes_over_only_what_they_share(is_stepwise):
+    model, prompts = random_model(), random_prompts([6, 6])
+    engine = Sampler(model, is_stepwise=is_stepwise)
+    kept = engine.generate(prompts, n=2, **KEEPING | dict(stop_ids=[]))
+    turned = [prompts[0] + kept[0][1].ids[:4] + [1, 2], prompts[1][:3] + [50], prompts[1], random_prompts([200])[0]]
+    continues, arguments = [(0, 1), (1, 0), (1, 1), None], dict(max_new_tokens=6, temperature=0)
+    ours = engine.generate(turned, continues=continues, **arguments)
+    assert [g[0].ids for g in ours] == [g[0].ids for g in generate(model, turned, **arguments)]
+
+
+def test_what_is_taken_over_is_not_read_again(monkeypatch):
+    model, prompts = random_model(), random_prompts([30, 40])
+    engine, read, forward = Sampler(model), [], Transformer.forward
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
+    )
+    longer, places = extended(prompts, engine.generate(prompts, n=2, **KEEPING))
+    engine.generate(longer, max_new_tokens=4, continues=places)
+    assert read == [70]
+    engine.generate([longer[0] + random_prompts([65])[0]], max_new_tokens=4, continues=places[:1])
+    assert read == [70, len(longer[0]) + 65], "a long text behind the cache is read in one forward, with the rest"
+
+
+def test_chains_of_kept_calls_equal_one_long_completion(is_stepwise):
+    model, prompts = random_model(), random_prompts([4, 9])
+    engine = Sampler(model, is_stepwise=is_stepwise)
+    texts, continues = prompts, None
+    for _ in range(4):
+        made = engine.generate(texts, max_new_tokens=5, temperature=0, keep=True, continues=continues)
+        texts, continues = extended(texts, made)
+    whole = generate(model, prompts, max_new_tokens=20, temperature=0)
+    assert texts == [prompt + group[0].ids for prompt, group in zip(prompts, whole, strict=True)]
+
+
+def test_continuing_what_is_not_kept_is_refused():
+    engine, prompts = Sampler(random_model()), random_prompts([4, 4])
+    with pytest.raises(ValueError, match="kept nothing"):
+        engine.generate(prompts, max_new_tokens=2, continues=[(0, 0), None])
+    engine.generate(prompts, n=2, **KEEPING)
+    with pytest.raises(ValueError, match="1 entries for 2 prompts"):
+        engine.generate(prompts, max_new_tokens=2, continues=[(0, 0)])
+    with pytest.raises(ValueError, match="completion 2 of prompt 1 is not kept: there are 2 x 2"):
+        engine.generate(prompts, max_new_tokens=2, continues=[None, (1, 2)])
+    engine.release()
+    with pytest.raises(ValueError, match="kept nothing"):
+        engine.generate(prompts, max_new_tokens=2, continues=[None, None])
+
+
+# ---- confidences
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_a_confidence_is_minus_the_mean_log_probability_of_the_likeliest_tokens(temperature, is_stepwise):
+    logits_VV = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)) * 3
+    engine = Sampler(bigram_model(logits_VV), is_stepwise=is_stepwise)
+    (made,) = engine.generate([[2]], max_new_tokens=10, temperature=temperature, vocab_size=9, confidence_k=4)[0]
+    logp_VV = (logits_VV[:, :9].double() / (temperature or 1)).log_softmax(-1)
+    expected = [-logp_VV[before].sort().values[-4:].mean() for before in [2, *made.ids[:-1]]]
+    torch.testing.assert_close(torch.tensor(made.confidences), torch.stack(expected).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_confidences_are_there_only_where_asked_for_and_change_no_draw():
+    model, prompts = random_model(), random_prompts([3, 8])
+    plain = generate(model, prompts, n=2, max_new_tokens=7)
+    asked = generate(model, prompts, n=2, max_new_tokens=7, confidence_k=100)  # more than there are tokens
+    assert {made.confidences for made in sum(plain, [])} == {None}
+    assert [made.ids for made in sum(plain, [])] == [made.ids for made in sum(asked, [])]
+    assert all(len(made.confidences) == len(made.ids) for made in sum(asked, []))
