@@ -63,17 +63,17 @@ def answer_block(text: str) -> str | None:
 
 
 def final_answer(problem: Problem, text: str) -> str | None:
-    """The answer that the text commits itself to, as it is written but for blanks; None if it gives none.
+    """The answer that the text commits itself to, its blanks made single ones; None if it gives none.
 
-    Of a code problem it is the whole program, blanks included.
+    Of a code problem it is the whole program, blanks as they are.
 
-    >>> final_answer(Problem("", "3", "countdown"), "<think> 1 + 2 = 3 </think> <answer> 1 + 2 </answer>")
-    '1+2'
+    >>> final_answer(Problem("", "3", "countdown"), "<think> 1 + 2 = 3 </think> <answer> 1 +  2 </answer>")
+    '1 + 2'
     """
     if problem.task == "code":
         return write_program(problem.tests, after_thinking(text))
     answer = answer_block(text) if problem.task == "countdown" else extract_answer(after_thinking(text))
-    return None if answer is None else "".join(answer.split()) or None
+    return None if answer is None else " ".join(answer.split()) or None
 
 
 def accuracy(problem: Problem, text: str) -> float | None:
@@ -134,6 +134,20 @@ def format(problem: Problem, text: str) -> float:
     if problem.task == "code":
         return float(_has_one_program(match[2]))
     return float(is_tagged or problem.task not in BOXED_TASKS or _has_one_box(match[2]))
+
+
+def marked(problem: Problem, text: str) -> float:
+    r"""1.0 if the text marks one final answer as it was asked to, without tags around its thinking; else 0.0.
+
+    One, not empty `\boxed{}` where the task has boxed answers, one program, else one `<answer>` block. It is the form
+    of a chain of thought in the open, and of a direct answer.
+    """
+    if problem.task == "code":
+        return float(_has_one_program(text))
+    if problem.task in BOXED_TASKS:
+        return float(_has_one_box(text))
+    counts = tuple(map(text.count, _TAGS[2:]))
+    return float(counts == (1, 1) and bool((answer_block(text) or "").strip()))
 
 
 def _has_one_box(text: str) -> bool:

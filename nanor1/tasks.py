@@ -4,7 +4,7 @@ A task gives training problems for a step (stateless: the same seed and step giv
 sees what the interrupted one would have seen) and a fixed held-out set that training can never meet. What is held out
 is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept.
 
-Left out: downloading, few-shot prompts, judging (rewards.py; only the countdown checker lives here).
+Left out: downloading, judging (rewards.py; only the countdown checker lives here).
 
 Sources: countdown as TinyZero plays it, GSM8K (arXiv:2110.14168), MATH (arXiv:2103.03874), the base model's
 conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
@@ -17,12 +17,12 @@ import json
 import operator
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from nanor1.coding import read_row
 from nanor1.grading import extract_answer
@@ -129,13 +129,18 @@ def task_parameters(text: str) -> dict:
     >>> task_parameters('{"n_numbers": 3}')
     {'n_numbers': 3}
     """
+    return parse_object(text, "task parameters")
+
+
+def parse_object(text: str, what: str) -> dict:
+    """Read a JSON object written by hand, the empty text as an empty one; ValueError, naming `what`, for all else."""
     try:
-        parameters = json.loads(text or "{}")
-    except ValueError as error:
-        raise ValueError(f"task parameters {text!r} are no JSON object ({error})") from error
-    if not isinstance(parameters, dict):
-        raise ValueError(f"task parameters {text!r} are no JSON object")
-    return parameters
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {text!r:.60} are no JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} {text!r:.60} are no JSON object")
+    return found
 
 
 # ---- what is held out
@@ -390,25 +395,78 @@ R1_ZERO_TEMPLATE = (
     "between <think> and </think>, and then gives User the answer, between <answer> and </answer>: <think> the "
     "thinking goes here </think> <answer> the answer goes here </answer>.\nUser: {prompt}\nAssistant: <think>"
 )
-CHAT_INSTRUCTION = "Think first, between <think> and </think>. Then write the final answer {where}."
+STYLES = {  # what a chat model is asked to do before it answers
+    "think": "Think first, between <think> and </think>. Then write the final answer {where}.",
+    "cot": "Think step by step. Then write the final answer {where}.",
+    "direct": "Write only the final answer, {where}, without any explanation.",
+}
+Style = Literal["think", "cot", "direct"]
 
 
-def format_prompt(problem: Problem, template: str) -> str | list[dict[str, str]]:
-    """Dress the question for a model: text, or for "chat" the messages for Tokenizer.apply_chat_template.
+@dataclass(frozen=True)
+class Example:
+    """A question with a worked answer, shown before the problem (few-shot)."""
+
+    prompt: str
+    completion: str
+
+
+def format_prompt(
+    problem: Problem, template: str, style: Style = "think", examples: Sequence[Example] = ()
+) -> str | list[dict[str, str]]:
+    r"""Dress the question for a model: text, or for "chat" the messages for Tokenizer.apply_chat_template.
 
     "r1-zero": a base model's conversation that ends in an opened `<think>` (DeepSeek-R1, Table 1, in other words).
-    "chat": one user message, the question and how to write the answer. "bare": the question alone.
+    "chat": a user's message, the question and how to write the answer: after thinking between tags, after a chain of
+    thought in the open (Wei et al. 2201.11903; zero-shot Kojima et al. 2205.11916), or directly. "bare": the question
+    alone. `examples` are turns before it ("chat"), or paragraphs ("bare"); where the style is "direct", their answers
+    alone. ValueError where a template knows no other styles, or no examples.
     """
+    if template != "chat" and style != "think":
+        raise ValueError(
+            f"the style {style!r} is asked for in words, which the template {template!r} has none of: use chat"
+        )
     if template == "bare":
-        return problem.prompt
+        return "".join(f"{example.prompt}\n{example.completion}\n\n" for example in examples) + problem.prompt
     if template == "r1-zero":
+        if examples:
+            raise ValueError("the template r1-zero takes no examples; use chat, or bare")
         return R1_ZERO_TEMPLATE.replace("{prompt}", problem.prompt)  # not str.format: LaTeX is full of braces
     if template == "chat":
         where = "in \\boxed{}" if problem.task in BOXED_TASKS else "alone between <answer> and </answer>"
         if problem.task == "code":
             where = "as complete Python code in one ```python block"
-        return [{"role": "user", "content": f"{problem.prompt}\n\n{CHAT_INSTRUCTION.replace('{where}', where)}"}]
+        instruction = STYLES[style].replace("{where}", where)
+        return [
+            message
+            for example in examples
+            for message in (_user(example.prompt, instruction), _assistant(problem.task, example, style))
+        ] + [_user(problem.prompt, instruction)]
     raise ValueError(f"unknown template {template!r}; choose 'r1-zero', 'chat' or 'bare'")
+
+
+def _user(prompt: str, instruction: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{prompt}\n\n{instruction}"}
+
+
+def _assistant(task: str, example: Example, style: Style) -> dict[str, str]:
+    """A worked answer, or in the direct style no more of it than the answer itself."""
+    answer = extract_answer(example.completion) if style == "direct" and task != "code" else None
+    if answer is None:
+        return {"role": "assistant", "content": example.completion}
+    return {
+        "role": "assistant",
+        "content": f"\\boxed{{{answer}}}" if task in BOXED_TASKS else f"<answer> {answer} </answer>",
+    }
+
+
+def read_examples(path: File) -> tuple[Example, ...]:
+    """Worked examples from JSON lines of `prompt` and `completion`; ValueError names file, line and fault."""
+
+    def to_example(row: dict) -> Example:
+        return Example(_text_field(row, "prompt"), _text_field(row, "completion"))
+
+    return tuple(read_json_lines(path, to_example))
 
 
 def prefilled(prompt_text: str) -> str:
@@ -443,16 +501,36 @@ def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: in
     >>> check_countdown("5 * (5 - 1 / 5)", [1, 5, 5, 5], 24)
     True
     """
-    expression = equation.strip()
     # Length, characters and numbers are settled before the parser sees anything: that keeps rubbish cheap.
+    if countdown_numbers(equation) != sorted(nums):
+        return False
+    value = countdown_value(equation, operators)
+    return value is not None and value == target
+
+
+def countdown_numbers(equation: str) -> list[int] | None:
+    """The integers of an expression, sorted; None for a text that is too long or has characters of no expression.
+
+    >>> countdown_numbers("3 + 7 + 12"), countdown_numbers("x + 1")
+    ([3, 7, 12], None)
+    """
+    expression = equation.strip()
+    return sorted(map(int, _NUMBER.findall(expression))) if _EXPRESSION.fullmatch(expression) else None
+
+
+def countdown_value(equation: str, operators: str = "+-*/") -> int | Fraction | None:
+    """The exact value of an expression such as `check_countdown` takes; None for all that it refuses.
+
+    >>> countdown_value("5 - 1 / 5"), countdown_value("2 ** 3")
+    (Fraction(24, 5), None)
+    """
+    expression = equation.strip()
     if not _EXPRESSION.fullmatch(expression):
-        return False
-    if sorted(map(int, _NUMBER.findall(expression))) != sorted(nums):
-        return False
+        return None
     try:
-        return _value(ast.parse(expression, mode="eval").body, operators, _MAX_DEPTH) == target
+        return _value(ast.parse(expression, mode="eval").body, operators, _MAX_DEPTH)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return False
+        return None
 
 
 def _value(node: ast.expr, operators: str, depth: int) -> int | Fraction:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from nanor1.tasks import (
     Problem,
     check_countdown,
+    countdown_numbers,
     countdown_problem,
+    countdown_value,
     fold,
     format_prompt,
     instance_key,
@@ -204,6 +206,24 @@ def test_checker_returns_a_verdict_close_to_the_recursion_limit():
         except RecursionError:  # not even the call of the checker fits any more
             break
     assert verdicts == {True, False}  # False: no room left to work it out
+
+
+@settings(deadline=None)
+@given(trees)
+def test_an_expression_is_read_as_its_numbers_and_its_exact_value(tree):
+    assert countdown_numbers(render(tree)) == sorted(leaves(tree))
+    assert countdown_value(render(tree)) == work_out(tree)
+
+
+@pytest.mark.parametrize("equation", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_has_a_value_only_where_the_checker_would_take_it(equation):
+    value = countdown_value(equation)
+    assert value is None or check_countdown(equation, countdown_numbers(equation), value)
+
+
+def test_an_operator_that_is_left_out_leaves_no_value():
+    assert countdown_value("6 / 2", "+-*") is None
+    assert countdown_value("6 / 2", "/") == 3
 
 
 @needs_shared
