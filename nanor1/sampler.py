@@ -340,7 +340,7 @@ class _Run:
             ids_A = self._index(prompts[b][n_taken[b] + i] for b in active)
             position_A = self._index(n_taken[b] + i for b in active)
             slot_A = None if len(active) == B else self._index(active)
-            hidden_AC = self.model.decode(ids_A, position_A, cache, max(n_taken) + i + 1, slot_A)
+            hidden_AC = self.model.decode(ids_A, position_A, cache, max(n_taken[b] for b in active) + i + 1, slot_A)
             for b, hidden_C in zip(active, hidden_AC, strict=True):
                 hidden_BC[b] = hidden_C  # the last one stays
         return torch.stack(hidden_BC)

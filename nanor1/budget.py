@@ -1,0 +1,258 @@
+"""Inference-time methods that make one answer longer: budget forcing, and rounds of self-refinement.
+
+Budget forcing is s1 (Muennighoff et al. 2501.19393, section 3.1): thinking that ends too early is made to go on by
+"Wait" in the place of its end, and thinking that takes too long is ended by force. Self-refinement is Madaan et al.
+2303.17651 (algorithm 1) with one turn a round: feedback and the better answer are asked for together, and only the
+last answer is shown, not all before it. When to stop, and which answer to take, is left to the caller (voting.py).
+
+Left out: what thinking would have led to had it ended at each "Wait", which costs an answer each.
+
+Letters: P prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from nanor1.draw import request_key
+from nanor1.rewards import after_thinking
+from nanor1.sampler import Completion, Sampler
+from nanor1.search import Found, Rounds, Source, Spent, check_sizes
+from nanor1.tokenizer import Tokenizer
+
+REQUEST = (
+    "Check your answer step by step. If you find a mistake, correct it. "
+    "Then give the corrected final answer, in the form that was asked for."
+)
+
+
+# ---- budget forcing
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What is the same for all prompts of a call; see force_budget."""
+
+    tokenizer: Tokenizer
+    end_text: str
+    wait_text: str
+    forced_ids: list[int]
+    min_thinking: float
+    max_waits: int
+    max_answer: int
+
+    def hear(self, answer: "_Answer", made: Completion) -> None:
+        """Take in what was sampled, and decide how the answer goes on."""
+        if answer.n_left is not None:
+            self._answer(answer, made)
+        elif made.finish == "length":
+            answer.take(made)
+            self._end_by_force(answer)
+        elif not self._wait(answer, made):
+            answer.take(made)
+            if made.ids[-1] in self.tokenizer.stop_ids:
+                answer.finish = "stop"
+            answer.n_left = self.max_answer
+
+    def _answer(self, answer: "_Answer", made: Completion) -> None:
+        answer.take(made)
+        answer.n_left -= len(made.ids)
+        if made.ids[-1] in self.tokenizer.stop_ids:
+            answer.finish = "stop"
+        elif answer.n_left == 0 or made.finish == "length":
+            answer.finish = "length"  # else it wrote end_text once more, which ends nothing here
+
+    def _wait(self, answer: "_Answer", made: Completion) -> bool:
+        """Put wait_text in the place of what ended the thinking, if it was too short and there is room."""
+        n_kept, lost = self._before_end(made.ids)
+        n_thinking = len(answer.ids) + n_kept
+        if n_thinking >= self.min_thinking or answer.n_waits == self.max_waits:
+            return False
+        wait_ids = self.tokenizer.encode(lost + self.wait_text, allow_special=True)
+        if n_thinking + len(wait_ids) > answer.max_thinking:
+            return False
+        answer.take(made, n_kept)
+        answer.put_in(wait_ids)
+        answer.n_waits += 1
+        if len(answer.ids) == answer.max_thinking:
+            self._end_by_force(answer)
+        return True
+
+    def _before_end(self, ids: list[int]) -> tuple[int, str]:
+        """How many ids stand wholly before what ended the thinking, and the text between the last of them and it."""
+        if ids[-1] in self.tokenizer.stop_ids:
+            return len(ids) - 1, ""
+        before, _, _ = self.tokenizer.decode(ids).partition(self.end_text)
+        texts = ((n, self.tokenizer.decode(ids[:n])) for n in range(len(ids) - 1, -1, -1))
+        return next((n, before.removeprefix(text)) for n, text in texts if before.startswith(text))
+
+    def _end_by_force(self, answer: "_Answer") -> None:
+        answer.put_in(self.forced_ids)
+        answer.n_left = self.max_answer
+
+
+@dataclass
+class _Answer:
+    """What stands behind one prompt so far, first thinking and then answering."""
+
+    prompt_ids: list[int]
+    seed: int
+    max_thinking: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    source: Source = None
+    n_waits: int = 0
+    n_left: int | None = None  # tokens that answering may still take; None while it thinks
+    finish: str = ""  # while it goes on
+    spent: Spent = field(default_factory=Spent)
+
+    def take(self, made: Completion, n: int | None = None) -> None:
+        """Add the first n ids of what was sampled, or all."""
+        self.ids += made.ids[:n]
+        self.logprobs += made.logprobs[:n]
+
+    def put_in(self, ids: list[int]) -> None:
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.spent.n_inserted += len(ids)
+
+    @property
+    def found(self) -> Found:
+        mean = sum(self.logprobs) / (len(self.ids) - self.spent.n_inserted)
+        return Found([Completion(self.ids, self.logprobs, self.finish)], [mean], **vars(self.spent))
+
+
+def force_budget(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_thinking: int,
+    max_answer: int,
+    seeds: Sequence[int],
+    min_thinking: float = 0,
+    max_waits: int = 0,
+    end_text: str = "</think>",
+    wait_text: str = "Wait",
+    answer_text: str = "\nFinal Answer:",
+    **sampling,
+) -> list[Found]:
+    r"""Have each prompt thought about for so many tokens, then answered; one completion a prompt.
+
+    Thinking ends with `end_text` or a stop token. If it has fewer than `min_thinking` tokens by then, its end is cut
+    off and `wait_text` put in its place, at most `max_waits` times (min_thinking math.inf: always). At `max_thinking`
+    tokens, put-in ones counted and the end not, `end_text` and `answer_text` are put in. Then the answer is sampled, at
+    most `max_answer` tokens: finish "length" if that cuts it off. No wait is put in where it would exceed
+    `max_thinking`, which is less where the context leaves less; an end of several tokens that meets `max_thinking`
+    halfway stays there as it is, before the forced one.
+
+    A model that thinks without tags has end_text "": all is thinking, and a stop token ends it and the answer; the
+    forced end is answer_text alone, such as "\n\nThe final answer is \boxed{".
+
+    Ids are never decoded and encoded again, but for the characters before the end in a token that holds both: they are
+    encoded with the text put in. `seeds` has one number a prompt, with which the result does not depend on the others;
+    `sampling` (temperature, top_k, top_p) goes to Sampler.generate. ValueError for sizes below 1 and a prompt after
+    which the context has no room to think.
+    """
+    check_sizes(prompts, seeds, max_thinking=max_thinking, max_answer=max_answer)
+    forced_ids = tokenizer.encode(end_text + answer_text, allow_special=True)
+    budget = _Budget(tokenizer, end_text, wait_text, forced_ids, min_thinking, max_waits, max_answer)
+    room = sampler.model.config.max_position_embeddings - len(forced_ids) - max_answer
+    limits = [min(max_thinking, room - len(ids)) for ids in prompts]
+    for i, limit in enumerate(limits):
+        if limit < 1:
+            raise ValueError(
+                f"prompt {i} is {len(prompts[i])} tokens; with the forced end ({len(forced_ids)}) and max_answer "
+                f"({max_answer}) nothing of the model's context is left to think: lower max_answer, or shorten it"
+            )
+    answers = [_Answer(list(ids), seed, limit) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
+    stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
+    with Rounds(sampler, vocab_size=tokenizer.vocab_size, **stops, **sampling) as rounds:
+        for n_rounds in count():
+            going_on = [answer for answer in answers if not answer.finish]
+            if not going_on:
+                return [answer.found for answer in answers]
+            _go_on(going_on, rounds, n_rounds, budget)
+
+
+def _go_on(answers: list[_Answer], rounds: Rounds, n_rounds: int, budget: _Budget) -> None:
+    """Sample each answer to where it stops or is stopped."""
+    made_P1 = rounds.generate(
+        [answer.prompt_ids + answer.ids for answer in answers],
+        [answer.source for answer in answers],
+        [answer.spent for answer in answers],
+        max_new_tokens=[answer.n_left or answer.max_thinking - len(answer.ids) for answer in answers],
+        seed=[request_key(answer.seed, n_rounds) for answer in answers],
+    )
+    for row, (answer, (made,)) in enumerate(zip(answers, made_P1, strict=True)):
+        answer.source = (row, 0)
+        budget.hear(answer, made)
+
+
+# ---- self-refinement
+
+
+@dataclass
+class _Talk:
+    """A question as messages, and the answers so far."""
+
+    messages: list[dict]
+    seed: int
+    source: Source = None
+    answers: list[Completion] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
+
+
+def refine(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    messages_P: Sequence[list[dict]],
+    *,
+    rounds: int,
+    max_new_tokens: int,
+    seeds: Sequence[int],
+    request: str = REQUEST,
+    template_arguments: dict | None = None,
+    **sampling,
+) -> list[Found]:
+    """Answer, then review and answer again `rounds` times; all answers of a prompt, the first one first.
+
+    Each review sees the question, the last answer without its thinking, and `request`; each answer is what stands
+    behind its own prompt. Where the next prompt would fill the context, the rounds of its question end. The answer is
+    decoded and encoded again, as a chat template wants it. `template_arguments` go to the template, `sampling`
+    (temperature, top_k, top_p) to Sampler.generate. ValueError for a tokenizer without a chat template.
+    """
+    check_sizes(messages_P, seeds, rounds=rounds, max_new_tokens=max_new_tokens)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "self-refinement is a conversation, and this tokenizer has no chat template: use a chat model, or another "
+            "method"
+        )
+    context = sampler.model.config.max_position_embeddings
+    talks = [_Talk(list(messages), seed) for messages, seed in zip(messages_P, seeds, strict=True)]
+    sampling |= dict(max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+    with Rounds(sampler, **sampling) as calls:
+        for turn in range(rounds + 1):
+            prompts = [_next_prompt(tokenizer, talk, request, template_arguments or {}) for talk in talks]
+            fitting = [(t, ids) for t, ids in zip(talks, prompts, strict=True) if turn == 0 or len(ids) < context]
+            _speak([talk for talk, _ in fitting], [ids for _, ids in fitting], calls, turn)
+    return [Found(t.answers, [sum(a.logprobs) / len(a.ids) for a in t.answers], **vars(t.spent)) for t in talks]
+
+
+def _next_prompt(tokenizer: Tokenizer, talk: _Talk, request: str, template_arguments: dict) -> list[int]:
+    messages = talk.messages
+    if talk.answers:
+        text = tokenizer.decode(talk.answers[-1].ids, skip_special=True)
+        shown = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
+        messages = [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": request}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
+    return tokenizer.encode(text, allow_special=True)
+
+
+def _speak(talks: list[_Talk], prompts: list[list[int]], calls: Rounds, turn: int) -> None:
+    """One answer more in each talk; its number makes its random numbers its own."""
+    sources, spent = [talk.source for talk in talks], [talk.spent for talk in talks]
+    made_P1 = calls.generate(prompts, sources, spent, seed=[request_key(talk.seed, turn) for talk in talks])
+    for row, (talk, made_1) in enumerate(zip(talks, made_P1, strict=True)):
+        talk.answers += made_1
+        talk.source = (row, 0)

@@ -1,0 +1,327 @@
+"""Inference-time search over the sampler: beams of steps, several independent trees of them, and beams of tokens.
+
+Beam search over steps follows Snell et al. 2408.03314, section 5.2, and Beeching et al. 2024, "Scaling test-time
+compute with open models", from which the independent trees come (DVTS: diverse verifier tree search). Departures: a
+finished beam leaves and takes its place with it, so that a pool is neither padded with copies nor cut at some step;
+each tree is a whole beam search, where DVTS keeps the one best step in each (width 1).
+
+Left out: lookahead, Monte Carlo tree search, a model that scores steps (a reward model of ours scores final answers).
+Choosing among finished answers is voting.py; methods that lengthen one answer are budget.py.
+
+Letters: P prompts, B live beams, G completions of a beam, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanor1.draw import request_key
+from nanor1.model import KVCache, Transformer
+from nanor1.preference import RewardModel, score
+from nanor1.sampler import MAX_FOLLOWING, Completion, Sampler
+from nanor1.tasks import prefilled
+from nanor1.tokenizer import Tokenizer
+
+# The scores of completions, finished or not, behind the ids of their prompts: the higher, the better.
+Scorer = Callable[[list[list[int]], list[Completion]], list[float]]
+Source = tuple[int, int] | None  # the completion (prompt, index) of the last call whose cache is taken over
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method made of one prompt, and what it took."""
+
+    completions: list[Completion]  # finished answers: all that stands behind the prompt, what was put in included
+    scores: list[float]  # of each, by which the method ranked it; else the mean log-probability of its sampled tokens
+    n_sampled: int  # tokens really sampled, those of dropped branches and of what was cut off included
+    n_inserted: int = 0  # tokens put in by the method, not sampled; their log-probability in a completion is 0
+    n_prompt: int = 0  # tokens read before sampling in all calls, put-in ones included; not what a cache still held
+
+
+@dataclass
+class Spent:
+    """The tokens of one prompt so far, as in Found."""
+
+    n_sampled: int = 0
+    n_inserted: int = 0
+    n_prompt: int = 0
+
+
+class Rounds:
+    """Calls of one sampler, each of whose prompts may go on from a completion of the call before, with its cache.
+
+    As a context it gives the caches back at the end. `sampling` are the arguments that all calls share.
+    """
+
+    def __init__(self, sampler: Sampler, **sampling):
+        self.sampler, self.sampling = sampler, sampling
+
+    def __enter__(self) -> "Rounds":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.sampler.release()
+
+    def generate(
+        self, prompts: list[list[int]], sources: list[Source], spent: list[Spent], **arguments
+    ) -> list[list[Completion]]:
+        """Sampler.generate, and what it took is added to what each prompt has spent."""
+        for prompt, source, counts in zip(prompts, sources, spent, strict=True):
+            counts.n_prompt += self._n_read(prompt, source)
+        continues = sources if any(sources) else None
+        completions_PG = self.sampler.generate(prompts, keep=True, continues=continues, **self.sampling, **arguments)
+        for counts, group in zip(spent, completions_PG, strict=True):
+            counts.n_sampled += sum(len(completion.ids) for completion in group)
+        return completions_PG
+
+    def _n_read(self, prompt: list[int], source: Source) -> int:
+        if source is None:
+            return len(prompt)
+        kept = self.sampler.kept
+        n_following = len(prompt) - kept.n_shared(kept.row_of(*source), prompt)
+        return n_following if n_following <= MAX_FOLLOWING else len(prompt)
+
+
+# ---- scorers
+
+
+def mean_logprob(prompts: list[list[int]], completions: list[Completion]) -> list[float]:
+    """How likely the model finds its own text, a token: a weak guide, which prefers the fluent to the right."""
+    return [sum(completion.logprobs) / len(completion.logprobs) for completion in completions]
+
+
+def reward_scorer(reward_model: RewardModel, tokenizer: Tokenizer, tokens_per_batch: int) -> Scorer:
+    """Score the text so far by a reward model, as if it were the final answer.
+
+    ValueError for a text that is still thinking: the reward model judges final answers, of which it has none. A
+    completion that is longer than the reward model's context scores nan, which beam search ranks last.
+    """
+
+    def scorer(prompts: list[list[int]], completions: list[Completion]) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        texts = [_response(tokenizer, prompt_ids, completion.ids) for prompt_ids, completion in pairs]
+        for text in texts:
+            if "<think>" in text and "</think>" not in text:
+                raise ValueError(
+                    f"a reward model judges final answers, and this one is still thinking: {text[:60]!r}; use prompts "
+                    "and a model that answer without <think>, or score steps by their log-probability"
+                )
+        return score(reward_model, tokenizer, prompts, texts, tokens_per_batch)
+
+    return scorer
+
+
+def _response(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
+    """As evaluate.read_response: what the prompt pre-filled and what was sampled, without the stop token."""
+    tail = tokenizer.decode(prompt_ids[-16:])  # <think> and blanks are fewer tokens
+    return prefilled(tail) + tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids)
+
+
+# ---- beams of steps
+
+
+@dataclass
+class _Beam:
+    """A completion as far as it has come; finish is "length" until it stops."""
+
+    completion: Completion
+    source: Source = None
+    is_live: bool = True
+    score: float = 0.0
+
+    def extended(self, step: Completion, source: Source, stop_ids: Sequence[int], max_tokens: int) -> "_Beam":
+        ids = self.completion.ids + step.ids
+        finish = "stop" if ids[-1] in stop_ids else "length"
+        is_live = step.finish == "stop" and finish == "length" and len(ids) < max_tokens
+        return _Beam(Completion(ids, self.completion.logprobs + step.logprobs, finish), source, is_live)
+
+
+@dataclass
+class _Tree:
+    """One beam search: the beams that live, the finished ones, and the places that are left."""
+
+    prompt_ids: list[int]
+    key: tuple[int, int]  # of its random numbers: the prompt's seed and the number of the tree
+    max_tokens: int  # of an answer
+    n_places: int
+    spent: Spent
+    live: list[_Beam] = field(default_factory=lambda: [_Beam(Completion([], [], "length"))])
+    finished: list[_Beam] = field(default_factory=list)
+
+    def select(self, candidates: list[_Beam]) -> None:
+        """Keep the best, the earlier one of two equals; a finished one takes its place along."""
+        best = sorted(candidates, key=_rank)[: self.n_places]
+        self.live = [beam for beam in best if beam.is_live]
+        self.finished += [beam for beam in best if not beam.is_live]
+        self.n_places -= len(best) - len(self.live)
+
+
+def _rank(beam: _Beam) -> float:
+    return math.inf if math.isnan(beam.score) else -beam.score
+
+
+def beam_search(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    *,
+    width: int,
+    branching: int,
+    scorer: Scorer,
+    max_steps: int,
+    max_new_tokens: int,
+    seeds: Sequence[int],
+    decode: Callable[[list[int]], str],
+    trees: int = 1,
+    step_texts: Sequence[str] = ("\n",),
+    stop_ids: Sequence[int] = (),
+    **sampling,
+) -> list[Found]:
+    """Search answers step by step; returns the finished ones of each prompt, best score first, at most width x trees.
+
+    Of width x branching first steps the `width` best by `scorer` are kept; of each, `branching` next steps are sampled,
+    and so on. A step ends with the token that completes one of `step_texts` (". " so with the first word of the next
+    sentence), or with a stop token. Of equal candidates there is one. An answer is finished when it stops, has
+    `max_steps` steps or `max_new_tokens` tokens, or meets the end of the context; its place is then not filled again,
+    and the search ends with the last live beam: there may be fewer answers than places. `trees` searches of a prompt
+    do not compete, and two of them may find the same answer. DVTS is trees=n, width=1.
+
+    `seeds` has one number a prompt; with it the result is the same whatever else is searched for, and a tree's whatever
+    the number of trees. `sampling` (temperature, top_k, top_p, vocab_size) goes to Sampler.generate. ValueError for
+    sizes below 1 and what Sampler.generate refuses.
+    """
+    sizes = dict(width=width, branching=branching, trees=trees, max_steps=max_steps, max_new_tokens=max_new_tokens)
+    check_sizes(prompts, seeds, **sizes)
+    context = sampler.model.config.max_position_embeddings
+    forest = [
+        [_Tree(list(ids), (seed, t), min(max_new_tokens, context - len(ids)), width, spent) for t in range(trees)]
+        for ids, seed, spent in ((ids, seed, Spent()) for ids, seed in zip(prompts, seeds, strict=True))
+    ]
+    every_tree = [tree for of_prompt in forest for tree in of_prompt]
+    with Rounds(sampler, stop_ids=stop_ids, stop_texts=step_texts, decode=decode, **sampling) as rounds:
+        for n_steps in range(max_steps):
+            growing = [tree for tree in every_tree if tree.live]
+            if not growing:
+                break
+            candidates = _grow(growing, rounds, n_steps, branching if n_steps else width * branching, stop_ids)
+            _score(growing, candidates, scorer)
+            for tree, beams in zip(growing, candidates, strict=True):
+                tree.select(beams)
+    return [_found(of_prompt) for of_prompt in forest]
+
+
+def check_sizes(prompts: Sequence, seeds: Sequence[int], **sizes: float) -> None:
+    """ValueError where there is not a seed a prompt, or a size is below 1."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one a prompt")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+
+
+def _grow(trees: list[_Tree], rounds: Rounds, n_steps: int, n: int, stop_ids: Sequence[int]) -> list[list[_Beam]]:
+    """The candidates of each tree: its live beams, each longer by one of n steps; equal ones once."""
+    rows = [(t, tree, b, beam) for t, tree in enumerate(trees) for b, beam in enumerate(tree.live)]
+    steps_BG = rounds.generate(
+        [tree.prompt_ids + beam.completion.ids for _, tree, _, beam in rows],
+        [beam.source for _, _, _, beam in rows],
+        [tree.spent for _, tree, _, _ in rows],
+        n=n,
+        max_new_tokens=[tree.max_tokens - len(beam.completion.ids) for _, tree, _, beam in rows],
+        seed=[request_key(*tree.key, n_steps, b) for _, tree, b, _ in rows],
+    )
+    candidates: list[dict[tuple[int, ...], _Beam]] = [{} for _ in trees]
+    for row, ((t, tree, _, beam), steps) in enumerate(zip(rows, steps_BG, strict=True)):
+        for g, step in enumerate(steps):
+            longer = beam.extended(step, (row, g), stop_ids, tree.max_tokens)
+            candidates[t].setdefault(tuple(longer.completion.ids), longer)
+    return [list(of_tree.values()) for of_tree in candidates]
+
+
+def _score(trees: list[_Tree], candidates: list[list[_Beam]], scorer: Scorer) -> None:
+    """All candidates at once, those of a prompt side by side: a reward model then reads the prompt once."""
+    pairs = [(tree.prompt_ids, beam) for tree, beams in zip(trees, candidates, strict=True) for beam in beams]
+    scores = scorer([prompt_ids for prompt_ids, _ in pairs], [beam.completion for _, beam in pairs])
+    for (_, beam), beam_score in zip(pairs, scores, strict=True):
+        beam.score = beam_score
+
+
+def _found(trees: list[_Tree]) -> Found:
+    """The answers of a prompt; beams that live after the last step are finished as they are."""
+    beams = sorted((beam for tree in trees for beam in tree.finished + tree.live), key=_rank)
+    return Found([beam.completion for beam in beams], [beam.score for beam in beams], **vars(trees[0].spent))
+
+
+# ---- beams of tokens
+
+
+@torch.inference_mode()
+def token_beam_search(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    *,
+    width: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
+    length_penalty: float = 0.0,
+) -> Found:
+    """The classic beam search, for likely text: keep the `width` likeliest continuations of one prompt at each token.
+
+    Returns at most `width` answers by log-probability / length ** length_penalty. One that has stopped leaves the
+    beam; the search ends when no live one can still beat the worst of `width` finished ones. Nothing is drawn: tokens
+    count as sampled where they were kept. Ids at or above `vocab_size` are never taken. ValueError for a width or
+    max_new_tokens below 1, a negative length_penalty, and a prompt that is empty or fills the context.
+    """
+    limit = _check_tokens(model, len(prompt_ids), width, max_new_tokens, length_penalty)
+    device, n_prompt = model.head_weight_VC.device, len(prompt_ids)
+    cache = KVCache(model.config, width, n_prompt + limit, model.head_weight_VC.dtype, device)
+    hidden_BC = model(torch.tensor(prompt_ids, device=device), torch.tensor([0, n_prompt], device=device), cache)[-1:]
+    live, finished, n_sampled = [Completion([], [], "length")], [], 0
+    worth = lambda made: sum(made.logprobs) / len(made.ids) ** length_penalty  # noqa: E731
+    for length in range(1, limit + 1):
+        row_B, made_B = _likeliest(live, model.logits(hidden_BC)[:, :vocab_size].float(), width, stop_ids)
+        n_sampled += len(made_B)
+        finished += [made for made in made_B if made.finish == "stop" or length == limit]
+        finished = sorted(finished, key=worth, reverse=True)[:width]
+        going_on = [(row, made) for row, made in zip(row_B, made_B, strict=True) if made.finish == "length"]
+        live = [made for _, made in going_on]
+        # a live one only loses log-probability, and in the end divides what it has by no more than the limit
+        hopes = [sum(made.logprobs) / limit**length_penalty for made in live]
+        if length == limit or not live or (len(finished) == width and max(hopes) <= worth(finished[-1])):
+            break
+        position = n_prompt + length - 1
+        row_B = torch.tensor([row for row, _ in going_on], device=device)
+        cache.copy_rows(cache, row_B, torch.arange(len(live), device=device), position)
+        token_B = torch.tensor([made.ids[-1] for made in live], device=device)
+        hidden_BC = model.decode(token_B, torch.full_like(token_B, position), cache, position + 1)
+    return Found(finished, [worth(made) for made in finished], n_sampled, n_prompt=n_prompt)
+
+
+def _check_tokens(model: Transformer, n_prompt: int, width: int, max_new_tokens: int, length_penalty: float) -> int:
+    """The most tokens of an answer."""
+    context = model.config.max_position_embeddings
+    if not 0 < n_prompt < context:
+        raise ValueError(f"the prompt is {n_prompt} tokens; it must be 1 to {context - 1}, the model's context less 1")
+    if min(width, max_new_tokens) < 1 or length_penalty < 0:
+        raise ValueError(
+            f"width {width}, max_new_tokens {max_new_tokens}, length_penalty {length_penalty}: want at least 1, 1 and 0"
+        )
+    return min(max_new_tokens, context - n_prompt)
+
+
+def _likeliest(
+    live: list[Completion], logits_BV: Tensor, width: int, stop_ids: Sequence[int]
+) -> tuple[list[int], list[Completion]]:
+    """The `width` likeliest of all live completions by one more token, best first, and the row each comes from."""
+    logp_BV, V = logits_BV.log_softmax(-1), logits_BV.shape[1]
+    before_B1 = torch.tensor([[sum(made.logprobs)] for made in live], device=logits_BV.device)
+    best = (before_B1 + logp_BV).flatten().topk(min(width, logp_BV.numel())).indices
+    rows, tokens, logps = (best // V).tolist(), (best % V).tolist(), logp_BV.flatten()[best].tolist()
+    made = [
+        Completion([*live[row].ids, token], [*live[row].logprobs, logp], "stop" if token in stop_ids else "length")
+        for row, token, logp in zip(rows, tokens, logps, strict=True)
+    ]
+    return rows, made
