@@ -4,44 +4,67 @@
     python sample.py --model FOLDER                            a conversation (Ctrl-C: stop an answer, Ctrl-D: end)
     python sample.py --model FOLDER --raw < prompt.txt         the text as it is: for base models and miniatures
     python sample.py --model FOLDER --task gsm8k --data gsm8k_test.jsonl --limit 200 --out answers.jsonl
+    python sample.py --model FOLDER --task gsm8k --data gsm8k_test.jsonl --n 16 --compare --picture compare.svg
     python sample.py --model FOLDER --task countdown --n 16 --keep correct --out traces.jsonl    text to train on
     python sample.py --model FOLDER --prompts prompts.jsonl --out general.jsonl                  the same, not judged
 
 FOLDER is a model folder, a run folder (its newest checkpoint is taken) or miniature/countdown, which is pretrained
 where it is not in the cache. Answers and results go to stdout, everything else to stderr. The same command with the
-same seed gives the same result; one that writes training text goes on where it was stopped. A miniature is known by
+same seed gives the same result; one that writes to --out goes on where it was stopped. A miniature is known by
 its vocabulary, and --task then takes the miniature's own problems.
 """
 
-import contextlib
-import json
 import math
-import os
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import torch
 
+from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages
 from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
-from nanor1.evaluate import evaluate, summarize, write_prompt
-from nanor1.grpo import Rollout
+from nanor1.evaluate import Preference
 from nanor1.machine import choose_device
+from nanor1.measure import Asker, measure
+from nanor1.methods import (
+    METHODS,
+    SINGLE,
+    Figures,
+    Run,
+    Settings,
+    applicable,
+    compare,
+    picture,
+    powers_of_two,
+    refuse,
+    report,
+    runs_of,
+    table,
+)
 from nanor1.miniature import Miniature, find_miniature, find_model, miniature_task, own_miniature
 from nanor1.model import Transformer
 from nanor1.pretrained import read_config
-from nanor1.rewards import final_answer
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, Task, format_prompt, make_task, read_json_lines, read_task, task_parameters
+from nanor1.search import Scorer, mean_logprob, reward_scorer
+from nanor1.tasks import (
+    BOXED_TASKS,
+    Problem,
+    Style,
+    Task,
+    make_task,
+    parse_object,
+    read_examples,
+    read_json_lines,
+    read_task,
+    task_parameters,
+)
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import (
     SEED_STRIDE,
     WAVES,
-    Progress,
     Question,
     Selection,
     ask,
@@ -49,7 +72,10 @@ from nanor1.traces import (
     summary,
     training_problems,
 )
-from nanor1.training import check_least
+from nanor1.training import check_least, default_tokens_per_batch, load_reward_model, to_preference
+
+METHOD_OPTIONS = """method compare picture style examples reward_model step_score step_text wait_text min_thinking
+    max_thinking max_answer window keep_share""".split()
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,9 @@ class Config:
     system: str = option("", "system message, for models with a chat template")
     template: Literal["auto", "chat", "r1-zero", "bare"] = option(
         "auto", "of the prompt; auto: chat if the model has one, else bare (--task: r1-zero, a miniature's bare)"
+    )
+    template_args: str = option(
+        "", 'JSON object of variables of the model\'s chat template, as {"enable_thinking": false} for Qwen3'
     )
     raw: bool = option(False, "--template bare: the prompt as it is")
     seed: int = option(0, "of the random numbers")
@@ -78,8 +107,29 @@ class Config:
     )
     task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
     limit: int = option(0, "problems; 0: all of the file, or 200 generated")
-    out: str | None = option(None, "new file of JSON lines: each problem's answers and verdicts, or training text")
+    out: str | None = option(
+        None, "JSON lines: each problem's answers and verdicts, or training text; one begun before goes on"
+    )
     max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take more memory")
+
+    method: str = option("", f"how to spend --n: one or more, NAME,NAME,..., of {', '.join(METHODS)}", "methods")
+    compare: bool = option(False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table")
+    picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into")
+    style: Style = option(
+        "think", "of a chat prompt: think between tags, chain of thought in the open, answer directly"
+    )
+    examples: str | None = option(None, "JSON lines of `prompt` and `completion` to show first (few-shot)")
+    reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for best-reward")
+    step_score: Literal["logprob", "reward"] = option("logprob", "beam, dvts: by what the best steps are kept")
+    step_text: str = option("", "ends a step of beam and dvts; none: a line break")
+    wait_text: str = option("", "budget: what takes the place of the end of thinking; none: Wait")
+    min_thinking: int = option(
+        0, "budget: tokens from which on thinking may end; 0: at every end, N - 1 times, it waits"
+    )
+    max_thinking: int = option(0, "budget: tokens after which thinking is ended by force; 0: what --max-answer leaves")
+    max_answer: int = option(0, "budget: tokens of the answer behind it; 0: a quarter of --max-new-tokens")
+    window: int = option(32, "vote-tail, vote-lowest: tokens over which a confidence is taken")
+    keep_share: float = option(1.0, "vote-tail, vote-lowest: the most confident share of the answers votes")
 
     keep: Literal["correct", "pairs", "all"] | None = option(
         None,
@@ -99,6 +149,7 @@ class Config:
 
     def validate(self) -> None:
         least = dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0, max_per_problem=1)
+        least |= dict(min_thinking=0, max_thinking=0, max_answer=0, window=1)
         check_least(self, least, {})
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
@@ -106,6 +157,11 @@ class Config:
             raise ValueError(f"--min-language is {self.min_language}; it must lie between 0 and 1")
         if self.raw and self.template not in ("auto", "bare"):
             raise ValueError(f"--raw means --template bare; leave one of --raw and --template {self.template} out")
+        parse_object(self.template_args, "--template-args")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"--keep-share is {self.keep_share}; it must be above 0 and at most 1")
+        if self.step_score == "reward" and not self.reward_model:
+            raise ValueError("--step-score reward needs --reward-model FOLDER")
         if self.task in ("gsm8k", "math", "code") and not self.data:
             raise ValueError(f"--task {self.task} needs --data FILE, JSON lines of its problems")
         if self.task == "arithmetic" and self.data:
@@ -121,6 +177,12 @@ class Config:
             self.refuse(["prompt", "data", "task_args"], "is not for --prompts, which are the questions")
         else:
             self.refuse(["data", "task_args", "limit", "out", "keep"], "is for an evaluation: add --task")
+        if not self.task or self.keep:
+            self.refuse(METHOD_OPTIONS, "is for an evaluation: add --task, and leave --keep out")
+        elif not (self.method or self.compare):
+            self.refuse(["picture"], "is of --method or --compare")
+        if self.picture and not Path(self.picture).resolve().parent.is_dir():
+            raise ValueError(f"--picture {self.picture} cannot be written: there is no such folder; make it first")
         if self.prompts and self.keep not in (None, "all"):
             raise ValueError(f"--keep {self.keep} needs --task, by which answers are judged; --prompts are not")
         if self.keep not in ("correct", "pairs"):
@@ -130,16 +192,31 @@ class Config:
         if self.keep == "pairs" and self.n == 1:
             raise ValueError("--keep pairs needs several answers to a problem; give --n 16")
 
+    @property
+    def methods(self) -> list[str]:
+        return list(filter(None, self.method.split(",")))
+
+    @property
+    def ns(self) -> list[int]:
+        """Each N that is looked at."""
+        return powers_of_two(self.n) if self.compare else [self.n]
+
     def refuse(self, names: list[str], why: str) -> None:
         for field in fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ValueError(f"{'the prompt' if field.name == 'prompt' else option_name(field.name)} {why}")
 
 
-MINIATURE = dict(max_new_tokens=224, max_rows=512)  # as it is trained; its answers are short and take little memory
+# As it is trained, and in its words; its answers are short and take little memory.
+MINIATURE = dict(max_new_tokens=224, max_rows=512, step_text="wait", wait_text="wait")
 N_GENERATED = 200  # problems where no --limit is given
-INTERRUPTED = "stopped by Ctrl-C"
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+UNDRAWN = {"token-beam", "budget", "refine"}  # runs whose N answers differ at temperature 0, too
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
+ASKED = "task data task_args limit n seed stop_text " + " ".join(SAMPLING)  # what files depend on
+TRACES = ASKED + " prompts system keep any_format min_language max_per_problem"
+EVALUATION = (
+    ASKED + " style examples reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
+)
 
 
 @user_errors()
@@ -147,7 +224,8 @@ def main() -> None:
     config, given = parse_args(Config, description=__doc__)
     if config.task:
         config = apply_preset(config, given, dict(temperature=0.0 if config.n == 1 else 1.0))
-    if config.n > 1 and config.temperature == 0:
+    runs = {METHODS[name].run for name in config.methods if name in METHODS} or {"samples"}
+    if config.n > 1 and config.temperature == 0 and not runs <= UNDRAWN:
         raise ValueError(
             f"--n {config.n} at --temperature 0 gives the same answer {config.n} times; raise one or drop one"
         )
@@ -158,14 +236,9 @@ def main() -> None:
     if config.keep or config.prompts:
         write_traces(engine)
     elif config.task:
-        measure(engine)
-    elif prompt is None:
-        converse(engine)
+        evaluate(engine)
     else:
-        messages = first_messages(config) + [{"role": "user", "content": prompt}]
-        answers = answer(engine, messages, config.seed * SEED_STRIDE)
-        if any(made.ending == INTERRUPTED for made in answers):
-            raise SystemExit(130)
+        talk(engine, prompt)
 
 
 @dataclass(frozen=True)
@@ -176,13 +249,13 @@ class Engine:
     sampler: Sampler
     tokenizer: Tokenizer
     template: str
+    template_arguments: dict[str, object]  # of the model's chat template
     config: Config
 
     def sampling(self) -> dict:
         """The arguments of Sampler.generate that are the same for every prompt."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p")
         stop_texts = [self.config.stop_text] if self.config.stop_text else []
-        return {name: getattr(self.config, name) for name in names} | dict(
+        return {name: getattr(self.config, name) for name in SAMPLING} | dict(
             stop_texts=stop_texts, decode=self.tokenizer.decode
         )
 
@@ -190,14 +263,6 @@ class Engine:
     def batch_size(self) -> int:
         """Problems answered at once."""
         return max(1, WAVES * self.config.max_rows // self.config.n)
-
-    @property
-    def context(self) -> int:
-        return self.sampler.model.config.max_position_embeddings
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Console:
@@ -226,14 +291,15 @@ def load_engine(config: Config) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_model(config.model, config.seed, Console())
-    _, model_config = read_config(folder)
-    device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
-    model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
+    (_, model_config), tokenizer = read_config(folder), Tokenizer.from_pretrained(folder)
     template, reason = choose_template(config, tokenizer)
-    say(f"model: {folder}; template: {template} ({reason})")
+    template_arguments = read_template_arguments(config, template, tokenizer)
     if config.system and template != "chat":
         raise ValueError(f"--system needs the template chat, and this is {template}; write it into the prompt")
-    return Engine(folder, Sampler(model, config.max_rows), tokenizer, template, config)
+    device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
+    model = Transformer.from_pretrained(folder, dtype, device)
+    say(f"model: {folder}; template: {template} ({reason})")
+    return Engine(folder, Sampler(model, config.max_rows), tokenizer, template, template_arguments, config)
 
 
 def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -250,202 +316,141 @@ def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
     return "bare" if is_bare else "r1-zero", "the model has no chat template"
 
 
+def read_template_arguments(config: Config, template: str, tokenizer: Tokenizer) -> dict[str, object]:
+    """What --template-args tells the chat template; ValueError for what it would pass over in silence."""
+    arguments = parse_object(config.template_args, "--template-args")
+    if arguments and template != "chat":
+        raise ValueError(f"--template-args needs the template chat, and this is {template}; leave it out")
+    if unknown := sorted(arguments.keys() - tokenizer.template_parameters):
+        known = ", ".join(sorted(tokenizer.template_parameters)) or "none"
+        raise ValueError(
+            f"--template-args: the chat template of {config.model} has no variable {unknown[0]!r}; it has {known}"
+        )
+    return arguments
+
+
 # ---- one prompt, or a conversation
+
+
+def talk(engine: Engine, prompt: str | None) -> None:
+    """Answer the prompt, or without one whatever a person types."""
+    config = engine.config
+    speaker = Speaker(
+        engine.sampler, engine.tokenizer, engine.template, engine.sampling(), config.n, engine.template_arguments
+    )
+    messages, seed = first_messages(config), config.seed * SEED_STRIDE
+    if prompt is None:
+        converse(speaker, messages, seed)
+        return
+    answers = answer(speaker, [*messages, {"role": "user", "content": prompt}], seed)
+    if any(made.ending == INTERRUPTED for made in answers):
+        raise SystemExit(130)
 
 
 def first_messages(config: Config) -> list[dict[str, str]]:
     return [{"role": "system", "content": config.system}] if config.system else []
 
 
-def converse(engine: Engine) -> None:
-    """Answer line by line; with a chat template the model sees what was said before, as text."""
-    if engine.template != "chat":
-        say("every line is a prompt of its own: without a chat template there is no conversation")
-    messages, turn = first_messages(engine.config), 0
-    while line := read_line():
-        messages.append({"role": "user", "content": line})
-        try:
-            first, *_ = answer(engine, messages, engine.config.seed * SEED_STRIDE + turn)
-            messages.append({"role": "assistant", "content": first.text})
-        except ValueError as error:  # an unknown word, or a conversation longer than the context
-            say(f"error: {error}")
-            messages.pop()
-        turn += 1
-
-
-def read_line() -> str:
-    """The next line; empty at the end of the input."""
-    while True:
-        try:
-            return input("\n> ").strip()
-        except KeyboardInterrupt:
-            say("\n(an empty line or Ctrl-D ends)")
-        except EOFError:
-            return ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to a prompt: its text without the stop token, and why it ended."""
-
-    text: str
-    ending: str
-
-
-def answer(engine: Engine, messages: list[dict[str, str]], seed: int) -> list[Answer]:
-    """Sample --n answers and print them, the first as it is made; Ctrl-C ends them where they are."""
-    tokenizer, n = engine.tokenizer, engine.config.n
-    text, prompt_ids = write_messages(messages, engine.template, tokenizer)
-    check_room("the prompt", prompt_ids, engine)
-    is_thinking = text.rstrip().endswith("<think>")
-    ids_G: list[list[int]] = [[] for _ in range(n)]
-    printer = Printer(tokenizer, is_thinking)
-
-    def hear(_: int, index: int, token: int) -> None:
-        ids_G[index].append(token)
-        if index == 0:
-            printer.push(token)
-
-    print_title(0, n)
-    start_s = time.monotonic()
-    with contextlib.suppress(KeyboardInterrupt):
-        engine.sampler.generate(
-            [prompt_ids],
-            n=n,
-            stop_ids=tokenizer.stop_ids,
-            vocab_size=tokenizer.vocab_size,
-            seed=seed,
-            on_token=hear,
-            **engine.sampling(),
-        )
-    wall_s = time.monotonic() - start_s
-    printer.close()
-    for index in range(1, n):
-        print_title(index, n)
-        printer = Printer(tokenizer, is_thinking)
-        for token in ids_G[index]:
-            printer.push(token)
-        printer.close()
-    answers = [finished(ids, len(prompt_ids), engine) for ids in ids_G]
-    n_tokens, endings = sum(map(len, ids_G)), Counter(made.ending for made in answers)
-    why = ", ".join(ending if n == 1 else f"{count} {ending}" for ending, count in endings.items())
-    say(f"{n_tokens} tokens in {wall_s:.1f} s, {n_tokens / wall_s:.1f} tokens/s; {why}")
-    return answers
-
-
-def write_messages(messages: list[dict[str, str]], template: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The text that the model sees and its ids; the user's text may hold special tokens, and they count as such."""
-    last = messages[-1]["content"]
-    if not last.strip():
-        raise ValueError("the prompt is empty; give it as an argument or on stdin")
-    if template == "chat":
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return text, tokenizer.encode(text, allow_special=True)
-    text = format_prompt(Problem(last, "", "prompt"), template)
-    ids = tokenizer.encode(text, allow_special=True)
-    return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
-
-
-def check_room(what: str, prompt_ids: list[int], engine: Engine) -> None:
-    if len(prompt_ids) >= engine.context:
-        raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {engine.context}: shorten it")
-
-
-def print_title(index: int, n: int) -> None:
-    if n > 1:
-        print(f"--- answer {index + 1} of {n}", flush=True)
-
-
-def finished(ids: list[int], n_prompt: int, engine: Engine) -> Answer:
-    """What was made, and why it ended there."""
-    config, tokenizer = engine.config, engine.tokenizer
-    if ids and ids[-1] in tokenizer.stop_ids:
-        return Answer(tokenizer.decode(ids[:-1]), f"ended by {tokenizer.decode(ids[-1:])}")
-    text = tokenizer.decode(ids)
-    if config.stop_text and config.stop_text in text:
-        return Answer(text, "ended by --stop-text")
-    if len(ids) == config.max_new_tokens:
-        return Answer(text, f"cut off by --max-new-tokens {len(ids)}")
-    is_full = n_prompt + len(ids) == engine.context
-    return Answer(text, f"cut off: the model's context of {engine.context} is full" if is_full else INTERRUPTED)
-
-
-class Printer:
-    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed."""
-
-    def __init__(self, tokenizer: Tokenizer, is_thinking: bool):
-        self.stop_ids, self.stream = tokenizer.stop_ids, tokenizer.stream()
-        self.dimmer = Dimmer(is_thinking) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else None
-
-    def push(self, token: int) -> None:
-        if token not in self.stop_ids:
-            self.write(self.stream.push(token))
-
-    def write(self, text: str) -> None:
-        print(self.dimmer.push(text) if self.dimmer else text, end="", flush=True)
-
-    def close(self) -> None:
-        self.write(self.stream.flush())
-        print(self.dimmer.flush() if self.dimmer else "", flush=True)
-
-
-class Dimmer:
-    """Dims text from `<think>` to `</think>`; what may be the start of a tag is held back until it is known."""
-
-    def __init__(self, is_thinking: bool):
-        self.is_thinking, self.held = is_thinking, ""
-        self.start = DIM if is_thinking else ""  # before the first text
-
-    def push(self, text: str) -> str:
-        """The text to print now, with the terminal's codes in it."""
-        self.held += text
-        painted, self.start = self.start, ""
-        while (tag := "</think>" if self.is_thinking else "<think>") in self.held:
-            before, _, self.held = self.held.partition(tag)
-            painted += before + (tag + PLAIN if self.is_thinking else DIM + tag)
-            self.is_thinking = not self.is_thinking
-        n_held = max(n for n in range(len(tag)) if self.held.endswith(tag[:n]))
-        end = len(self.held) - n_held
-        painted, self.held = painted + self.held[:end], self.held[end:]
-        return painted
-
-    def flush(self) -> str:
-        return self.held + (PLAIN if self.is_thinking else "")
-
-
 # ---- evaluation
 
 
-def measure(engine: Engine) -> None:
-    """Answer and judge the problems, batch by batch, and print what came of it; Ctrl-C reports the batches done."""
-    config, tokenizer = engine.config, engine.tokenizer
-    miniature = own_miniature(tokenizer)
+def evaluate(engine: Engine) -> None:
+    """Answer and judge the problems, and print what came of it; Ctrl-C reports the batches done, and ends with 130."""
+    config, miniature = engine.config, own_miniature(engine.tokenizer)
     check_miniature(config, miniature)
-    problems = load_problems(config, miniature)
+    methods = choose_methods(engine)
+    problems, asker = load_problems(config, miniature), make_asker(engine)
     for number, problem in enumerate(problems, 1):
-        check_room(f"problem {number}", write_prompt(problem, engine.template, tokenizer)[1], engine)
-    rollouts_PG: list[list[Rollout]] = []
-    batch_size = engine.batch_size
-    progress = Progress(len(problems) * config.n, config.max_new_tokens, tokenizer.stop_ids)
-    start_s = time.monotonic()
-    with open_rows(config.out) as rows:
-        try:
-            while len(rollouts_PG) < len(problems):
-                first = len(rollouts_PG)
-                groups = answer_batch(engine, problems[first : first + batch_size], first, progress)
-                rollouts_PG += groups
-                if rows:
-                    rows.writelines(
-                        json.dumps(row(first + i, group), ensure_ascii=False) + "\n" for i, group in enumerate(groups)
-                    )
-                    rows.flush()
-        except KeyboardInterrupt:
-            say(f"\nstopped by Ctrl-C after {len(rollouts_PG)} of {len(problems)} problems")
-    progress.clear()
-    if rollouts_PG:
-        print(report(engine, rollouts_PG, time.monotonic() - start_s))
-    if len(rollouts_PG) < len(problems):
+        check_room(f"problem {number}", asker.prompt(problem)[1], engine.sampler)
+    runs = runs_of(methods or ["sample"], config.ns)
+    refuse_stop_text(config, runs)
+    arguments = deciding_arguments(engine, EVALUATION) | {"runs": [*map(str, runs)]}
+    rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
+    if any(rows.values()):
+        how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
+        print(f"{config.task}: {len(problems)} problems x {config.n}, template {engine.template}, {how}")
+        if methods:
+            print(show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings)))
+        else:
+            print(report(runs[0], rows[runs[0]], problems))
+    if not is_whole:
         raise SystemExit(130)
+
+
+def choose_methods(engine: Engine) -> list[str]:
+    """Those of --method; for --compare without it all that can be; ValueError for one that cannot."""
+    config = engine.config
+    what = (config.ns, config.task, engine.template, bool(config.reward_model))
+    if config.compare and not config.methods:
+        return applicable(*what)
+    refuse(config.methods, *what)
+    return config.methods
+
+
+def refuse_stop_text(config: Config, runs: list[Run]) -> None:
+    """ValueError where --stop-text would be passed over."""
+    deaf = [run.kind for run in runs if run.kind not in ("samples", *SINGLE)]
+    if config.stop_text and deaf:
+        raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
+
+
+def show_methods(config: Config, methods: list[str], found: list[Figures]) -> str:
+    """The table of methods and what their names mean; the picture goes to --picture."""
+    if config.picture:
+        title = f"{Path(config.model).resolve().name} on {config.task}, {found[0].problems} problems"
+        Path(config.picture).write_text(picture(found, title), encoding="utf-8")
+    return "\n".join([table(found), "", *(f"{name:<13} {METHODS[name].what}" for name in methods)])
+
+
+def make_asker(engine: Engine) -> Asker:
+    """The model with all that --task's options say of how it is asked."""
+    config, tokenizer = engine.config, engine.tokenizer
+    is_tagged = engine.template == "r1-zero" or config.style == "think"
+    settings = Settings(
+        step_text=config.step_text or "\n",
+        wait_text=config.wait_text or ("Wait" if is_tagged else "\nWait,"),
+        end_text="</think>" if is_tagged else "",
+        answer_text=answer_opening(config.task),
+        min_thinking=config.min_thinking or math.inf,
+        max_thinking=config.max_thinking,
+        max_answer=config.max_answer,
+        window=config.window,
+        keep_share=config.keep_share,
+    )
+    preference, scorer = judges(engine) if config.reward_model else (None, mean_logprob)
+    if config.step_score == "reward" and is_tagged:
+        raise ValueError(
+            "--step-score reward: a reward model judges answers, not thinking; use a chat prompt of --style cot"
+        )
+    return Asker(
+        engine.sampler,
+        tokenizer,
+        engine.template,
+        config.seed,
+        {name: getattr(config, name) for name in SAMPLING},
+        stop_texts=[config.stop_text] if config.stop_text else [],
+        template_arguments=engine.template_arguments,
+        style=config.style,
+        examples=read_examples(config.examples) if config.examples else (),
+        settings=settings,
+        preference=preference,
+        scorer=scorer if config.step_score == "reward" else mean_logprob,
+    )
+
+
+def answer_opening(task: str) -> str:
+    """What opens the final answer where thinking is ended by force."""
+    if task == "code":
+        return "\n```python\n"
+    return "\nThe final answer is \\boxed{" if task in BOXED_TASKS else " <answer>"
+
+
+def judges(engine: Engine) -> tuple[Preference, Scorer]:
+    """What the reward model of --reward-model thinks of whole answers, in 0..1, and of answers step by step."""
+    weight = engine.sampler.model.head_weight_VC
+    model = load_reward_model(engine.config.reward_model, engine.tokenizer, weight.dtype, weight.device)
+    n_tokens = default_tokens_per_batch(0, weight.device)
+    return to_preference(model, engine.tokenizer, n_tokens), reward_scorer(model, engine.tokenizer, n_tokens)
 
 
 def load_problems(config: Config, miniature: Miniature | None) -> list[Problem]:
@@ -472,87 +477,6 @@ def check_miniature(config: Config, miniature: Miniature | None) -> None:
         )
 
 
-def open_rows(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    if path is None:
-        return contextlib.nullcontext()
-    try:
-        return open(path, "x", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"--out {path} cannot be made ({error.strerror}); give a new file in a folder that is there"
-        ) from error
-
-
-def answer_batch(engine: Engine, problems: list[Problem], first: int, progress: Progress) -> list[list[Rollout]]:
-    """The judged answers to problems `first`, `first` + 1, ...; each problem has random numbers of its own."""
-    _, groups = evaluate(
-        engine.sampler,
-        engine.tokenizer,
-        problems,
-        engine.template,
-        {"accuracy": 1.0},
-        samples=engine.config.n,
-        seed=[engine.config.seed * SEED_STRIDE + first + i for i in range(len(problems))],
-        on_token=progress.hear,
-        **engine.sampling(),
-    )
-    progress.end_batch(len(problems) * engine.config.n)
-    return groups
-
-
-def row(index: int, group: list[Rollout]) -> dict:
-    """A problem's line in --out."""
-    problem = group[0].problem
-    return {
-        "index": index,
-        "prompt": problem.prompt,
-        "gold": problem.answer,
-        "answers": [
-            {
-                "text": rollout.text,
-                "answer": final_answer(problem, rollout.text),
-                "accuracy": rollout.parts["accuracy"],
-                "format": rollout.parts["format"],
-                "tokens": len(rollout.completion.ids),
-                "finish": rollout.completion.finish,
-            }
-            for rollout in group
-        ],
-    }
-
-
-def report(engine: Engine, rollouts_PG: list[list[Rollout]], wall_s: float) -> str:
-    """What an evaluation came to. Tokens are those of all of a problem's answers."""
-    config, result = engine.config, summarize(rollouts_PG)
-    tokens_P = sorted(sum(len(rollout.completion.ids) for rollout in group) for group in rollouts_PG)
-    p95 = tokens_P[math.ceil(0.95 * len(tokens_P)) - 1]
-    how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}, seed {config.seed}"
-    lines = [
-        f"{config.task}: {len(rollouts_PG)} problems x {config.n}, template {engine.template}, {how}",
-        f"accuracy        {result.accuracy:.3f}   95%: {result.accuracy_low:.3f} to {result.accuracy_high:.3f} "
-        f"(n={result.n}); lenient: in any format",
-        f"strict          {strict_accuracy(rollouts_PG):.3f}   right and in the format asked for",
-        f"format          {result.format:.3f}",
-        *(
-            [f"language        {result.language:.3f}   of the thinking's words are in the problem's language"]
-            * (result.language < 1)
-        ),
-        f"cut off         {result.truncated:.3f}   by --max-new-tokens {config.max_new_tokens} or a full context",
-        f"tokens/problem  {sum(tokens_P) / len(tokens_P):.1f}   95% of the problems: at most {p95}",
-        f"time            {wall_s:.1f} s   {sum(tokens_P) / wall_s:.0f} tokens/s",
-    ]
-    if result.majority is not None:
-        lines.insert(2, f"majority@{config.n:<6} {result.majority:.3f}   of the most frequent answer")
-    return "\n".join(lines)
-
-
-def strict_accuracy(rollouts_PG: list[list[Rollout]]) -> float:
-    """Mean over problems of the share of answers that are right and in form; what could not be judged is left out."""
-    judged_PG = [[r.parts for r in group if r.parts["accuracy"] is not None] for group in rollouts_PG]
-    means_P = [sum(p["accuracy"] * p["format"] for p in group) / len(group) for group in judged_PG if group]
-    return sum(means_P) / len(means_P)
-
-
 # ---- training text
 
 
@@ -562,7 +486,7 @@ def write_traces(engine: Engine) -> None:
     selection = Selection(config.keep or "all", not config.any_format, config.min_language, config.max_per_problem)
     questions = read_prompts(engine) if config.prompts else ask_problems(engine)
     for number, question in enumerate(questions, 1):
-        check_room(f"question {number}", question.prompt[1], engine)
+        check_room(f"question {number}", question.prompt[1], engine.sampler)
     start_s = time.monotonic()
     ledger = collect(
         engine.sampler,
@@ -574,7 +498,7 @@ def write_traces(engine: Engine) -> None:
         batch_size=engine.batch_size,
         seed=config.seed,
         source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed),
-        arguments=deciding_arguments(engine),
+        arguments=deciding_arguments(engine, TRACES),
         say=say,
         **engine.sampling(),
     )
@@ -596,7 +520,7 @@ def ask_problems(engine: Engine) -> list[Question]:
         problems = training_problems(load_task(config, miniature), n, config.seed)
         repeated = f"{n - len(problems)} that came twice left out"
         say(f"problems: {len(problems)} generated ones for training, none held out; {repeated}")
-    return [ask(problem, engine.template, engine.tokenizer) for problem in problems]
+    return [ask(problem, engine.template, engine.tokenizer, engine.template_arguments) for problem in problems]
 
 
 def read_prompts(engine: Engine) -> list[Question]:
@@ -611,7 +535,7 @@ def read_prompts(engine: Engine) -> list[Question]:
         if "messages" in row and engine.template != "chat":
             raise ValueError(f"'messages' need the template chat, and this is {engine.template}; give a 'prompt'")
         messages = first_messages(engine.config) + messages
-        prompt = write_messages(messages, engine.template, engine.tokenizer)
+        prompt = write_messages(messages, engine.template, engine.tokenizer, engine.template_arguments)
         return Question(messages if engine.template == "chat" else prompt[0], prompt, None)
 
     questions = read_json_lines(engine.config.prompts, to_question)[: engine.config.limit or None]
@@ -631,11 +555,10 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def deciding_arguments(engine: Engine) -> dict:
+def deciding_arguments(engine: Engine, names: str) -> dict:
     """The arguments on which the lines depend; --max-rows and the machine may change when the command goes on."""
-    names = "task data task_args limit prompts system n seed keep any_format min_language max_per_problem stop_text"
-    names += " temperature top_k top_p max_new_tokens"
     arguments = {option_name(name): getattr(engine.config, name) for name in names.split()}
+    arguments["--template-args"] = engine.template_arguments  # however they were spelled
     return {"--model": str(engine.folder), "--template": engine.template} | arguments
 
 

@@ -19,7 +19,6 @@ import torch
 
 from nanor1.checkpoint import load_checkpoint, model_folder
 from nanor1.config import apply_preset, option, parse_args, user_errors
-from nanor1.distillation import check_same_vocabulary
 from nanor1.evaluate import Evaluation, Preference, evaluate, judge_all, write_prompt
 from nanor1.grpo import (
     LossSettings,
@@ -45,7 +44,6 @@ from nanor1.miniature import (
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
 from nanor1.parallel import Workers
-from nanor1.preference import load_scorer, preference, score
 from nanor1.rewards import overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
@@ -59,10 +57,12 @@ from nanor1.training import (
     eval_metrics,
     is_due,
     is_finished,
+    load_reward_model,
     open_log,
     prepare,
     resumed,
     save_run,
+    to_preference,
 )
 
 
@@ -349,12 +349,9 @@ def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str
 
 def load_preference(config: Config, tokenizer: Tokenizer, device, dtype, log: RunLog) -> Preference:
     """What the reward model thinks of responses, in 0..1."""
-    folder = model_folder(config.reward_model)
-    log.say(f"reward model: {folder}")
-    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
-    scorer = load_scorer(folder, dtype, device).requires_grad_(False)
-    n_tokens = default_tokens_per_batch(config.tokens_per_batch, device)
-    return lambda prompt_ids_B, texts_B: [*map(preference, score(scorer, tokenizer, prompt_ids_B, texts_B, n_tokens))]
+    log.say(f"reward model: {model_folder(config.reward_model)}")
+    model = load_reward_model(config.reward_model, tokenizer, dtype, device)
+    return to_preference(model, tokenizer, default_tokens_per_batch(config.tokens_per_batch, device))
 
 
 def make_reference(model: Transformer, tensors: dict[str, torch.Tensor]) -> Transformer:

@@ -1,8 +1,7 @@
 """Judge completions; accuracy with a confidence interval, and what answers at this accuracy cost in tokens.
 
 Accuracy is the mean over problems of each problem's share of right samples (pass@1). Samples of one problem are not
-independent, so the interval is over problems: Wilson's where each is all right or all wrong, as with one sample, else
-the normal one of the problems' means. Left out: search methods, which spend tokens on purpose.
+independent, so the interval is over problems. Left out: methods that spend tokens on purpose (measure.py).
 """
 
 import math
@@ -14,19 +13,31 @@ from nanor1.coding import code_accuracies
 from nanor1.grpo import Rollout
 from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, final_answer
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, format_prompt, prefilled
+from nanor1.tasks import Example, Problem, Style, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
+from nanor1.voting import Candidate, majority
 
 # The scores, in 0..1 or None, of responses behind the ids of their prompts: what a reward model prefers.
 Preference = Callable[[list[list[int]], list[str]], list[float | None]]
 WAIT = re.compile(r"\bwait\b|等", re.IGNORECASE)
 
 
-def write_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The text a model sees and its ids; with "chat" the model's own template, whose special tokens count as such."""
-    prompt = format_prompt(problem, template)
+def write_prompt(
+    problem: Problem,
+    template: str,
+    tokenizer: Tokenizer,
+    template_arguments: dict[str, object] | None = None,
+    style: Style = "think",
+    examples: Sequence[Example] = (),
+) -> tuple[str, list[int]]:
+    """The text a model sees and its ids; with "chat" the model's own template, whose special tokens count as such.
+
+    `template_arguments` are of the model's own template; the others have none. For `style` and `examples` see
+    tasks.format_prompt.
+    """
+    prompt = format_prompt(problem, template, style, examples)
     if template == "chat":
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **(template_arguments or {}))
         return text, tokenizer.encode(text, allow_special=True)
     ids = tokenizer.encode(prompt)
     return prompt, [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids
@@ -183,37 +194,41 @@ def summarize(rollouts_PG: Sequence[Sequence[Rollout]]) -> Evaluation:
     )
 
 
-def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float:
-    """Share of problems whose most frequent answer is right; a tie goes to the answer given first.
+def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
+    """Share of problems whose most frequent answer is right (see voting.majority); None for programs.
 
     A rollout that was cut off, or gives no answer, has no vote (self-consistency: Wang et al. 2023, 2203.11171).
     """
+    if any(group[0].problem.task == "code" for group in rollouts_PG):
+        return None
     n_right = 0.0
     for group in rollouts_PG:
-        votes: dict[str, list[Rollout]] = {}
-        for rollout in group:
-            key = final_answer(rollout.problem, rollout.text)
-            if key is not None and rollout.completion.finish == "stop":
-                votes.setdefault(key, []).append(rollout)
-        if votes:
-            n_right += max(votes.values(), key=len)[0].parts["accuracy"]
+        winner = majority(group[0].problem, [to_candidate(rollout) for rollout in group])
+        n_right += 0.0 if winner is None else group[winner].parts["accuracy"]
     return n_right / len(rollouts_PG)
 
 
+def to_candidate(rollout: Rollout) -> Candidate:
+    made = rollout.completion
+    answer = final_answer(rollout.problem, rollout.text) if made.finish == "stop" else None
+    return Candidate(answer, len(made.ids), sum(made.logprobs), accuracy=rollout.parts["accuracy"])
+
+
 def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean over problems: Wilson's where each is 0 or 1, else the normal one, within 0..1.
+    """The 95% interval of a mean over problems of shares in 0..1: Wilson's, of as many trials as the spread tells.
 
-    Wilson's too for a single problem, which has no deviation: it holds for shares, for which it is wide.
+    Shares vary less than answers that are right or wrong, as if there were more problems: n p (1 - p) / variance
+    of them (the effective sample size of Korn and Graubard 1998). Where each share is 0 or 1 that is n. Departure: one
+    problem all right and one all wrong are added where the spread is looked at, for a few that are alike tell little.
     """
-    n, mean = len(means_P), sum(means_P) / len(means_P)
-    if n == 1 or set(means_P) <= {0.0, 1.0}:
-        return wilson_interval(sum(means_P), n)
-    deviation = math.sqrt(sum((m - mean) ** 2 for m in means_P) / (n - 1))
-    half = 1.96 * deviation / math.sqrt(n)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    n, mean, widened_P = len(means_P), sum(means_P) / len(means_P), [*means_P, 0.0, 1.0]
+    middle = sum(widened_P) / (n + 2)
+    variance = sum((m - middle) ** 2 for m in widened_P) / (n + 2)
+    n_effective = max(n, n * middle * (1 - middle) / variance)  # max: but for the last bit it is no less
+    return wilson_interval(mean * n_effective, n_effective)
 
 
-def wilson_interval(n_right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(n_right: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval for a proportion (Wilson 1927); 95% by default.
 
     >>> tuple(round(x, 3) for x in wilson_interval(8, 10))

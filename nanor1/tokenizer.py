@@ -27,6 +27,7 @@ from pathlib import Path
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import regex
 import tiktoken
@@ -172,6 +173,19 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+    @functools.cached_property
+    def template_parameters(self) -> frozenset[str]:
+        """Names of the variables that the chat template reads (Qwen3: "enable_thinking") and that it may be given.
+
+        Left out are the messages and the special tokens, which it is given anyway.
+        """
+        try:
+            syntax = _template_environment().parse(self.chat_template or "")
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be read: {error}") from error
+        given = {"messages", "add_generation_prompt", *self._special_texts}
+        return frozenset(jinja2.meta.find_undeclared_variables(syntax) - given)
 
     @functools.cached_property
     def _compiled_template(self) -> jinja2.Template:

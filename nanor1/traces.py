@@ -16,27 +16,24 @@ Left out: answers judged by a model, weighing problems by difficulty.
 
 import hashlib
 import json
-import os
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nanor1.evaluate import judge_all, write_prompt
 from nanor1.grpo import Rollout
+from nanor1.ledger import Ledger, Progress, append, open_ledger, read_lines
 from nanor1.rewards import after_thinking
-from nanor1.runlog import fsync, rounded, write_json
+from nanor1.runlog import rounded
 from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem, Task, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
 
 SEED_STRIDE = 1_000_003  # apart are the random numbers of one seed and the next: problems count up from it
 WAVES = 4  # rows times this many answers make a batch: a row that ends early takes the next answer
-SPARSE_S, LIVE_S = 30.0, 0.2  # between reports of progress: to a file, on a terminal
 LOOP_PERIODS = range(10, 301)  # characters; what is shorter may well stand often: 1 + 1 + 1 + 1 + 1
 DROPPED = {  # why a sample is not kept, and how the report explains it; the first reason that holds counts
     "cut off": "unfinished at the length limit",
@@ -75,8 +72,11 @@ class Question:
     problem: Problem | None  # None: the answer is not judged
 
 
-def ask(problem: Problem, template: str, tokenizer: Tokenizer) -> Question:
-    return Question(format_prompt(problem, template), write_prompt(problem, template, tokenizer), problem)
+def ask(
+    problem: Problem, template: str, tokenizer: Tokenizer, template_arguments: dict[str, object] | None = None
+) -> Question:
+    prompt = write_prompt(problem, template, tokenizer, template_arguments)
+    return Question(format_prompt(problem, template), prompt, problem)
 
 
 def training_problems(task: Task, n: int, seed: int) -> list[Problem]:
@@ -213,85 +213,6 @@ def line_key(line: dict) -> bytes:
     return hashlib.sha256(json.dumps(texts).encode()).digest()
 
 
-# ---- the file, and how far it is
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """How far a file of traces is: what FILE.progress.json holds."""
-
-    arguments: dict  # that decide the lines
-    n_problems: int
-    n_done: int = 0
-    n_bytes: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.n_done == self.n_problems
-
-
-def ledger_path(path: str | Path) -> Path:
-    return Path(f"{path}.progress.json")
-
-
-def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
-    """Start a file of traces, or cut one back to the last whole batch; ValueError where it is something else."""
-    beside, new = ledger_path(path), Ledger(arguments, n_problems)
-    if not beside.exists():
-        if path.exists() and path.stat().st_size:
-            raise ValueError(f"{path} is there already, without {beside.name} to continue it; give a new --out")
-        touch(path)
-        write_json(beside, asdict(new))
-        return new
-    try:
-        ledger = Ledger(**json.loads(beside.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{beside} says nothing about traces ({error}); give a new --out") from error
-    for name, value in arguments.items():
-        if (before := ledger.arguments.get(name)) != value:
-            raise ValueError(
-                f"{path} was begun with {name} {before!r}, this is {value!r}; continue with the same, or give a new "
-                "--out"
-            )
-    n_bytes = path.stat().st_size if path.exists() else -1
-    if n_bytes < ledger.n_bytes:
-        raise ValueError(f"{path} is shorter than {beside.name} says; delete both to start again")
-    if n_bytes > ledger.n_bytes and not ledger.is_whole:
-        os.truncate(path, ledger.n_bytes)
-    return ledger
-
-
-def touch(path: Path) -> None:
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror}); give an --out in a folder that is there"
-        ) from error
-
-
-def append(path: Path, ledger: Ledger, lines: list[dict], n_problems: int, counts: Counter[str]) -> Ledger:
-    """Add the lines of a batch: first the bytes are on the disk, then the ledger says so."""
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
-    with path.open("ab") as file:
-        file.write(content)
-    fsync(path)
-    ledger = replace(
-        ledger,
-        n_done=ledger.n_done + n_problems,
-        n_bytes=ledger.n_bytes + len(content),
-        counts=dict(Counter(ledger.counts) + counts),
-    )
-    write_json(ledger_path(path), asdict(ledger))
-    return ledger
-
-
-def read_lines(path: Path) -> Iterator[dict]:
-    with path.open("rb") as file:
-        yield from map(json.loads, file)
-
-
 # ---- sample, select, write
 
 
@@ -397,46 +318,3 @@ def summary(ledger: Ledger, selection: Selection) -> str:
     if selection.keep != "all":
         rows.insert(1, ("right", counts["right"], f"{counts['right'] / max(1, counts['sampled']):.3f} of them"))
     return "\n".join(f"{name:<18}{n:>9,}   {why}" for name, n, why in rows)
-
-
-class Progress:
-    """How far sampling is, on stderr: one line rewritten on a terminal, else a line now and then."""
-
-    def __init__(self, n_answers: int, max_new_tokens: int, stop_ids: Sequence[int], n_before: int = 0):
-        """`n_before` of the answers were there before it began, and say nothing about the time left."""
-        self.n_answers, self.max_new_tokens, self.stop_ids = n_answers, max_new_tokens, frozenset(stop_ids)
-        self.n_tokens, self.n_before = 0, n_before
-        self.n_done = self.n_done_before = n_before
-        self.lengths: Counter[tuple[int, int]] = Counter()  # of the answers of this batch
-        self.is_live = sys.stderr.isatty()
-        self.start_s = self.shown_s = time.monotonic()
-
-    def hear(self, problem: int, index: int, token: int) -> None:
-        self.n_tokens += 1
-        self.lengths[problem, index] += 1
-        self.n_done += token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens
-        if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
-            self.show()
-
-    def end_batch(self, n_answers: int) -> None:
-        """Count the answers that ended otherwise too: by a stop text, or at the end of the context."""
-        self.n_done_before += n_answers
-        self.n_done = self.n_done_before
-        self.lengths.clear()
-
-    def show(self) -> None:
-        self.shown_s = time.monotonic()
-        wall_s = self.shown_s - self.start_s
-        text = (
-            f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {self.n_tokens / wall_s:.0f} tokens/s"
-        )
-        if n_new := self.n_done - self.n_before:
-            left_s = wall_s * (self.n_answers - self.n_done) / n_new
-            text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
-        print(
-            f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True
-        )
-
-    def clear(self) -> None:
-        if self.is_live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -14,14 +14,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nanor1.checkpoint import checkpoint_folders, latest_checkpoint, save_checkpoint
+from nanor1.checkpoint import checkpoint_folders, latest_checkpoint, model_folder, save_checkpoint
 from nanor1.config import apply_preset, from_json, load_arguments, option_name, to_json
+from nanor1.distillation import check_same_vocabulary
+from nanor1.evaluate import Preference
 from nanor1.machine import choose_device
 from nanor1.miniature import Miniature
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 from nanor1.parallel import Workers, start_workers
+from nanor1.preference import RewardModel, load_scorer, preference, score
 from nanor1.pretrained import read_config
 from nanor1.runlog import Columns, RunLog, default_run_folder
+from nanor1.tokenizer import Tokenizer
 
 C = TypeVar("C")
 
@@ -98,6 +102,20 @@ def compiles(compile: str, device: torch.device) -> bool:
 def default_tokens_per_batch(asked_for: int, device: torch.device) -> int:
     """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
     return asked_for or (1024 if device.type == "cpu" else 8192)
+
+
+def load_reward_model(
+    folder: str | Path, tokenizer: Tokenizer, dtype: torch.dtype | None, device: torch.device
+) -> RewardModel:
+    """The reward model in a model or run folder, without gradients; ValueError unless it reads the tokenizer's ids."""
+    folder = model_folder(folder)
+    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
+    return load_scorer(folder, dtype, device).requires_grad_(False)
+
+
+def to_preference(model: RewardModel, tokenizer: Tokenizer, n_tokens: int) -> Preference:
+    """What a reward model thinks of whole responses, in 0..1 or None, in batches of `n_tokens`."""
+    return lambda prompt_ids_B, texts_B: [*map(preference, score(model, tokenizer, prompt_ids_B, texts_B, n_tokens))]
 
 
 def longest_example(max_tokens: int, folder: Path | str) -> int:

@@ -27,7 +27,8 @@ GROUPS = [
     {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
-    {"search", "evaluate", "traces", "miniature", "training"},
+    {"search", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
+    | {"miniature", "training"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
 TORCH_FREE = {"rewards", "tasks", "grading", "sandbox", "coding", "config"}

@@ -1,11 +1,14 @@
 """sample.py: what it prints, what it measures, what it refuses."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,9 +75,9 @@ def chat_folder(tmp_path_factory):
     return save(tmp_path_factory.mktemp("chat"), model, tokenizer)
 
 
-def save_rigged(folder, tokenizer, following):
+def save_rigged(folder, tokenizer, following, context=256):
     """A model whose next word depends on the last one alone, as `following` says: the blocks add nothing."""
-    model = new_model(tokenizer.vocab_size, tokenizer.vocab_size)
+    model = new_model(tokenizer.vocab_size, tokenizer.vocab_size, context)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
@@ -236,22 +239,6 @@ def interrupted_after(n_tokens):
     return interrupted
 
 
-@pytest.mark.parametrize("size", [1, 3, 100])
-@pytest.mark.parametrize(
-    "is_thinking, text, painted",
-    [
-        (False, "a <think>b</think> c", "a \x1b[2m<think>b</think>\x1b[0m c"),
-        (True, "b < </thin </think>c", "\x1b[2mb < </thin </think>\x1b[0mc"),
-        (False, "a < b <thinking> <thi", "a < b <thinking> <thi"),
-        (False, "<think>b", "\x1b[2m<think>b\x1b[0m"),
-    ],
-)
-def test_thinking_is_dimmed_however_the_text_is_cut(is_thinking, text, painted, size):
-    dimmer = sample.Dimmer(is_thinking)
-    pieces = [dimmer.push(text[i : i + size]) for i in range(0, len(text), size)]
-    assert "".join([*pieces, dimmer.flush()]) == painted
-
-
 # ---- a conversation
 
 
@@ -270,6 +257,139 @@ def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigg
     code, out, err = talk("--model", rigged_folder, lines=["1 + 2 =", "Ctrl-C", "unknown", "go", "", "go"])
     assert code == 0 and out.count("go go\n") == 1 and err.count("stopped by Ctrl-C") == 2
     assert "error: the word 'unknown' is not in this vocabulary" in err
+
+
+class Terminal:
+    """A program on a terminal of its own: type at it, wait for what it shows."""
+
+    SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+    def __init__(self, *command):
+        environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+        spawn = [sys.executable, "-c", self.SPAWN, *command]
+        self.process = subprocess.Popen(spawn, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.unread = ""
+
+    def wait_for(self, text, pressing="", patience_s=400):
+        """Everything shown up to and with the text; a key is pressed, and again where nothing comes of it."""
+        output, deadline_s = self.process.stdout, time.monotonic() + patience_s
+        self.type(pressing)
+        while text not in self.unread:
+            assert time.monotonic() < deadline_s, f"waited for {text!r}: {self.unread}"
+            if not select.select([output], [], [], 10)[0]:
+                self.type(pressing)
+                continue
+            chunk = os.read(output.fileno(), 65536)
+            assert chunk, f"it ended, and {text!r} was not shown: {self.unread}"
+            self.unread += chunk.decode(errors="replace").replace("\r\n", "\n")
+        shown, _, self.unread = self.unread.partition(text)
+        return shown + text
+
+    def type(self, text):
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_on_a_terminal_ctrl_c_stops_an_answer_lines_are_edited_and_thinking_is_dimmed(tmp_path):
+    tokenizer = Tokenizer.from_words(WORDS, eos="<end>")
+    folder = save_rigged(tmp_path / "model", tokenizer, NEXT, context=100_000)
+    options = ["--max-new-tokens", "99000", "--dtype", "float32", "--device", "cpu"]
+    with contextlib.closing(Terminal(sys.executable, str(ROOT / "sample.py"), "--model", folder, *options)) as terminal:
+        assert "Ctrl-C stops an answer" in terminal.wait_for("\n> ")
+        terminal.type("go\n")
+        terminal.wait_for("go go go go go")
+        terminal.type("\x03")
+        assert "stopped by Ctrl-C" in terminal.wait_for("\n> ")
+        terminal.type("1 + 2 so\x08\x08=\n")  # backspace twice
+        answer = terminal.wait_for("ended by <end>")
+        assert "\x1b[2m<think> so </think>\x1b[0m <answer> 3 </answer>\n7 tokens in " in answer
+        terminal.wait_for("\n> ")
+        # Python's readline sleeps through a signal that comes between its prompt and its first look at the keyboard.
+        terminal.wait_for("(an empty line or Ctrl-D ends)\n\n> ", pressing="\x03")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=400) == 0
+
+
+# ---- arguments of the chat template
+
+TELLING = (
+    "{% if loud %}<|system|>{{ tone | default('plain') }}{% endif %}{% for message in messages %}"
+    "{{ message.content }}{% endfor %}<|assistant|>"
+)
+LOUD, SHOWN = {"loud": True, "tone": "é"}, "<|system|>éHi"
+
+
+@pytest.fixture
+def told(run, tmp_path, chat_folder, monkeypatch):
+    """Run main() on a model whose template can be told `loud` and `tone`; returns its result and the prompts' texts."""
+    tokenizer = Tokenizer.from_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TELLING)
+    folder = save(tmp_path / "told", Transformer.from_pretrained(chat_folder, torch.float32), tokenizer)
+
+    def run_main(*argv):
+        seen = []
+
+        def watched(sampler, prompts, **options):
+            seen.extend(map(tokenizer.decode, prompts))
+            return GENERATE(sampler, prompts, **options)
+
+        monkeypatch.setattr(Sampler, "generate", watched)
+        return run("--model", folder, "--max-new-tokens", "4", *argv), seen
+
+    return run_main
+
+
+@pytest.mark.parametrize("way", ["talk", "task", "keep", "prompts"])
+def test_the_chat_template_is_told_its_arguments_wherever_it_is_used(told, tmp_path, way):
+    prompts, problems = tmp_path / "prompts.jsonl", tmp_path / "problems.jsonl"
+    prompts.write_text('{"prompt": "Hi"}\n')
+    problems.write_text('{"question": "Hi", "answer": "#### 3"}\n')
+    task = ["--task", "gsm8k", "--data", str(problems)]
+    keep = [*task, "--keep", "all"]
+    options = {"talk": ["Hi"], "task": task, "keep": keep, "prompts": ["--prompts", str(prompts)]}[way]
+    for name, arguments, start in [("a", {}, "Hi"), ("b", {"loud": 1}, "<|system|>plainHi"), ("c", LOUD, SHOWN)]:
+        out = ["--out", str(tmp_path / name)] if way in ("keep", "prompts") else []
+        (code, _, err), (seen,) = told(*options, *out, "--template-args", json.dumps(arguments))
+        assert code == 0 and seen.startswith(start), err
+
+
+def test_what_a_template_can_be_told_are_the_variables_it_reads_and_is_not_given_anyway():
+    template = "{{ bos_token }}{% for m in messages %}{% set text = m.content %}{{ text + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt and strftime_now(form) %}{{ raise_exception(tone.name) }}{% endif %}"
+    tokenizer = Tokenizer.from_bytes(chat_template=template)
+    assert tokenizer.template_parameters == {"bos_token", "form", "tone"}  # this vocabulary has no bos_token
+    assert Tokenizer.from_bytes().template_parameters == set()
+    with pytest.raises(ValueError, match="the chat template cannot be read"):
+        Tokenizer.from_bytes(chat_template="{% if %}").template_parameters  # noqa: B018
+
+
+def test_training_text_is_continued_with_the_same_template_arguments_however_they_are_spelled(told, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
+    prompts.write_text('{"prompt": "Hi"}\n')
+    options = ["--prompts", str(prompts), "--out", out, "--template-args"]
+    assert told(*options, json.dumps(LOUD))[0][0] == 0
+    (code, _, err), _ = told(*options, json.dumps(dict(reversed(LOUD.items())), indent=1))
+    assert code == 0 and f"{out} is finished" in err
+    (code, _, err), _ = told(*options, '{"loud": true}')
+    assert code == 2 and "was begun with --template-args {'loud': True, 'tone': 'é'}, this is {'loud': True}" in err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{'loud': true}", "are no JSON object"),
+        ("[1]", r"--template-args '\[1\]' are no JSON object"),
+        ('{"lout": true}', "has no variable 'lout'; it has loud, tone"),
+        ('{"messages": []}', "has no variable 'messages'; it has loud, tone"),
+    ],
+)
+def test_template_arguments_that_the_template_does_not_read_are_refused(told, text, message):
+    (code, out, err), seen = told("Hi", "--template-args", text)
+    assert code == 2 and out == "" and not seen and re.search(message, err.splitlines()[-1])
 
 
 # ---- evaluation
@@ -320,10 +440,15 @@ def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder,
         (2, "1 + 2 :", "3"),
     ]
     in_form = {"text": "<think> so </think> <answer> 3 </answer>", "answer": "3", "format": 1.0}
-    in_form |= {"tokens": 7, "finish": "stop"}
+    in_form |= {"tokens": 7, "finish": "stop", "language": 1.0}
     boxed = {"text": r"\boxed{3}", "answer": "3", "accuracy": 1.0, "format": 0.0, "tokens": 2, "finish": "stop"}
+    chosen_by = {"logprob", "score", "tail", "lowest"}  # as sure as a model can be
     expected = [in_form | {"accuracy": 1.0}, in_form | {"accuracy": 0.0}, boxed]
-    assert [row["answers"] for row in rows] == [[answer, answer] for answer in expected]
+    for row, answer in zip(rows, expected, strict=True):
+        assert row["run"] == "samples-2" and row["sampled"] == 2 * answer["tokens"] and row["read"] == 4
+        for given in row["answers"]:
+            assert given == given | answer and given.keys() == answer.keys() | {"language"} | chosen_by
+            assert given["logprob"] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers(run, chat_folder, tmp_path):
@@ -357,18 +482,27 @@ def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_proble
 
 
 def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, problem_file, monkeypatch):
-    evaluate, n_calls = sample.evaluate, iter([True])
+    n_calls = iter([True])
 
     def interrupted(*arguments, **options):
         if next(n_calls, None):
-            return evaluate(*arguments, **options)
+            return GENERATE(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "evaluate", interrupted)
-    monkeypatch.setattr(sample, "WAVES", 1)
-    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-rows", "2"]
+    monkeypatch.setattr(Sampler, "generate", interrupted)
+    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-rows", "1", "--n", "2"]
     code, out, err = run("--model", rigged_folder, *options)
-    assert code == 130 and "2 of 3 problems" in err and "gsm8k: 2 problems x 1" in out
+    assert code == 130 and err.splitlines()[-1] == "stopped by Ctrl-C after 2 of 3 problems"
+    assert re.search(r"^accuracy +0.500 .*\(n=2\)", out, re.MULTILINE)  # the third would have been right
+
+
+def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run, rigged_folder, problem_file):
+    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--n", "6"]
+    code, out, _ = run("--model", rigged_folder, *options)
+    assert code == 0 and "3 problems x 6, template bare, temperature 1, seed 0" in out
+    for name in ("pass@", "majority@"):  # all samples of a problem are the same
+        assert re.search(rf"^{name} +0.667  0.667  0.667  0.667   of 1, 2, 4, 6$", out, re.MULTILINE), out
+    assert re.search(r"^tokens/problem +32.0 +95% of the problems: at most 42$", out, re.MULTILINE)
 
 
 # ---- training text
@@ -510,7 +644,10 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
             ["--model", "CHAT", "--task", "gsm8k", "--data", "LONG"],
             "problem 2 is .* tokens; the model's context is 256",
         ),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--out", "GOOD"], "--out .* cannot be made"),
+        (
+            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--out", "GOOD"],
+            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
+        ),
         (["--model", "MISSING", "hi"], "no folder"),
         (["--model", "miniature/chess", "hi"], "there is no model miniature/chess"),
         (["--model", "CHAT", "--keep", "all", "hi"], "--keep is for an evaluation: add --task"),
@@ -539,6 +676,11 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
         (["--model", "RIGGED", "hi"], "the word 'hi' is not in this vocabulary"),
         (["--model", "RIGGED", "go", "--template", "chat"], "has no chat template"),
         (["--model", "RIGGED", "go", "--system", "so"], "--system needs the template chat"),
+        (["--model", "RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
+        (
+            ["--model", "CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
+            "--template-args needs the template chat, and this is bare",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(

@@ -14,14 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nanor1.ledger
 from nanor1 import traces
 from nanor1.grpo import Rollout
+from nanor1.ledger import ledger_path
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
 from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem
 from nanor1.tokenizer import Tokenizer
-from nanor1.traces import DROPPED, Progress, Question, Selection, ask, collect, is_looping, ledger_path, select, to_line
+from nanor1.traces import DROPPED, Question, Selection, ask, collect, is_looping, select, to_line
 
 WORDS = ["<think>", "</think>", "<answer>", "</answer>", "1", "2", "3", "4", "+", "=", "so"]
 NEXT = {"=": ["<think>"], "<think>": ["so"], "so": ["so", "</think>"], "</think>": ["<answer>", "</answer>"]}
@@ -276,14 +278,14 @@ IMPORTABLE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 def begin_and_die(path):
     """Kill this process where it is worst: the lines of the second batch are written, the ledger does not know it."""
-    write_json = traces.write_json
+    write_json = nanor1.ledger.write_json
 
     def write_or_die(beside, content):
         if content["n_done"] == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(beside, content)
 
-    traces.write_json = write_or_die
+    nanor1.ledger.write_json = write_or_die
     sample(path)
 
 
@@ -342,29 +344,3 @@ def test_other_arguments_or_problems_do_not_continue_a_file(tmp_path, options, m
     with pytest.raises(ValueError, match=message):
         sample(path, **options)
     assert path.read_bytes() == before
-
-
-def test_a_file_that_is_not_what_its_ledger_says_is_refused_and_left_alone(tmp_path):
-    path = tmp_path / "traces.jsonl"
-    sample(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"shorter than traces.jsonl.progress.json says; delete both to start again"):
-        sample(path)
-    ledger_path(path).unlink()
-    with pytest.raises(ValueError, match=r"is there already, without traces.jsonl.progress.json to continue it"):
-        sample(path)
-    ledger_path(path).write_text("[]")
-    with pytest.raises(ValueError, match="says nothing about traces"):
-        sample(path)
-    with pytest.raises(ValueError, match="cannot be written .*No such file"):
-        sample(tmp_path / "missing" / "traces.jsonl")
-
-
-def test_the_time_left_counts_only_what_this_run_has_done(monkeypatch, capsys):
-    clock = iter([100.0, 110.0, 110.0, 110.0, 110.0])  # 2 of the 4 answers left take 10 seconds
-    monkeypatch.setattr(traces.time, "monotonic", lambda: next(clock))
-    progress = Progress(10, 2, [9], n_before=6)
-    for problem in (0, 1):
-        progress.hear(problem, 0, 9)
-    progress.show()
-    assert capsys.readouterr().err == "8/10 answers, 2 tokens, 0 tokens/s, about 10 s left\n"

@@ -1,0 +1,239 @@
+"""Talk to a model: an answer printed as it is made, or a conversation line by line.
+
+stdout holds what the model wrote and nothing else (and titles, where there are several answers); on a terminal its
+thinking is dimmed, unless NO_COLOR is set. Everything else goes to stderr. Ctrl-C ends an answer where it is.
+
+Left out: a cache kept from turn to turn (each prefills the conversation anew), tools, files, saved conversations.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from nanor1.sampler import Sampler
+from nanor1.tasks import Problem, format_prompt, prefilled
+from nanor1.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]  # {"role", "content"} each, as Tokenizer.apply_chat_template takes them
+INTERRUPTED = "stopped by Ctrl-C"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model ready to answer, and how it is asked to."""
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    template: str  # "chat": the model's own; else as in tasks.format_prompt
+    sampling: dict[str, object]  # of Sampler.generate: max_new_tokens, temperature, stop_texts, decode, ...
+    n: int = 1  # answers to a prompt
+    template_arguments: dict[str, object] = field(default_factory=dict)  # of the model's own
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt, and why it ended."""
+
+    text: str  # with a `<think>` that the prompt wrote for it, without the stop token; empty: nothing was said
+    ending: str
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- a conversation
+
+
+def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
+    """Answer line by line after these messages; with a chat template the model sees what was said before, as text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines and recalls them; not there on Windows
+    has_history = speaker.template == "chat"
+    if not has_history:
+        say("every line is a prompt of its own: without a chat template there is no conversation")
+    say("Ctrl-C stops an answer; an empty line or Ctrl-D ends the conversation")
+    while line := read_line():
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            first, *_ = answer(speaker, asked, seed)
+        except ValueError as error:  # an unknown word, or a conversation longer than the context
+            say(f"error: {error}")
+        except KeyboardInterrupt:  # before the answer began, or twice: where nothing waits for it
+            say(INTERRUPTED)
+        else:
+            # The whole answer: where a model is not to see its earlier thinking (DeepSeek-R1, Qwen3), its chat template
+            # leaves out what stands before `</think>`. A turn without an answer would teach it to say nothing.
+            if has_history and first.text:
+                messages = [*asked, {"role": "assistant", "content": first.text}]
+        seed += 1
+
+
+def read_line() -> str:
+    """The next line; empty at the end of the input."""
+    while True:
+        say("")
+        try:
+            return input(show_mark("> ")).strip()
+        except KeyboardInterrupt:
+            say("\n(an empty line or Ctrl-D ends)")
+        except UnicodeDecodeError as error:
+            say(f"error: the line is not UTF-8 text ({error})")
+        except EOFError:
+            say("")
+            return ""
+
+
+def show_mark(mark: str) -> str:
+    """What input() is to show: it writes to stdout, and where that is a file the mark goes to stderr instead."""
+    if sys.stdout.isatty():
+        return mark
+    print(mark, end="", file=sys.stderr, flush=True)
+    return ""
+
+
+# ---- a prompt and its answers
+
+
+def answer(speaker: Speaker, messages: Messages, seed: int) -> list[Answer]:
+    """Sample n answers to the last message and print them, the first as it is made; Ctrl-C ends them where they are.
+
+    ValueError for an empty prompt, and for one that leaves no room to answer.
+    """
+    prompt = write_messages(messages, speaker.template, speaker.tokenizer, speaker.template_arguments)
+    if any(message["role"] == "assistant" for message in messages):
+        check_room("the conversation", prompt[1], speaker.sampler, "say less, or begin a new one")
+    else:
+        check_room("the prompt", prompt[1], speaker.sampler)
+    start_s = time.monotonic()
+    ids_G = sample_aloud(speaker, prompt, seed)
+    wall_s = time.monotonic() - start_s
+    for index in range(1, speaker.n):
+        print_title(index, speaker.n)
+        with contextlib.closing(Printer(speaker.tokenizer, prompt[0])) as printer:
+            for token in ids_G[index]:
+                printer.push(token)
+    answers = [to_answer(ids, prompt, speaker) for ids in ids_G]
+    n_tokens, endings = sum(map(len, ids_G)), Counter(made.ending for made in answers)
+    why = ", ".join(ending if speaker.n == 1 else f"{count} {ending}" for ending, count in endings.items())
+    speed = f"{n_tokens} tokens in {wall_s:.1f} s, {n_tokens / wall_s:.1f} tokens/s"
+    say(f"{speed}, after a prompt of {len(prompt[1])}; {why}")
+    return answers
+
+
+def write_messages(
+    messages: Messages, template: str, tokenizer: Tokenizer, template_arguments: dict[str, object]
+) -> tuple[str, list[int]]:
+    """The text that the model sees and its ids; the user's text may hold special tokens, and they count as such."""
+    last = messages[-1]["content"]
+    if not last.strip():
+        raise ValueError("the prompt is empty; give it as an argument or on stdin")
+    if template == "chat":
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
+        return text, tokenizer.encode(text, allow_special=True)
+    text = format_prompt(Problem(last, "", "prompt"), template)
+    ids = tokenizer.encode(text, allow_special=True)
+    return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
+
+
+def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it") -> None:
+    context = sampler.model.config.max_position_embeddings
+    if len(prompt_ids) >= context:
+        raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
+
+
+def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int) -> list[list[int]]:
+    """The ids of n answers, or of what there is of them when Ctrl-C comes; the first is printed as it is made."""
+    tokenizer = speaker.tokenizer
+    ids_G: list[list[int]] = [[] for _ in range(speaker.n)]
+    print_title(0, speaker.n)
+    with contextlib.closing(Printer(tokenizer, prompt[0])) as printer, contextlib.suppress(KeyboardInterrupt):
+
+        def hear(_: int, index: int, token: int) -> None:
+            ids_G[index].append(token)
+            if index == 0:
+                printer.push(token)
+
+        speaker.sampler.generate(
+            [prompt[1]],
+            n=speaker.n,
+            stop_ids=tokenizer.stop_ids,
+            vocab_size=tokenizer.vocab_size,
+            seed=seed,
+            on_token=hear,
+            **speaker.sampling,
+        )
+    return ids_G
+
+
+def print_title(index: int, n: int) -> None:
+    if n > 1:
+        print(f"--- answer {index + 1} of {n}", flush=True)
+
+
+def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker) -> Answer:
+    """What was made, and why it ended there."""
+    tokenizer, sampling = speaker.tokenizer, speaker.sampling
+    context = speaker.sampler.model.config.max_position_embeddings
+    is_whole = bool(ids) and ids[-1] in tokenizer.stop_ids
+    text, ending = tokenizer.decode(ids[:-1] if is_whole else ids), INTERRUPTED
+    if is_whole:
+        ending = f"ended by {tokenizer.decode(ids[-1:])}"
+    elif any(stop_text in text for stop_text in sampling["stop_texts"]):
+        ending = "ended by --stop-text"
+    elif len(ids) == sampling["max_new_tokens"]:
+        ending = f"cut off by --max-new-tokens {len(ids)}"
+    elif len(prompt[1]) + len(ids) == context:
+        ending = f"cut off: the model's context of {context} is full"
+    return Answer(prefilled(prompt[0]) + text if text else "", ending)
+
+
+# ---- printing
+
+
+class Printer:
+    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_text: str):
+        self.stop_ids, self.stream = tokenizer.stop_ids, tokenizer.stream()
+        is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+        self.dimmer = None if is_plain else Dimmer(bool(prefilled(prompt_text)))
+
+    def push(self, token: int) -> None:
+        if token not in self.stop_ids:
+            self.write(self.stream.push(token))
+
+    def write(self, text: str) -> None:
+        print(self.dimmer.push(text) if self.dimmer else text, end="", flush=True)
+
+    def close(self) -> None:
+        self.write(self.stream.flush())
+        print(self.dimmer.flush() if self.dimmer else "", flush=True)
+
+
+class Dimmer:
+    """Dims text from `<think>` to `</think>`; what may be the start of a tag is held back until it is known."""
+
+    def __init__(self, is_thinking: bool):
+        self.is_thinking, self.held = is_thinking, ""
+        self.start = DIM if is_thinking else ""  # before the first text
+
+    def push(self, text: str) -> str:
+        """The text to print now, with the terminal's codes in it."""
+        self.held += text
+        painted, self.start = self.start, ""
+        while (tag := "</think>" if self.is_thinking else "<think>") in self.held:
+            before, _, self.held = self.held.partition(tag)
+            painted += before + (tag + PLAIN if self.is_thinking else DIM + tag)
+            self.is_thinking = not self.is_thinking
+        n_held = max(n for n in range(len(tag)) if self.held.endswith(tag[:n]))
+        end = len(self.held) - n_held
+        painted, self.held = painted + self.held[:end], self.held[end:]
+        return painted
+
+    def flush(self) -> str:
+        return self.held + (PLAIN if self.is_thinking else "")

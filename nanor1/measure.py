@@ -1,0 +1,200 @@
+"""Put methods of inference-time scaling to a task's problems: their answers, judged, as rows of a file.
+
+A run (methods.Run) is a way to produce answers to a problem. What it made of a problem is a row: the answers, what a
+method chooses by, and the tokens and seconds that it took. From rows alone methods.py reckons all figures, so a row
+read from a file counts as one just made. Tokens are those sampled, the ones of dropped branches included; those read
+as prompts, and those put in, are counted apart.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from nanor1.budget import force_budget, refine
+from nanor1.evaluate import Preference, judge_all, to_candidate, write_prompt
+from nanor1.grpo import Rollout
+from nanor1.ledger import Ledger, Progress, append, open_ledger, read_lines
+from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
+from nanor1.rewards import marked
+from nanor1.sampler import Sampler
+from nanor1.search import Found, Scorer, beam_search, mean_logprob, token_beam_search
+from nanor1.tasks import Example, Problem, Style, format_prompt
+from nanor1.tokenizer import Tokenizer
+from nanor1.traces import SEED_STRIDE, WAVES
+from nanor1.voting import window_confidences
+
+CONFIDENCE_K = 20  # likeliest tokens of which a token's confidence is made, as in DeepConf
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model that is asked, and how: all that does not change from run to run."""
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    template: str
+    seed: int
+    sampling: dict  # temperature, top_k, top_p, max_new_tokens
+    stop_texts: Sequence[str] = ()
+    template_arguments: dict = field(default_factory=dict)
+    style: Style = "think"
+    examples: Sequence[Example] = ()
+    settings: Settings = Settings()
+    preference: Preference | None = None  # a reward model's, of whole answers
+    scorer: Scorer = mean_logprob  # of steps
+
+    def prompt(self, problem: Problem) -> tuple[str, list[int]]:
+        return write_prompt(problem, self.template, self.tokenizer, self.template_arguments, self.style, self.examples)
+
+
+# ---- runs: ways to produce answers
+
+
+def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Problem], seeds: list[int], on_token):
+    """The answers to some problems by a run: one Found a problem."""
+    tokenizer, settings, sampling = asker.tokenizer, asker.settings, dict(asker.sampling, on_token=on_token)
+    stops = dict(stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, decode=tokenizer.decode)
+    if run.kind in ("samples", "greedy", "direct"):
+        if run.kind != "samples":
+            sampling["temperature"] = 0.0
+        return _sample(asker.sampler, prompts, run.n, seed=seeds, stop_texts=asker.stop_texts, **stops, **sampling)
+    if run.kind in ("beam", "dvts"):
+        branching = min(MAX_BRANCHING, run.n)
+        n_beams = run.n // branching
+        sizes = dict(width=n_beams) if run.kind == "beam" else dict(width=1, trees=n_beams)
+        sizes |= dict(branching=branching, max_steps=sampling["max_new_tokens"], step_texts=[settings.step_text])
+        return beam_search(asker.sampler, prompts, scorer=asker.scorer, seeds=seeds, **sizes, **stops, **sampling)
+    if run.kind == "token-beam":
+        sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
+        search = partial(token_beam_search, asker.sampler.model, vocab_size=tokenizer.vocab_size, **sizes)
+        return [search(prompt_ids) for prompt_ids in prompts]
+    if run.kind == "budget":
+        length = sampling.pop("max_new_tokens")
+        max_answer = settings.max_answer or max(1, length // 4)
+        max_thinking = settings.max_thinking or max(1, length - max_answer)
+        sizes = dict(max_thinking=max_thinking, max_answer=max_answer, max_waits=run.n - 1)
+        texts = dict(end_text=settings.end_text, wait_text=settings.wait_text, answer_text=settings.answer_text)
+        minimum = settings.min_thinking
+        return force_budget(
+            asker.sampler, tokenizer, prompts, seeds=seeds, min_thinking=minimum, **sizes, **texts, **sampling
+        )
+    assert run.kind == "refine", run
+    messages_P = [format_prompt(problem, "chat", asker.style, asker.examples) for problem in problems]
+    arguments = dict(request=settings.request, template_arguments=asker.template_arguments)
+    return refine(asker.sampler, tokenizer, messages_P, rounds=run.n - 1, seeds=seeds, **arguments, **sampling)
+
+
+def _sample(sampler: Sampler, prompts: list[list[int]], n: int, **sampling) -> list[Found]:
+    """Independent samples, with confidences, of which a vote among them is made."""
+    completions_PG = sampler.generate(prompts, n=n, confidence_k=CONFIDENCE_K if n > 1 else 0, **sampling)
+    return [
+        Found(group, mean_logprob([], group), sum(len(made.ids) for made in group), n_prompt=len(prompt_ids))
+        for prompt_ids, group in zip(prompts, completions_PG, strict=True)
+    ]
+
+
+# ---- rows: what a run made of a problem
+
+
+def measure(
+    asker: Asker, problems: Sequence[Problem], runs: Sequence[Run], path: str | None, arguments: dict, say
+) -> tuple[dict[Run, list[dict]], bool]:
+    """The rows of each run, and whether they are all there: after Ctrl-C those of the batches done.
+
+    With `path` they are kept in that file, and one that was begun with the same `arguments` goes on; the problems as
+    they are shown are added to these.
+    """
+    n_units, arguments = len(runs) * len(problems), {**arguments, "problems": digest(asker, problems)}
+    ledger = open_ledger(Path(path), arguments, n_units) if path else Ledger(arguments, n_units)
+    rows = list(islice(read_lines(Path(path)), ledger.n_done)) if path else []
+    if rows:
+        say(
+            f"{path} goes on after {ledger.n_done} of {n_units} problems" if not ledger.is_whole else f"{path} is whole"
+        )
+    weight_of = [run.n for run in runs for _ in problems]
+    stop_ids = asker.tokenizer.stop_ids
+    progress = Progress(sum(weight_of), asker.sampling["max_new_tokens"], stop_ids, sum(weight_of[: len(rows)]))
+    try:
+        while len(rows) < n_units:
+            number, first = divmod(len(rows), len(problems))
+            run = runs[number]
+            last = min(len(problems), first + max(1, WAVES * asker.sampler.max_rows // run.n))
+            made = answer(asker, run, problems[first:last], first, progress)
+            progress.end_batch(len(made) * run.n)
+            rows += made
+            ledger = append(Path(path), ledger, made, len(made), Counter()) if path else ledger
+    except KeyboardInterrupt:
+        progress.clear()
+        kept = f", kept in {path}; the same command goes on from there" if path else ""
+        say(f"stopped by Ctrl-C after {len(rows)} of {n_units} problems{kept}")
+    progress.clear()
+    P = len(problems)
+    return {run: rows[i * P : (i + 1) * P] for i, run in enumerate(runs)}, len(rows) == n_units
+
+
+def digest(asker: Asker, problems: Sequence[Problem]) -> str:
+    """Changes when a prompt or its gold answer does, as when a file that they are read from is edited."""
+    asked = [(asker.prompt(problem)[0], problem.answer) for problem in problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
+    """The rows of problems `first`, `first` + 1, ...; each has random numbers of its own."""
+    if run.kind == "direct":
+        asker = replace(asker, style="direct")
+    start_s = time.monotonic()
+    prompts = [asker.prompt(problem) for problem in problems]
+    seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
+    hear = progress.hear if run.kind in ("samples", *SINGLE) else progress.count
+    found_P = produce(asker, run, [ids for _, ids in prompts], list(problems), seeds, hear)
+    completions_PG = [found.completions for found in found_P]
+    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, {"accuracy": 1.0}, asker.preference)
+    wall_s = time.monotonic() - start_s
+    return [
+        to_row(asker, run, first + i, found, group, wall_s / len(problems))
+        for i, (found, group) in enumerate(zip(found_P, rollouts_PG, strict=True))
+    ]
+
+
+def to_row(asker: Asker, run: Run, index: int, found: Found, group: list[Rollout], wall_s: float) -> dict:
+    """What a run made of a problem, as a JSON line."""
+    problem = group[0].problem
+    return {
+        "run": str(run),
+        "index": index,
+        "prompt": problem.prompt,
+        "gold": problem.answer,
+        "sampled": found.n_sampled,
+        "inserted": found.n_inserted,
+        "read": found.n_prompt,
+        "seconds": round(wall_s, 6),
+        "answers": [to_answer(asker, rollout, score) for rollout, score in zip(group, found.scores, strict=True)],
+    }
+
+
+def to_answer(asker: Asker, rollout: Rollout, score: float) -> dict:
+    """One answer, judged; what a method chooses by stands with it."""
+    problem, made, parts = rollout.problem, rollout.completion, rollout.parts
+    candidate = to_candidate(rollout)
+    tail, lowest = window_confidences(made.confidences, asker.settings.window) if made.confidences else (None, None)
+    form = parts["format"] if asker.style == "think" else marked(problem, rollout.text)
+    return {
+        "text": rollout.text,
+        "answer": candidate.answer,
+        "accuracy": parts["accuracy"],
+        "format": form,
+        "language": parts["language"],
+        "tokens": len(made.ids),
+        "finish": made.finish,
+        "logprob": round(candidate.logprob, 4),
+        "score": round(score, 5) if math.isfinite(score) else None,
+        **({"tail": round(tail, 4), "lowest": round(lowest, 4)} if tail is not None else {}),
+        **({"preference": parts["preference"]} if "preference" in parts else {}),
+    }

@@ -1,0 +1,343 @@
+"""Methods of inference-time scaling: how answers are produced, how one of them is chosen, and what came of it.
+
+A method is a run, which makes rows (measure.py), and a choice among a row's answers. Methods that choose among
+independent samples share one run: a method at N of n samples is the mean over the n/N disjoint subsets of N
+(voting.subsets), so the same tokens tell of N = 1, 2, 4 ... n. All figures are reckoned from rows; nothing is sampled
+here.
+
+What N is: samples; beams times branching, which is at most 4; times thought, N - 1 of them after a "Wait"; answers
+with refinement, N - 1 of them reviews.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nanor1.budget import REQUEST
+from nanor1.evaluate import accuracy_interval
+from nanor1.plot import Point, scatter
+from nanor1.tasks import Problem
+from nanor1.voting import Candidate, best_of, majority, mean_logprob_weight, pass_at_k, subsets, weighted_vote
+
+MAX_BRANCHING = 4  # next steps of a beam (Beeching et al. 2024)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods are told."""
+
+    step_text: str = "\n"  # ends a step of beam search
+    wait_text: str = "Wait"  # budget forcing: put in the place of the end of thinking
+    end_text: str = "</think>"  # that end; "" where a model thinks without tags, and the stop token is the end
+    answer_text: str = ""  # put in after an end by force
+    min_thinking: float = math.inf  # tokens from which on thinking may end
+    max_thinking: int = 0  # tokens; 0: what max_answer leaves of an answer's length
+    max_answer: int = 0  # tokens behind the thinking; 0: a quarter of an answer's length
+    window: int = 32  # tokens over which a confidence is taken
+    keep_share: float = 1.0  # of the answers, the most confident ones, vote by confidence
+    request: str = REQUEST  # for a review of the last answer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to produce answers to a problem, and its N."""
+
+    kind: str
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.n}"
+
+
+# ---- methods: runs, and ways to choose
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a problem's answers are produced and one of them is chosen; `choose` None: the first that has finished, which is the best."""
+
+    run: str
+    choose: Callable[[Problem, list[Candidate], Settings], int | None] | None
+    what: str
+    is_vote: bool = False
+
+
+def _by_weight(weight: Callable[[Candidate], float | None], *, has_share: bool = True):
+    def choose(problem: Problem, candidates: list[Candidate], settings: Settings) -> int | None:
+        weights = [None if candidate.answer is None else weight(candidate) for candidate in candidates]
+        return weighted_vote(problem, candidates, weights, settings.keep_share if has_share else 1.0)
+
+    return choose
+
+
+def _by_value(value: Callable[[Candidate], float | None]):
+    return lambda _, candidates, settings: best_of(candidates, [value(candidate) for candidate in candidates])
+
+
+def _most_frequent(problem: Problem, candidates: list[Candidate], _: Settings) -> int | None:
+    return majority(problem, candidates)
+
+
+METHODS = {
+    "greedy": Method("greedy", None, "one answer at temperature 0"),
+    "direct": Method("direct", None, "the same, asked for the answer alone"),
+    "sample": Method("samples", None, "one sampled answer (mean over all samples)"),
+    "majority": Method("samples", _most_frequent, "the most frequent answer (self-consistency)", True),
+    "vote-logprob": Method(
+        "samples", _by_weight(mean_logprob_weight, has_share=False), "votes weigh their mean probability a token", True
+    ),
+    "vote-tail": Method("samples", _by_weight(lambda c: c.tail), "votes weigh the confidence of their end", True),
+    "vote-lowest": Method("samples", _by_weight(lambda c: c.lowest), "votes weigh their least confidence", True),
+    "best-logprob": Method("samples", _by_value(lambda c: c.logprob / c.n_tokens), "the likeliest a token"),
+    "best-reward": Method("samples", _by_value(lambda c: c.score), "the one that a reward model prefers"),
+    "best-rule": Method("samples", _by_value(lambda c: c.accuracy), "upper bound: the gold answer chooses (pass@N)"),
+    "beam": Method("beam", None, "beam search over steps"),
+    "dvts": Method("dvts", None, "the same in independent trees"),
+    "token-beam": Method("token-beam", None, "beam search over tokens"),
+    "budget": Method("budget", None, "N - 1 times made to think on (budget forcing)"),
+    "refine": Method("refine", _most_frequent, "N - 1 reviews of the last answer, then a vote", True),
+}
+AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samples" and name != "sample"]
+PREFIXES = ("refine",)  # runs whose first N answers are what the run of N would have given
+WHOLE = ("beam", "dvts", "token-beam", "budget")  # runs that are another one for each N
+SINGLE = ("greedy", "direct")  # there is only N = 1
+
+
+def runs_of(methods: Sequence[str], ns: Sequence[int]) -> list[Run]:
+    """The runs that methods at each N need, each once."""
+    wanted = [Run(METHODS[name].run, n) for name in methods for n in sizes_of(name, ns)]
+    shared = [Run(run.kind, run.n if run.kind in (*WHOLE, *SINGLE) else max(ns)) for run in wanted]
+    return list(dict.fromkeys(shared))
+
+
+def sizes_of(name: str, ns: Sequence[int]) -> list[int]:
+    """The N of `ns` at which a method is no other method: one sample needs no choice, and one tree is a beam search."""
+    if name in (*SINGLE, "sample"):
+        return [1]
+    least = 2 if name in AMONG_SAMPLES else MAX_BRANCHING + 1 if name == "dvts" else 1
+    return [n for n in ns if n >= least] or [max(ns)]
+
+
+def refuse(methods: Sequence[str], ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> None:
+    """ValueError for a method that cannot work here, and why."""
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; choose of {', '.join(METHODS)}")
+        if task == "code" and METHODS[name].is_vote:
+            raise ValueError(
+                f"--method {name} votes, and programs cannot be voted on: no rule tells which do the same; choose "
+                "best-logprob, best-reward, best-rule or beam"
+            )
+        if name == "best-reward" and not has_reward_model:
+            raise ValueError("--method best-reward needs --reward-model FOLDER, by train_sft.py --objective preference")
+        if name in ("refine", "direct") and template != "chat":
+            raise ValueError(f"--method {name} asks in words, for which a chat template is needed; this is {template}")
+        if name in (*AMONG_SAMPLES, "refine") and max(ns) == 1:
+            raise ValueError(f"--method {name} chooses among several answers; give --n 2 or more")
+        if METHODS[name].run in ("beam", "dvts") and any(n > MAX_BRANCHING and n % MAX_BRANCHING for n in ns):
+            raise ValueError(f"--method {name} keeps N / {MAX_BRANCHING} beams; give --n as a multiple")
+
+
+def applicable(ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> list[str]:
+    """The methods that `refuse` lets pass."""
+
+    def is_refused(name: str) -> bool:
+        try:
+            refuse([name], ns, task, template, has_reward_model)
+        except ValueError:
+            return True
+        return False
+
+    return [name for name in METHODS if not is_refused(name)]
+
+
+# ---- figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a method came to at one N; tokens and seconds a problem."""
+
+    method: str
+    n: int
+    problems: int
+    accuracy: float
+    low: float  # 95% interval
+    high: float
+    strict: float  # right and in the form asked for
+    tokens: float  # sampled
+    tokens_p95: float
+    read: float  # as prompts, by the whole run
+    inserted: float
+    truncated: float  # of the answers
+    seconds: float  # the run's, in proportion to the tokens
+
+
+def figures(
+    name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], settings: Settings
+) -> Figures:
+    """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
+    scores = [(row, _score(name, n, row, problems[row["index"]], settings)) for row in rows]
+    judged = [(row, score) for row, score in scores if score is not None]
+    if not judged:
+        raise ValueError("no answer could be judged; check the problems' answers")
+    right_P = [right for _, (right, _) in judged]
+    costs_P = [_costs(n, run, row) for row, _ in judged]
+    tokens_P = [sum(costs) / len(costs) for costs in costs_P]
+    every_cost = sorted(cost for costs in costs_P for cost in costs)
+    mean = lambda values: sum(values) / len(judged)  # noqa: E731
+    low, high = accuracy_interval(right_P)
+    answers = [answer for row, _ in judged for answer in _used(n, run, row)]
+    return Figures(
+        method=name,
+        n=n,
+        problems=len(judged),
+        accuracy=mean(right_P),
+        low=low,
+        high=high,
+        strict=mean(strict for _, (_, strict) in judged),
+        tokens=mean(tokens_P),
+        tokens_p95=every_cost[math.ceil(0.95 * len(every_cost)) - 1],
+        read=mean(row["read"] for row, _ in judged),
+        inserted=mean(row["inserted"] for row, _ in judged),
+        truncated=sum(answer["finish"] == "length" for answer in answers) / len(answers),
+        seconds=mean(row["seconds"] * made / row["sampled"] for (row, _), made in zip(judged, tokens_P, strict=True)),
+    )
+
+
+def _used(n: int, run: Run, row: dict) -> list[dict]:
+    return row["answers"][:n] if run.kind in PREFIXES else row["answers"]
+
+
+def _costs(n: int, run: Run, row: dict) -> list[int]:
+    """What N answers of the run cost in sampled tokens, each time that the run holds N."""
+    tokens = [answer["tokens"] for answer in row["answers"]]
+    if run.kind in PREFIXES:
+        return [sum(tokens[:n])]
+    if run.kind == "samples":
+        return [sum(tokens[i] for i in subset) for subset in subsets(run.n, n)]
+    return [row["sampled"]]
+
+
+def _score(name: str, n: int, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
+    """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
+    method, answers = METHODS[name], row["answers"]
+    if name == "best-rule":
+        known = [answer for answer in answers if answer["accuracy"] is not None]
+        if len(known) < n:
+            return None
+        right = [answer for answer in known if answer["accuracy"] == 1.0]
+        strict = [answer for answer in right if answer["format"] == 1.0]
+        return pass_at_k(len(known), len(right), n), pass_at_k(len(known), len(strict), n)
+    if method.run in PREFIXES:
+        groups = [answers[:n]]
+    elif method.run == "samples":
+        groups = [[answers[i] for i in subset] for subset in subsets(len(answers), 1 if name == "sample" else n)]
+    else:
+        groups = [answers]
+    verdicts = [_verdict(method, group, problem, settings) for group in groups]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    if not verdicts:
+        return None
+    return sum(right for right, _ in verdicts) / len(verdicts), sum(strict for _, strict in verdicts) / len(verdicts)
+
+
+def _verdict(method: Method, answers: list[dict], problem: Problem, settings: Settings) -> tuple[float, float] | None:
+    """Whether the answer chosen is right, and in form, too; none chosen is wrong, None where none could be judged."""
+    if all(answer["accuracy"] is None for answer in answers):
+        return None
+    chosen = _first(answers) if method.choose is None else method.choose(problem, [*map(_candidate, answers)], settings)
+    if chosen is None:
+        return 0.0, 0.0
+    right = answers[chosen]["accuracy"]
+    return None if right is None else (right, right * answers[chosen]["format"])
+
+
+def _first(answers: list[dict]) -> int:
+    """The best of a search that has finished; where none has, the best."""
+    return next((i for i, answer in enumerate(answers) if answer["finish"] == "stop"), 0)
+
+
+def _candidate(answer: dict) -> Candidate:
+    return Candidate(
+        answer["answer"],
+        answer["tokens"],
+        answer["logprob"],
+        answer.get("tail"),
+        answer.get("lowest"),
+        answer.get("preference"),
+        answer["accuracy"],
+        answer["format"],
+    )
+
+
+def compare(
+    methods: Sequence[str],
+    ns: Sequence[int],
+    rows: dict[Run, list[dict]],
+    problems: Sequence[Problem],
+    settings: Settings,
+) -> list[Figures]:
+    """The figures of each method at each N, of those runs that have rows."""
+    run_of = {(run.kind, run.n): run for run in rows}
+    found = []
+    for name in methods:
+        kind = METHODS[name].run
+        for n in sizes_of(name, ns):
+            shared = max((run.n for run in rows if run.kind == kind), default=n)
+            run = run_of[kind, n if kind in WHOLE else shared]
+            if rows[run]:
+                found.append(figures(name, n, run, rows[run], problems, settings))
+    return found
+
+
+def table(found: Sequence[Figures]) -> str:
+    """The figures, one method and N a line."""
+    lines = ["method         N  accuracy  95%             strict  tokens/problem     p95    read   cut  seconds"]
+    for f in found:
+        lines.append(
+            f"{f.method:<12}{f.n:>4}     {f.accuracy:.3f}  {f.low:.3f} to {f.high:.3f}  {f.strict:.3f}  "
+            f"{f.tokens:>14,.0f}{f.tokens_p95:>8,.0f}{f.read:>8,.0f}{f.truncated:>6.0%}{f.seconds:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def picture(found: Sequence[Figures], title: str) -> str:
+    """Accuracy against tokens, a line a method, as SVG."""
+    series: dict[str, list[Point]] = {}
+    for f in found:
+        series.setdefault(f.method, []).append(Point(f.tokens, f.accuracy, f.low, f.high, str(f.n)))
+    return scatter(series, title=title, x_label="tokens sampled a problem", y_label="accuracy")
+
+
+def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
+    """What independent samples came to, in a block of lines; tokens are those of all of a problem's answers."""
+    f, powers = figures("sample", run.n, run, rows, problems, Settings()), powers_of_two(run.n)
+    answers = [answer for row in rows for answer in row["answers"] if answer["accuracy"] is not None]
+    mean = lambda name: sum(answer[name] for answer in answers) / len(answers)  # noqa: E731
+    wall_s = sum(row["seconds"] for row in rows)
+    lines = [
+        f"accuracy        {f.accuracy:.3f}   95%: {f.low:.3f} to {f.high:.3f} (n={f.problems}); lenient: in any format",
+        f"strict          {f.strict:.3f}   right and in the format asked for",
+        f"format          {mean('format'):.3f}",
+        f"cut off         {f.truncated:.3f}   by --max-new-tokens or a full context",
+        f"tokens/problem  {f.tokens:.1f}   95% of the problems: at most {f.tokens_p95:.0f}",
+        f"time            {wall_s:.1f} s   {sum(row['sampled'] for row in rows) / wall_s:.0f} tokens/s",
+    ]
+    if mean("language") < 1:
+        what = "of the thinking's words are in the problem's language"
+        lines.insert(3, f"language        {mean('language'):.3f}   {what}")
+    is_code = problems[0].task == "code"
+    for name, label in (("best-rule", "pass"), ("majority", "majority"))[: 1 if is_code else 2] * (run.n > 1):
+        values = "  ".join(f"{figures(name, n, run, rows, problems, Settings()).accuracy:.3f}" for n in powers)
+        lines.insert(1, f"{label + '@':<15} {values}   of {', '.join(map(str, powers))}")
+    return "\n".join(lines)
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4 ... up to n, and n itself.
+
+    >>> powers_of_two(6)
+    [1, 2, 4, 6]
+    """
+    return sorted({2**i for i in range(n.bit_length())} | {n})
