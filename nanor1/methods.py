@@ -54,7 +54,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """How a problem's answers are produced and one of them is chosen; `choose` None: the first that has finished, which is the best."""
+    """How a problem's answers are produced and one of them is chosen.
+
+    `choose` None: the first one that has finished, for a search gives the best first.
+    """
 
     run: str
     choose: Callable[[Problem, list[Candidate], Settings], int | None] | None
