@@ -125,7 +125,7 @@ def measure(
         while len(rows) < n_units:
             number, first = divmod(len(rows), len(problems))
             run = runs[number]
-            last = min(len(problems), first + max(1, WAVES * asker.sampler.max_rows // run.n))
+            last = min(len(problems), first + batch_size(run, asker.sampler.max_rows))
             made = answer(asker, run, problems[first:last], first, progress)
             progress.end_batch(len(made) * run.n)
             rows += made
@@ -143,6 +143,13 @@ def digest(asker: Asker, problems: Sequence[Problem]) -> str:
     """Changes when a prompt or its gold answer does, as when a file that they are read from is edited."""
     asked = [(asker.prompt(problem)[0], problem.answer) for problem in problems]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def batch_size(run: Run, max_rows: int) -> int:
+    """Problems answered at once: several waves of rows, or of a search, which keeps the caches of all, one."""
+    if run.kind in ("samples", *SINGLE):
+        return max(1, WAVES * max_rows // run.n)
+    return max(1, max_rows // (run.n if run.kind in ("beam", "dvts") else 1))
 
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
