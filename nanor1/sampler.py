@@ -2,7 +2,8 @@
 
 A request is one completion of one prompt. Requests wait in line for a slot of the cache (continuous batching); all that
 have one advance by a token a step. A finished request frees its slot for the next in line. A prompt is prefilled once,
-through the packed forward of training; its keys and values are copied to each of its n slots.
+through the packed forward of training; its keys and values are copied to each of its n slots. What all prompts of a
+batch begin with, such as worked examples, is read once.
 
 On a GPU the step is captured in CUDA graphs, one for each of a few numbers of rows, and replayed several times between
 looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
@@ -39,6 +40,7 @@ from nanor1.slots import Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+MIN_SHARED = 32  # tokens that all prompts of a batch begin with, from which on they are read once
 MAX_FOLLOWING = 64  # tokens behind a cache that is taken over, read one by one; to read a longer text anew is quicker
 STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
@@ -298,7 +300,8 @@ class _Run:
         placed = dict(zip(free, requests, strict=False))
         slot_B, request_B = self._index(placed.keys()), self._index(placed.values())
         source_B = request_B // self.n - self.prefilled.start
-        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
+        row_B, length = self.first_row + source_B, self.prefilled_cache.k[0].shape[2]
+        self.slots.cache.copy_rows(self.prefilled_cache, row_B, slot_B, length)
         self.slots.start(slot_B, self.start_R[request_B], self.limit_R[request_B], self.key_R[request_B])
         self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
         self.request_of |= placed
@@ -319,15 +322,29 @@ class _Run:
             stop += 1
         prompts = self.prompts[start:stop]
         self.prefilled, dtype = range(start, stop), self.slots.cache.k[0].dtype
-        self.prefilled_cache = KVCache(self.model.config, len(prompts), max(map(len, prompts)), dtype, self.device)
-        hidden_BC = self._follow(prompts) if is_taken else self._read(prompts)
+        n_shared = 0 if is_taken else n_common(prompts)
+        self.first_row = int(n_shared >= MIN_SHARED)  # of the prompts; before it stands what they share
+        n_rows, longest = self.first_row + len(prompts), max(map(len, prompts))
+        self.prefilled_cache = KVCache(self.model.config, n_rows, longest, dtype, self.device)
+        if is_taken:
+            hidden_BC = self._follow(prompts)
+        else:
+            hidden_BC = self._read_shared(prompts, n_shared) if self.first_row else self._read(prompts)
         self.prefilled_logits = self.model.logits(hidden_BC)
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Run whole prompts into the cache; the hidden state of the last token of each: [B, C]."""
+    def _read(self, prompts: Sequence[Sequence[int]], parent_B: Tensor | None = None) -> Tensor:
+        """Run whole prompts into rows of the cache; the hidden state of the last token of each: [B, C]."""
         cu_seqlens_B1 = F.pad(self._index(map(len, prompts)).cumsum(0), (1, 0))
         ids_N = self._index(token for prompt in prompts for token in prompt)
-        return self.model(ids_N, cu_seqlens_B1, self.prefilled_cache)[cu_seqlens_B1[1:] - 1]
+        return self.model(ids_N, cu_seqlens_B1, self.prefilled_cache, parent_B)[cu_seqlens_B1[1:] - 1]
+
+    def _read_shared(self, prompts: Sequence[Sequence[int]], n_shared: int) -> Tensor:
+        """The same of prompts whose first tokens are read once, into the row before theirs."""
+        parent_B = self._index([-1] + [0] * len(prompts))
+        hidden_BC = self._read([prompts[0][:n_shared], *(prompt[n_shared:] for prompt in prompts)], parent_B)
+        row_B = self._index(range(1, len(prompts) + 1))
+        self.prefilled_cache.copy_rows(self.prefilled_cache, row_B * 0, row_B, n_shared)
+        return hidden_BC[1:]
 
     def _follow(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The same of prompts that take over a cache: what follows it is run token by token, of all prompts at once."""
@@ -429,6 +446,19 @@ class _Look:
         if self.arrived:
             self.arrived.synchronize()
         return {slot: request for slot, request in self.request_of.items() if not self.is_running[slot]}
+
+
+def n_common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, of which none is a whole prompt; 0 for a single one.
+
+    >>> n_common([[7, 8, 1], [7, 8, 2, 3], [7, 8]])
+    1
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in the order of a dictionary, so all others agree as far as these do
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
 
 
 def _check_requests(model: Transformer, prompts, n: int, limits: list[int], seeds: list[int]) -> list[int]:

@@ -260,9 +260,9 @@ def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):
     model, prefilled = random_model(), []
     forward = Transformer.forward
 
-    def counting_forward(self, ids_N, cu_seqlens_B1, cache=None):
+    def counting_forward(self, ids_N, cu_seqlens_B1, *rest):
         prefilled.append(ids_N.tolist())
-        return forward(self, ids_N, cu_seqlens_B1, cache)
+        return forward(self, ids_N, cu_seqlens_B1, *rest)
 
     monkeypatch.setattr(Transformer, "forward", counting_forward)
     (group,) = generate(model, [[1, 2, 3]], n=20, max_new_tokens=5, max_rows=7)
@@ -276,10 +276,10 @@ def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
     model, sizes = random_model(), []
     forward = Transformer.forward
 
-    def measuring_forward(self, ids_N, cu_seqlens_B1, cache=None):
+    def measuring_forward(self, ids_N, cu_seqlens_B1, cache, *rest):
         rows, _, length, _ = cache.k[0].shape
         sizes.append((rows, length))
-        return forward(self, ids_N, cu_seqlens_B1, cache)
+        return forward(self, ids_N, cu_seqlens_B1, cache, *rest)
 
     monkeypatch.setattr(Transformer, "forward", measuring_forward)
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 40)
@@ -846,3 +846,29 @@ def test_confidences_are_there_only_where_asked_for_and_change_no_draw():
     assert {made.confidences for made in sum(plain, [])} == {None}
     assert [made.ids for made in sum(plain, [])] == [made.ids for made in sum(asked, [])]
     assert all(len(made.confidences) == len(made.ids) for made in sum(asked, []))
+
+
+# ---- what all prompts begin with
+
+
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(is_stepwise, monkeypatch):
+    model, head, tails = random_model(), random_prompts([50])[0], random_prompts([3, 1, 20, 8], seed=1)
+    prompts, read, forward = [head + tail for tail in tails], [], Transformer.forward
+    arguments = dict(n=3, max_new_tokens=8, seed=[1, 2, 3, 4])
+    alone = [generate(model, [prompt], **arguments | dict(seed=[i]))[0] for i, prompt in enumerate(prompts, 1)]
+    monkeypatch.setattr(
+        Transformer, "forward", lambda self, ids, *rest: (read.append(len(ids)), forward(self, ids, *rest))[1]
+    )
+    together = Sampler(model, max_rows=5, is_stepwise=is_stepwise).generate(prompts, **arguments)
+    assert sum(read) == 50 * len(read) + 32 and len(read) < 4
+    for ours, theirs in zip(sum(together, []), sum(alone, []), strict=True):
+        assert ours.ids == theirs.ids
+        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
+def test_the_common_beginning_is_the_longest_that_leaves_each_prompt_a_token(prompts):
+    n = sampler.n_common(prompts)
+    assert len({tuple(prompt[:n]) for prompt in prompts}) == 1 and n < min(map(len, prompts))
+    longer = {tuple(prompt[: n + 1]) for prompt in prompts}
+    assert len(longer) > 1 or n + 1 == min(map(len, prompts))
