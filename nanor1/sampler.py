@@ -27,7 +27,7 @@ Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L ne
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
-from nanor1.slots import Sampling, Slots, Step, slots_that_fit
+from nanor1.slots import Kept, Look, Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
@@ -97,29 +97,6 @@ class Results:
             for ids, logp, confidence, length, is_stopped in zip(*columns, strict=True)
         ]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
-
-
-@dataclass
-class Kept:
-    """The caches of a call's completions, by request; of each all tokens but the last, which is never read."""
-
-    cache: KVCache
-    n: int  # completions a prompt
-    ids_R: list[list[int]] = field(default_factory=list)  # prompts and completions, when they are all there
-
-    def row_of(self, prompt: int, completion: int) -> int:
-        if not (0 <= completion < self.n and 0 <= prompt < len(self.ids_R) // self.n):
-            n_prompts = len(self.ids_R) // self.n
-            raise ValueError(
-                f"completion {completion} of prompt {prompt} is not kept: there are {n_prompts} x {self.n}"
-            )
-        return prompt * self.n + completion
-
-    def n_shared(self, row: int, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt the row's cache holds; never its last one, whose logits are wanted."""
-        kept = self.ids_R[row]
-        most = min(len(kept), len(prompt)) - 1
-        return next((i for i in range(most) if kept[i] != prompt[i]), most)
 
 
 class Sampler:
@@ -394,7 +371,7 @@ class _Run:
 
     def look(self) -> None:
         """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
-        self.looks.append(_Look(dict(self.request_of), self.slots.is_running))
+        self.looks.append(Look(dict(self.request_of), self.slots.is_running))
         if len(self.looks) > self.looks_late:
             self.retire(self.looks.popleft().finished())
 
@@ -426,26 +403,6 @@ class _Run:
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-
-
-class _Look:
-    """Which slots were running at some moment; on CUDA the answer is copied while the device goes on."""
-
-    def __init__(self, request_of: dict[int, int], is_running: Tensor):
-        self.request_of, self.arrived = request_of, None
-        if is_running.device.type != "cuda":
-            self.is_running = is_running.tolist()
-            return
-        self.is_running = torch.empty(is_running.shape, dtype=torch.bool, pin_memory=True)
-        self.is_running.copy_(is_running, non_blocking=True)
-        self.arrived = torch.cuda.Event()
-        self.arrived.record()
-
-    def finished(self) -> dict[int, int]:
-        """slot -> request of those that had finished."""
-        if self.arrived:
-            self.arrived.synchronize()
-        return {slot: request for slot, request in self.request_of.items() if not self.is_running[slot]}
 
 
 def n_common(prompts: Sequence[Sequence[int]]) -> int:
