@@ -309,7 +309,8 @@ def picture(found: Sequence[Figures], title: str) -> str:
     """Accuracy against tokens, a line a method, as SVG."""
     series: dict[str, list[Point]] = {}
     for f in found:
-        series.setdefault(f.method, []).append(Point(f.tokens, f.accuracy, f.low, f.high, str(f.n)))
+        name = f"{f.method} (upper bound)" if f.method == "best-rule" else f.method
+        series.setdefault(name, []).append(Point(f.tokens, f.accuracy, f.low, f.high, str(f.n)))
     return scatter(series, title=title, x_label="tokens sampled a problem", y_label="accuracy")
 
 

@@ -297,7 +297,8 @@ def test_the_picture_has_a_line_for_each_method_and_a_point_for_each_n(compariso
     for element in svg.iter():
         of_tag.setdefault(element.tag.rpartition("}")[2], []).append(element)
     texts = [element.text for element in of_tag["text"]]
-    assert "A & B <c>" in texts and set(METHODS) < set(texts)
+    assert "A & B <c>" in texts and {text.removesuffix(" (upper bound)") for text in texts} > set(METHODS)
+    assert [text for text in texts if "upper bound" in text] == ["best-rule (upper bound)"]
     n_points = [len(line.get("points").split()) for line in of_tag["polyline"][: len(METHODS)]]
     assert n_points == [sum(f.method == name for f in comparison) for name in METHODS]
 
