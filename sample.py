@@ -28,7 +28,7 @@ from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say,
 from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
 from nanor1.evaluate import Preference
 from nanor1.machine import choose_device
-from nanor1.measure import Asker, measure
+from nanor1.measure import Asker, batch_size, measure
 from nanor1.methods import (
     METHODS,
     SINGLE,
@@ -64,7 +64,6 @@ from nanor1.tasks import (
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import (
     SEED_STRIDE,
-    WAVES,
     Question,
     Selection,
     ask,
@@ -258,11 +257,6 @@ class Engine:
         return {name: getattr(self.config, name) for name in SAMPLING} | dict(
             stop_texts=stop_texts, decode=self.tokenizer.decode
         )
-
-    @property
-    def batch_size(self) -> int:
-        """Problems answered at once."""
-        return max(1, WAVES * self.config.max_rows // self.config.n)
 
 
 class Console:
@@ -495,7 +489,7 @@ def write_traces(engine: Engine) -> None:
         selection,
         config.out,
         samples=config.n,
-        batch_size=engine.batch_size,
+        batch_size=batch_size(Run("samples", config.n), config.max_rows),
         seed=config.seed,
         source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed),
         arguments=deciding_arguments(engine, TRACES),

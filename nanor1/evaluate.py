@@ -117,7 +117,6 @@ def evaluate(
     weights: dict[str, float],
     *,
     samples: int = 1,
-    on_token: Callable[[int, int, int], None] | None = None,
     **sampling,
 ) -> tuple["Evaluation", list[list[Rollout]]]:
     """Answer and judge each problem `samples` times; `sampling` goes to Sampler.generate."""
@@ -127,7 +126,6 @@ def evaluate(
         n=samples,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
-        on_token=on_token,
         **sampling,
     )
     rollouts_PG = judge_all(problems, prompts, completions_PG, tokenizer, weights)

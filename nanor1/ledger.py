@@ -4,6 +4,7 @@ Beside the file stands `FILE.progress.json`: the arguments, how many problems ar
 what has been counted. Lines are added batch by batch; a batch that was cut off is cut away and made again.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -62,6 +63,11 @@ def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
     if n_bytes > ledger.n_bytes and not ledger.is_whole:
         os.truncate(path, ledger.n_bytes)
     return ledger
+
+
+def digest(asked: Sequence) -> str:
+    """Changes when a question or its gold answer does, as when the file that they are read from is edited."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def touch(path: Path) -> None:

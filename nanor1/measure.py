@@ -6,8 +6,6 @@ read from a file counts as one just made. Tokens are those sampled, the ones of 
 as prompts, and those put in, are counted apart.
 """
 
-import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -20,7 +18,7 @@ from pathlib import Path
 from nanor1.budget import force_budget, refine
 from nanor1.evaluate import Preference, judge_all, to_candidate, write_prompt
 from nanor1.grpo import Rollout
-from nanor1.ledger import Ledger, Progress, append, open_ledger, read_lines
+from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
 from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
 from nanor1.rewards import marked
 from nanor1.sampler import Sampler
@@ -111,7 +109,10 @@ def measure(
     With `path` they are kept in that file, and one that was begun with the same `arguments` goes on; the problems as
     they are shown are added to these.
     """
-    n_units, arguments = len(runs) * len(problems), {**arguments, "problems": digest(asker, problems)}
+    n_units, arguments = (
+        len(runs) * len(problems),
+        {**arguments, "problems": digest([(asker.prompt(problem)[0], problem.answer) for problem in problems])},
+    )
     ledger = open_ledger(Path(path), arguments, n_units) if path else Ledger(arguments, n_units)
     rows = list(islice(read_lines(Path(path)), ledger.n_done)) if path else []
     if rows:
@@ -137,12 +138,6 @@ def measure(
     progress.clear()
     P = len(problems)
     return {run: rows[i * P : (i + 1) * P] for i, run in enumerate(runs)}, len(rows) == n_units
-
-
-def digest(asker: Asker, problems: Sequence[Problem]) -> str:
-    """Changes when a prompt or its gold answer does, as when a file that they are read from is edited."""
-    asked = [(asker.prompt(problem)[0], problem.answer) for problem in problems]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def batch_size(run: Run, max_rows: int) -> int:

@@ -56,7 +56,8 @@ class Run:
 class Method:
     """How a problem's answers are produced and one of them is chosen.
 
-    `choose` None: the first one that has finished, for a search gives the best first.
+    `choose` None: the first one that has finished, for a search gives the best first; best-rule is an estimate over all
+    samples, and chooses none.
     """
 
     run: str
@@ -93,7 +94,7 @@ METHODS = {
     "vote-lowest": Method("samples", _by_weight(lambda c: c.lowest), "votes weigh their least confidence", True),
     "best-logprob": Method("samples", _by_value(lambda c: c.logprob / c.n_tokens), "the likeliest a token"),
     "best-reward": Method("samples", _by_value(lambda c: c.score), "the one that a reward model prefers"),
-    "best-rule": Method("samples", _by_value(lambda c: c.accuracy), "upper bound: the gold answer chooses (pass@N)"),
+    "best-rule": Method("samples", None, "upper bound: the gold answer chooses (pass@N)"),
     "beam": Method("beam", None, "beam search over steps"),
     "dvts": Method("dvts", None, "the same in independent trees"),
     "token-beam": Method("token-beam", None, "beam search over tokens"),

@@ -25,7 +25,7 @@ import numpy as np
 
 from nanor1.evaluate import judge_all, write_prompt
 from nanor1.grpo import Rollout
-from nanor1.ledger import Ledger, Progress, append, open_ledger, read_lines
+from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
 from nanor1.rewards import after_thinking
 from nanor1.runlog import rounded
 from nanor1.sampler import Completion, Sampler
@@ -236,7 +236,8 @@ def collect(
     Continues the file if it was begun with the same `arguments` (all that decide the lines; the questions are added
     here). `source` goes into every line; `sampling` to Sampler.generate. After Ctrl-C the ledger returned is not whole.
     """
-    path, arguments = Path(path), {**arguments, "problems": digest(questions)}
+    asked = [(question.shown, question.problem and question.problem.answer) for question in questions]
+    path, arguments = Path(path), {**arguments, "problems": digest(asked)}
     ledger = open_ledger(path, arguments, len(questions))
     if ledger.is_whole:
         say(f"{path} is finished: nothing to do")
@@ -262,12 +263,6 @@ def collect(
         )
     progress.clear()
     return ledger
-
-
-def digest(questions: Sequence[Question]) -> str:
-    """Changes when a question or its gold answer does, as when the file that they are read from is edited."""
-    asked = [(question.shown, question.problem and question.problem.answer) for question in questions]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def answer(sampler: Sampler, tokenizer: Tokenizer, questions: Sequence[Question], **sampling) -> list[list[Rollout]]:
