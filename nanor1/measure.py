@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_li
 from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
 from nanor1.rewards import marked
 from nanor1.sampler import Sampler
-from nanor1.search import Found, Scorer, beam_search, mean_logprob, token_beam_search
+from nanor1.search import Found, Scorer, beam_search, mean_logprob
 from nanor1.tasks import Example, Problem, Style, format_prompt
+from nanor1.token_beams import token_beam_search
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, WAVES
 from nanor1.voting import window_confidences
@@ -71,8 +71,9 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         return beam_search(asker.sampler, prompts, scorer=asker.scorer, seeds=seeds, **sizes, **stops, **sampling)
     if run.kind == "token-beam":
         sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
-        search = partial(token_beam_search, asker.sampler.model, vocab_size=tokenizer.vocab_size, **sizes)
-        return [search(prompt_ids) for prompt_ids in prompts]
+        return token_beam_search(
+            asker.sampler.model, prompts, vocab_size=tokenizer.vocab_size, on_token=on_token, **sizes
+        )
     if run.kind == "budget":
         length = sampling.pop("max_new_tokens")
         max_answer = settings.max_answer or max(1, length // 4)
@@ -141,10 +142,10 @@ def measure(
 
 
 def batch_size(run: Run, max_rows: int) -> int:
-    """Problems answered at once: several waves of rows, or of a search, which keeps the caches of all, one."""
+    """Problems answered at once: several waves of rows; of methods that keep the caches of all, one."""
     if run.kind in ("samples", *SINGLE):
         return max(1, WAVES * max_rows // run.n)
-    return max(1, max_rows // (run.n if run.kind in ("beam", "dvts") else 1))
+    return max(1, max_rows // (run.n if run.kind in ("beam", "dvts", "token-beam") else 1))
 
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
@@ -168,6 +169,9 @@ def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, prog
 def to_row(asker: Asker, run: Run, index: int, found: Found, group: list[Rollout], wall_s: float) -> dict:
     """What a run made of a problem, as a JSON line."""
     problem = group[0].problem
+    answers = [to_answer(asker, rollout, score) for rollout, score in zip(group, found.scores, strict=True)]
+    if run.kind == "dvts":
+        answers = [{**answer, "tree": tree} for answer, tree in zip(answers, found.tree_of, strict=True)]
     return {
         "run": str(run),
         "index": index,
@@ -177,7 +181,8 @@ def to_row(asker: Asker, run: Run, index: int, found: Found, group: list[Rollout
         "inserted": found.n_inserted,
         "read": found.n_prompt,
         "seconds": round(wall_s, 6),
-        "answers": [to_answer(asker, rollout, score) for rollout, score in zip(group, found.scores, strict=True)],
+        **({"sampled_by_tree": found.n_sampled_by_tree} if run.kind == "dvts" else {}),
+        "answers": answers,
     }
 
 

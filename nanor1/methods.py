@@ -2,8 +2,8 @@
 
 A method is a run, which makes rows (measure.py), and a choice among a row's answers. Methods that choose among
 independent samples share one run: a method at N of n samples is the mean over the n/N disjoint subsets of N
-(voting.subsets), so the same tokens tell of N = 1, 2, 4 ... n. All figures are reckoned from rows; nothing is sampled
-here.
+(voting.subsets), so the same tokens tell of N = 1, 2, 4 ... n; independent trees are shared like this, too. All figures
+are reckoned from rows; nothing is sampled here.
 
 What N is: samples; beams times branching, which is at most 4; times thought, N - 1 of them after a "Wait"; answers
 with refinement, N - 1 of them reviews.
@@ -103,7 +103,7 @@ METHODS = {
 }
 AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samples" and name != "sample"]
 PREFIXES = ("refine",)  # runs whose first N answers are what the run of N would have given
-WHOLE = ("beam", "dvts", "token-beam", "budget")  # runs that are another one for each N
+WHOLE = ("beam", "token-beam", "budget")  # runs that are another one for each N
 SINGLE = ("greedy", "direct")  # there is only N = 1
 
 
@@ -181,17 +181,17 @@ def figures(
     name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], settings: Settings
 ) -> Figures:
     """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
-    scores = [(row, _score(name, n, row, problems[row["index"]], settings)) for row in rows]
+    scores = [(row, _score(name, n, run, row, problems[row["index"]], settings)) for row in rows]
     judged = [(row, score) for row, score in scores if score is not None]
     if not judged:
         raise ValueError("no answer could be judged; check the problems' answers")
     right_P = [right for _, (right, _) in judged]
-    costs_P = [_costs(n, run, row) for row, _ in judged]
-    tokens_P = [sum(costs) / len(costs) for costs in costs_P]
-    every_cost = sorted(cost for costs in costs_P for cost in costs)
+    parts_P = [_parts(n, run, row) for row, _ in judged]
+    tokens_P = [sum(tokens for _, tokens in parts) / len(parts) for parts in parts_P]
+    every_cost = sorted(tokens for parts in parts_P for _, tokens in parts)
     mean = lambda values: sum(values) / len(judged)  # noqa: E731
     low, high = accuracy_interval(right_P)
-    answers = [answer for row, _ in judged for answer in _used(n, run, row)]
+    used = [answer for parts in parts_P for answers, _ in parts for answer in answers]
     return Figures(
         method=name,
         n=n,
@@ -204,41 +204,37 @@ def figures(
         tokens_p95=every_cost[math.ceil(0.95 * len(every_cost)) - 1],
         read=mean(row["read"] for row, _ in judged),
         inserted=mean(row["inserted"] for row, _ in judged),
-        truncated=sum(answer["finish"] == "length" for answer in answers) / len(answers),
+        truncated=sum(answer["finish"] == "length" for answer in used) / len(used),
         seconds=mean(row["seconds"] * made / row["sampled"] for (row, _), made in zip(judged, tokens_P, strict=True)),
     )
 
 
-def _used(n: int, run: Run, row: dict) -> list[dict]:
-    return row["answers"][:n] if run.kind in PREFIXES else row["answers"]
-
-
-def _costs(n: int, run: Run, row: dict) -> list[int]:
-    """What N answers of the run cost in sampled tokens, each time that the run holds N."""
-    tokens = [answer["tokens"] for answer in row["answers"]]
+def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
+    """The answers of the run that are those of N, each time that it holds N, and what they cost in sampled tokens."""
+    answers, tokens = row["answers"], [answer["tokens"] for answer in row["answers"]]
     if run.kind in PREFIXES:
-        return [sum(tokens[:n])]
+        return [(answers[:n], sum(tokens[:n]))]
     if run.kind == "samples":
-        return [sum(tokens[i] for i in subset) for subset in subsets(run.n, n)]
-    return [row["sampled"]]
+        parts = subsets(len(answers), n)
+        return [(answers[part.start : part.stop], sum(tokens[part.start : part.stop])) for part in parts]
+    if run.kind == "dvts":
+        trees = row["sampled_by_tree"]
+        parts = subsets(len(trees), max(1, n // MAX_BRANCHING))
+        return [([a for a in answers if a["tree"] in part], sum(trees[t] for t in part)) for part in parts]
+    return [(answers, row["sampled"])]
 
 
-def _score(name: str, n: int, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
+def _score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
-    method, answers = METHODS[name], row["answers"]
+    method = METHODS[name]
     if name == "best-rule":
-        known = [answer for answer in answers if answer["accuracy"] is not None]
+        known = [answer for answer in row["answers"] if answer["accuracy"] is not None]
         if len(known) < n:
             return None
         right = [answer for answer in known if answer["accuracy"] == 1.0]
         strict = [answer for answer in right if answer["format"] == 1.0]
         return pass_at_k(len(known), len(right), n), pass_at_k(len(known), len(strict), n)
-    if method.run in PREFIXES:
-        groups = [answers[:n]]
-    elif method.run == "samples":
-        groups = [[answers[i] for i in subset] for subset in subsets(len(answers), 1 if name == "sample" else n)]
-    else:
-        groups = [answers]
+    groups = [answers for answers, _ in _parts(1 if name == "sample" else n, run, row)]
     verdicts = [_verdict(method, group, problem, settings) for group in groups]
     verdicts = [verdict for verdict in verdicts if verdict is not None]
     if not verdicts:

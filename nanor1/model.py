@@ -350,8 +350,8 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
-    def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int) -> None:
-        """Copy the first `length` positions of rows of `source` (this cache or another one) into rows of this one."""
+    def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int, start: int = 0) -> None:
+        """Copy positions start ... length - 1 of rows of `source` (this cache or another) into rows of this one."""
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             for to_layer, from_layer in zip(mine, theirs, strict=True):
-                to_layer[to_rows, :, :length] = from_layer[from_rows, :, :length]
+                to_layer[to_rows, :, start:length] = from_layer[from_rows, :, start:length]

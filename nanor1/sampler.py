@@ -30,17 +30,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.draw import request_key
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
+from nanor1.prefill import prefill, prefill_behind
 from nanor1.slots import Kept, Look, Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
-MIN_SHARED = 32  # tokens that all prompts of a batch begin with, from which on they are read once
 MAX_FOLLOWING = 64  # tokens behind a cache that is taken over, read one by one; to read a longer text anew is quicker
 STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
@@ -213,7 +212,9 @@ class _Run:
         self.prompts, self.n, self.sampling, self.device = prompts, n, sampling, sampler.device
         self.n_requests, self.n_admitted = len(prompts) * n, 0
         self.n_slots = min(self.slots.n_slots, sampler.max_rows, self.n_requests)
-        self.prefilled = range(0)  # the prompts whose keys, values and last logits are held, to be copied to slots
+        self.prefilled_requests = range(
+            0
+        )  # those whose prompts' caches and last logits are held, to be copied to slots
         self.request_of: dict[int, int] = {}  # slot -> request, of the active ones
         self.looks: deque = deque()
         self.start_R = self._index(map(len, prompts)).repeat_interleave(n)
@@ -270,15 +271,15 @@ class _Run:
 
     def admit(self) -> None:
         """Give free slots to the next requests, and draw their first tokens."""
-        if self.n_admitted >= self.prefilled.stop * self.n:
+        if self.n_admitted >= self.prefilled_requests.stop:
             self._prefill()
-        requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop * self.n))
+        requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled_requests.stop))
         free = (slot for slot in range(self.n_slots) if slot not in self.request_of)
         placed = dict(zip(free, requests, strict=False))
         slot_B, request_B = self._index(placed.keys()), self._index(placed.values())
-        source_B = request_B // self.n - self.prefilled.start
-        row_B, length = self.first_row + source_B, self.prefilled_cache.k[0].shape[2]
-        self.slots.cache.copy_rows(self.prefilled_cache, row_B, slot_B, length)
+        source_B = (request_B - self.prefilled_requests.start) // self.n
+        cache, row_B = self.prefilled.cache, self.prefilled.first_row + source_B
+        self.slots.cache.copy_rows(cache, row_B, slot_B, cache.k[0].shape[2])
         self.slots.start(slot_B, self.start_R[request_B], self.limit_R[request_B], self.key_R[request_B])
         self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
         self.request_of |= placed
@@ -297,47 +298,13 @@ class _Run:
             if longest * (stop + 1 - start) > PREFILL_TOKENS:
                 break
             stop += 1
-        prompts = self.prompts[start:stop]
-        self.prefilled, dtype = range(start, stop), self.slots.cache.k[0].dtype
-        n_shared = 0 if is_taken else n_common(prompts)
-        self.first_row = int(n_shared >= MIN_SHARED)  # of the prompts; before it stands what they share
-        n_rows, longest = self.first_row + len(prompts), max(map(len, prompts))
-        self.prefilled_cache = KVCache(self.model.config, n_rows, longest, dtype, self.device)
+        self.prefilled_requests = range(start * self.n, stop * self.n)
+        prompts, taken = self.prompts[start:stop], self.taken_P[start:stop]
         if is_taken:
-            hidden_BC = self._follow(prompts)
+            self.prefilled = prefill_behind(self.model, prompts, self.source.cache, *zip(*taken, strict=True))
         else:
-            hidden_BC = self._read_shared(prompts, n_shared) if self.first_row else self._read(prompts)
-        self.prefilled_logits = self.model.logits(hidden_BC)
-
-    def _read(self, prompts: Sequence[Sequence[int]], parent_B: Tensor | None = None) -> Tensor:
-        """Run whole prompts into rows of the cache; the hidden state of the last token of each: [B, C]."""
-        cu_seqlens_B1 = F.pad(self._index(map(len, prompts)).cumsum(0), (1, 0))
-        ids_N = self._index(token for prompt in prompts for token in prompt)
-        return self.model(ids_N, cu_seqlens_B1, self.prefilled_cache, parent_B)[cu_seqlens_B1[1:] - 1]
-
-    def _read_shared(self, prompts: Sequence[Sequence[int]], n_shared: int) -> Tensor:
-        """The same of prompts whose first tokens are read once, into the row before theirs."""
-        parent_B = self._index([-1] + [0] * len(prompts))
-        hidden_BC = self._read([prompts[0][:n_shared], *(prompt[n_shared:] for prompt in prompts)], parent_B)
-        row_B = self._index(range(1, len(prompts) + 1))
-        self.prefilled_cache.copy_rows(self.prefilled_cache, row_B * 0, row_B, n_shared)
-        return hidden_BC[1:]
-
-    def _follow(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The same of prompts that take over a cache: what follows it is run token by token, of all prompts at once."""
-        rows, n_taken = zip(*(self.taken_P[p] for p in self.prefilled), strict=True)
-        cache, B = self.prefilled_cache, len(prompts)
-        cache.copy_rows(self.source.cache, self._index(rows), self._index(range(B)), max(n_taken))
-        hidden_BC: list[Tensor] = [torch.empty(0)] * B
-        for i in range(max(len(prompt) - n for prompt, n in zip(prompts, n_taken, strict=True))):
-            active = [b for b in range(B) if n_taken[b] + i < len(prompts[b])]
-            ids_A = self._index(prompts[b][n_taken[b] + i] for b in active)
-            position_A = self._index(n_taken[b] + i for b in active)
-            slot_A = None if len(active) == B else self._index(active)
-            hidden_AC = self.model.decode(ids_A, position_A, cache, max(n_taken[b] for b in active) + i + 1, slot_A)
-            for b, hidden_C in zip(active, hidden_AC, strict=True):
-                hidden_BC[b] = hidden_C  # the last one stays
-        return torch.stack(hidden_BC)
+            self.prefilled = prefill(self.model, prompts)
+        self.prefilled_logits = self.model.logits(self.prefilled.hidden_BC)
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""
@@ -403,19 +370,6 @@ class _Run:
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-
-
-def n_common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, of which none is a whole prompt; 0 for a single one.
-
-    >>> n_common([[7, 8, 1], [7, 8, 2, 3], [7, 8]])
-    1
-    """
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # in the order of a dictionary, so all others agree as far as these do
-    most = min(map(len, prompts)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
 
 
 def _check_requests(model: Transformer, prompts, n: int, limits: list[int], seeds: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Inference-time search over the sampler: beams of steps, several independent trees of them, and beams of tokens.
+"""Inference-time search over the sampler: beams of steps, as one search or as several independent trees.
 
 Beam search over steps follows Snell et al. 2408.03314, section 5.2, and Beeching et al. 2024, "Scaling test-time
 compute with open models", from which the independent trees come (DVTS: diverse verifier tree search). Departures: a
@@ -6,20 +6,17 @@ finished beam leaves and takes its place with it, so that a pool is neither padd
 each tree is a whole beam search, where DVTS keeps the one best step in each (width 1).
 
 Left out: lookahead, Monte Carlo tree search, a model that scores steps (a reward model of ours scores final answers).
-Choosing among finished answers is voting.py; methods that lengthen one answer are budget.py.
+Choosing among finished answers is voting.py; methods that lengthen one answer are budget.py; beams of tokens are
+token_beams.py.
 
-Letters: P prompts, B live beams, G completions of a beam, V vocabulary.
+Letters: P prompts, B live beams, G completions of a beam.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from nanor1.draw import request_key
-from nanor1.model import KVCache, Transformer
 from nanor1.preference import RewardModel, score
 from nanor1.sampler import MAX_FOLLOWING, Completion, Sampler
 from nanor1.tasks import prefilled
@@ -39,6 +36,8 @@ class Found:
     n_sampled: int  # tokens really sampled, those of dropped branches and of what was cut off included
     n_inserted: int = 0  # tokens put in by the method, not sampled; their log-probability in a completion is 0
     n_prompt: int = 0  # tokens read before sampling in all calls, put-in ones included; not what a cache still held
+    tree_of: Sequence[int] = ()  # of each completion, where independent searches were made: which one found it
+    n_sampled_by_tree: Sequence[int] = ()  # the tokens of each
 
 
 @dataclass
@@ -147,7 +146,7 @@ class _Tree:
     key: tuple[int, int]  # of its random numbers: the prompt's seed and the number of the tree
     max_tokens: int  # of an answer
     n_places: int
-    spent: Spent
+    spent: Spent = field(default_factory=Spent)
     live: list[_Beam] = field(default_factory=lambda: [_Beam(Completion([], [], "length"))])
     finished: list[_Beam] = field(default_factory=list)
 
@@ -196,8 +195,8 @@ def beam_search(
     check_sizes(prompts, seeds, **sizes)
     context = sampler.model.config.max_position_embeddings
     forest = [
-        [_Tree(list(ids), (seed, t), min(max_new_tokens, context - len(ids)), width, spent) for t in range(trees)]
-        for ids, seed, spent in ((ids, seed, Spent()) for ids, seed in zip(prompts, seeds, strict=True))
+        [_Tree(list(ids), (seed, t), min(max_new_tokens, context - len(ids)), width) for t in range(trees)]
+        for ids, seed in zip(prompts, seeds, strict=True)
     ]
     every_tree = [tree for of_prompt in forest for tree in of_prompt]
     with Rounds(sampler, stop_ids=stop_ids, stop_texts=step_texts, decode=decode, **sampling) as rounds:
@@ -250,78 +249,13 @@ def _score(trees: list[_Tree], candidates: list[list[_Beam]], scorer: Scorer) ->
 
 def _found(trees: list[_Tree]) -> Found:
     """The answers of a prompt; beams that live after the last step are finished as they are."""
-    beams = sorted((beam for tree in trees for beam in tree.finished + tree.live), key=_rank)
-    return Found([beam.completion for beam in beams], [beam.score for beam in beams], **vars(trees[0].spent))
-
-
-# ---- beams of tokens
-
-
-@torch.inference_mode()
-def token_beam_search(
-    model: Transformer,
-    prompt_ids: Sequence[int],
-    *,
-    width: int,
-    max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
-    vocab_size: int | None = None,
-    length_penalty: float = 0.0,
-) -> Found:
-    """The classic beam search, for likely text: keep the `width` likeliest continuations of one prompt at each token.
-
-    Returns at most `width` answers by log-probability / length ** length_penalty. One that has stopped leaves the
-    beam; the search ends when no live one can still beat the worst of `width` finished ones. Nothing is drawn: tokens
-    count as sampled where they were kept. Ids at or above `vocab_size` are never taken. ValueError for a width or
-    max_new_tokens below 1, a negative length_penalty, and a prompt that is empty or fills the context.
-    """
-    limit = _check_tokens(model, len(prompt_ids), width, max_new_tokens, length_penalty)
-    device, n_prompt = model.head_weight_VC.device, len(prompt_ids)
-    cache = KVCache(model.config, width, n_prompt + limit, model.head_weight_VC.dtype, device)
-    hidden_BC = model(torch.tensor(prompt_ids, device=device), torch.tensor([0, n_prompt], device=device), cache)[-1:]
-    live, finished, n_sampled = [Completion([], [], "length")], [], 0
-    worth = lambda made: sum(made.logprobs) / len(made.ids) ** length_penalty  # noqa: E731
-    for length in range(1, limit + 1):
-        row_B, made_B = _likeliest(live, model.logits(hidden_BC)[:, :vocab_size].float(), width, stop_ids)
-        n_sampled += len(made_B)
-        finished += [made for made in made_B if made.finish == "stop" or length == limit]
-        finished = sorted(finished, key=worth, reverse=True)[:width]
-        going_on = [(row, made) for row, made in zip(row_B, made_B, strict=True) if made.finish == "length"]
-        live = [made for _, made in going_on]
-        # a live one only loses log-probability, and in the end divides what it has by no more than the limit
-        hopes = [sum(made.logprobs) / limit**length_penalty for made in live]
-        if length == limit or not live or (len(finished) == width and max(hopes) <= worth(finished[-1])):
-            break
-        position = n_prompt + length - 1
-        row_B = torch.tensor([row for row, _ in going_on], device=device)
-        cache.copy_rows(cache, row_B, torch.arange(len(live), device=device), position)
-        token_B = torch.tensor([made.ids[-1] for made in live], device=device)
-        hidden_BC = model.decode(token_B, torch.full_like(token_B, position), cache, position + 1)
-    return Found(finished, [worth(made) for made in finished], n_sampled, n_prompt=n_prompt)
-
-
-def _check_tokens(model: Transformer, n_prompt: int, width: int, max_new_tokens: int, length_penalty: float) -> int:
-    """The most tokens of an answer."""
-    context = model.config.max_position_embeddings
-    if not 0 < n_prompt < context:
-        raise ValueError(f"the prompt is {n_prompt} tokens; it must be 1 to {context - 1}, the model's context less 1")
-    if min(width, max_new_tokens) < 1 or length_penalty < 0:
-        raise ValueError(
-            f"width {width}, max_new_tokens {max_new_tokens}, length_penalty {length_penalty}: want at least 1, 1 and 0"
-        )
-    return min(max_new_tokens, context - n_prompt)
-
-
-def _likeliest(
-    live: list[Completion], logits_BV: Tensor, width: int, stop_ids: Sequence[int]
-) -> tuple[list[int], list[Completion]]:
-    """The `width` likeliest of all live completions by one more token, best first, and the row each comes from."""
-    logp_BV, V = logits_BV.log_softmax(-1), logits_BV.shape[1]
-    before_B1 = torch.tensor([[sum(made.logprobs)] for made in live], device=logits_BV.device)
-    best = (before_B1 + logp_BV).flatten().topk(min(width, logp_BV.numel())).indices
-    rows, tokens, logps = (best // V).tolist(), (best % V).tolist(), logp_BV.flatten()[best].tolist()
-    made = [
-        Completion([*live[row].ids, token], [*live[row].logprobs, logp], "stop" if token in stop_ids else "length")
-        for row, token, logp in zip(rows, tokens, logps, strict=True)
-    ]
-    return rows, made
+    beams = [(t, beam) for t, tree in enumerate(trees) for beam in tree.finished + tree.live]
+    beams.sort(key=lambda of_tree: _rank(of_tree[1]))
+    return Found(
+        [beam.completion for _, beam in beams],
+        [beam.score for _, beam in beams],
+        sum(tree.spent.n_sampled for tree in trees),
+        n_prompt=sum(tree.spent.n_prompt for tree in trees),
+        tree_of=[t for t, _ in beams],
+        n_sampled_by_tree=[tree.spent.n_sampled for tree in trees],
+    )

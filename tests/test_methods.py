@@ -196,13 +196,13 @@ def unjudged(given):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_problem_that_cannot_be_judged_is_left_out_whether_it_was_answered_or_not(name):
-    more = dict(tail=1.0, lowest=1.0, preference=0.5)
+    more = dict(tail=1.0, lowest=1.0, preference=0.5, tree=0)
     kind = METHODS[name].run
     n = 1 if kind in ("greedy", "direct") or name == "sample" else 4
     good, bad = answer("5", **more), unjudged(answer("4", tokens=999, **more))
     size = 1 if kind in ("greedy", "direct") else 4
-    groups = [[good] * size, [bad] * size, [unjudged(SILENT)] * size]
-    rows = [row(*group, index=i) for i, group in enumerate(groups)]
+    groups = [[good] * size, [bad] * size, [unjudged(dict(SILENT, tree=0))] * size]
+    rows = [row(*group, index=i) | dict(sampled_by_tree=[10 * size]) for i, group in enumerate(groups)]
     found = figures(name, n, Run(kind, size), rows, [SUM] * 3, Settings())
     assert (found.accuracy, found.problems) == (1.0, 1) and found.tokens <= 40
     with pytest.raises(ValueError, match="no answer could be judged"):
@@ -223,7 +223,7 @@ def test_a_sample_that_cannot_be_judged_is_left_out_of_its_problem():
 def test_methods_among_samples_share_one_run_and_searches_have_one_for_each_n():
     runs = runs_of(["greedy", "sample", "majority", "best-rule", "beam", "dvts", "refine", "budget"], [1, 2, 4, 8, 16])
     assert [*map(str, runs)] == (
-        ["greedy-1", "samples-16", "beam-1", "beam-2", "beam-4", "beam-8", "beam-16", "dvts-8", "dvts-16", "refine-16"]
+        ["greedy-1", "samples-16", "beam-1", "beam-2", "beam-4", "beam-8", "beam-16", "dvts-16", "refine-16"]
         + ["budget-1", "budget-2", "budget-4", "budget-8", "budget-16"]
     )
 
@@ -243,6 +243,24 @@ def test_what_is_looked_at_are_the_powers_of_two_and_n_itself(n, powers):
     assert powers_of_two(n) == powers
 
 
+def of_trees(*trees, index=1):
+    """A row of several independent searches, whose t-th one costs 100 * (t + 1) tokens; better ones stand first."""
+    answers = [{**made, "tree": t} for t, tree in enumerate(trees) for made in tree]
+    costs = [100 * (t + 1) for t in range(len(trees))]
+    return row(*sorted(answers, key=lambda made: -made["score"]), index=index) | dict(
+        sampled=sum(costs), sampled_by_tree=costs
+    )
+
+
+def test_fewer_trees_are_the_mean_over_those_of_a_run_of_more():
+    good, bad = answer("5", score=-0.1), answer("4", score=-0.2)
+    best_but_wrong = answer("4", score=0.0)
+    rows = [of_trees([bad], [good], [bad], [best_but_wrong, good], index=0)]
+    of = {n: figures("dvts", n, Run("dvts", 16), rows, [SUM], Settings()) for n in (4, 8, 16)}
+    assert [(f.accuracy, f.tokens) for f in of.values()] == [(1 / 4, 250), (1 / 2, 500), (0, 1000)]
+    assert of[8].tokens_p95 == 700 and of[16].tokens_p95 == 1000
+
+
 # ---- a comparison
 
 
@@ -255,6 +273,7 @@ def comparison():
         run: [row(*[right] * run.n), row(*[right, wrong] * (run.n // 2), *[right] * (run.n % 2), index=1)]
         for run in runs_of(list(METHODS), ns)
     }
+    rows[Run("dvts", 8)] = [of_trees([right, right], [right, right]), of_trees([right, wrong], [wrong, right])]
     return compare(list(METHODS), ns, rows, [SUM, SUM], Settings())
 
 

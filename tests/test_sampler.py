@@ -12,6 +12,7 @@ from nanor1 import draw, sampler
 from nanor1.draw import hash_uniform, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
+from nanor1.prefill import n_common
 from nanor1.sampler import Sampler, generate
 from nanor1.slots import slots_that_fit
 
@@ -868,7 +869,7 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(is_stepwis
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
 def test_the_common_beginning_is_the_longest_that_leaves_each_prompt_a_token(prompts):
-    n = sampler.n_common(prompts)
+    n = n_common(prompts)
     assert len({tuple(prompt[:n]) for prompt in prompts}) == 1 and n < min(map(len, prompts))
     longer = {tuple(prompt[: n + 1]) for prompt in prompts}
     assert len(longer) > 1 or n + 1 == min(map(len, prompts))

@@ -14,7 +14,8 @@ from nanor1 import preference
 from nanor1.budget import REQUEST, force_budget, refine
 from nanor1.model import ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
-from nanor1.search import beam_search, mean_logprob, reward_scorer, token_beam_search
+from nanor1.search import beam_search, mean_logprob, reward_scorer
+from nanor1.token_beams import token_beam_search
 from nanor1.tokenizer import Tokenizer
 
 VOCAB, KNOWN = 61, 55  # the rows of the output matrix, and the tokens that a tokenizer would have
@@ -155,19 +156,18 @@ def test_step_beam_search_finds_the_best_answer_that_greedy_misses():
 
 
 def test_token_beam_search_of_width_two_finds_the_best_answer_that_greedy_misses():
-    found = token_beam_search(bigram_model(TRAP), [0], width=2, max_new_tokens=4, stop_ids=[STOP])
+    (found,) = token_beam_search(bigram_model(TRAP), [[0]], width=2, max_new_tokens=4, stop_ids=[STOP])
     assert letters(found.completions[0].ids) == "cd." and found.scores[0] == pytest.approx(math.log(0.405), abs=1e-4)
-    assert token_beam_search(bigram_model(TRAP), [0], width=1, max_new_tokens=4).completions[0].ids == greedy_ids(
-        bigram_model(TRAP), [0], 4, []
-    )
+    (found,) = token_beam_search(bigram_model(TRAP), [[0]], width=1, max_new_tokens=4)
+    assert found.completions[0].ids == greedy_ids(bigram_model(TRAP), [0], 4, [])
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_token_beam_that_holds_everything_ranks_all_answers_there_are(seed, length_penalty):
     logp_VV = random_table(seed)
-    found = token_beam_search(
-        bigram_model(logp_VV), [2], width=5**4, max_new_tokens=4, stop_ids=[STOP], length_penalty=length_penalty
+    (found,) = token_beam_search(
+        bigram_model(logp_VV), [[2]], width=5**4, max_new_tokens=4, stop_ids=[STOP], length_penalty=length_penalty
     )
     wanted = {tuple(ids): logp / len(ids) ** length_penalty for ids, logp in every_answer(logp_VV, 2, 4)}
     assert {tuple(made.ids) for made in found.completions} == wanted.keys() and len(found.scores) == len(wanted)
@@ -202,8 +202,8 @@ def naive_token_beams(model, prompt, width, max_new_tokens, length_penalty):
 def test_token_beams_are_those_of_a_naive_search(width, length_penalty):
     for seed, prompt in enumerate(PROMPTS[:3]):
         model = random_model(seed=seed)
-        found = token_beam_search(
-            model, prompt, width=width, max_new_tokens=7, stop_ids=MANY_STOPS, vocab_size=KNOWN,
+        (found,) = token_beam_search(
+            model, [prompt], width=width, max_new_tokens=7, stop_ids=MANY_STOPS, vocab_size=KNOWN,
             length_penalty=length_penalty,
         )  # fmt: skip
         wanted = naive_token_beams(model, prompt, width, 7, length_penalty)
@@ -217,13 +217,32 @@ def test_token_beams_are_those_of_a_naive_search(width, length_penalty):
 def test_a_token_beam_of_width_one_is_greedy(length_penalty):
     model = random_model()
     for prompt in PROMPTS[1:3]:  # up to the end of the context, or a stop token
-        found = token_beam_search(
-            model, prompt, width=1, max_new_tokens=99, stop_ids=STOPS, length_penalty=length_penalty
+        (found,) = token_beam_search(
+            model, [prompt], width=1, max_new_tokens=99, stop_ids=STOPS, length_penalty=length_penalty
         )
         (made,) = found.completions
         (wanted,) = Sampler(model).generate([prompt], max_new_tokens=99, stop_ids=STOPS, temperature=0.0)[0]
         assert (made.ids, made.finish) == (wanted.ids, wanted.finish)
         assert made.logprobs == pytest.approx(wanted.logprobs, abs=1e-4) and found.n_sampled == len(wanted.ids)
+
+
+@pytest.mark.parametrize("width, length_penalty", [(1, 0.0), (2, 0.0), (3, 1.0), (5, 0.7)])
+def test_token_beams_of_many_prompts_are_those_of_each_alone(width, length_penalty):
+    """They end at different times, and their prompts begin alike or not."""
+    model, shared = random_model(), [*range(5, 45)]
+    arguments = dict(width=width, max_new_tokens=9, vocab_size=KNOWN, length_penalty=length_penalty)
+    for prompts in (PROMPTS * 2, [shared + prompt for prompt in PROMPTS]):
+        for stop_ids in (STOPS, MANY_STOPS):
+            heard = []
+            together = token_beam_search(
+                model, prompts, stop_ids=stop_ids, on_token=lambda heard=heard: heard.append(1), **arguments
+            )
+            alone = [token_beam_search(model, [prompt], stop_ids=stop_ids, **arguments)[0] for prompt in prompts]
+            assert answers_of(together) == answers_of(alone)
+            assert [(f.n_sampled, f.n_prompt) for f in together] == [(f.n_sampled, f.n_prompt) for f in alone]
+            assert len(heard) == sum(f.n_sampled for f in together)
+    assert len({len(f.completions[0].ids) for f in together}) > 1
+    assert token_beam_search(model, [], **arguments) == []
 
 
 # ---- beams of steps
@@ -325,6 +344,11 @@ def test_a_tree_gives_what_it_gives_alone():
     assert len({tuple(made.ids) for made in of_trees[2][0].completions}) > 1
     spent = [[(f.n_sampled, f.n_prompt) for f in found] for found in of_trees]
     assert all(a < b < c for p in range(4) for a, b, c in zip(*(of_k[p] for of_k in spent), strict=True))
+    for one, two, three in zip(*of_trees, strict=True):
+        assert [*one.n_sampled_by_tree, *two.n_sampled_by_tree[1:]] == three.n_sampled_by_tree[:2]
+        assert sum(three.n_sampled_by_tree) == three.n_sampled and sorted(three.tree_of) == [0, 1, 2]
+        (of_first,) = [made for made, tree in zip(three.completions, three.tree_of, strict=True) if tree == 0]
+        assert of_first.ids == one.completions[0].ids
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -412,11 +436,11 @@ def test_what_a_caller_of_beam_search_can_get_wrong_is_said(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(width=0), dict(max_new_tokens=0), dict(length_penalty=-1.0), dict(prompt_ids=[])]
+    "arguments", [dict(width=0), dict(max_new_tokens=0), dict(length_penalty=-1.0), dict(prompts=[[1], []])]
 )
 def test_what_a_caller_of_token_beam_search_can_get_wrong_is_said(arguments):
-    with pytest.raises(ValueError, match="want at least 1, 1 and 0|it must be 1 to 63"):
-        token_beam_search(random_model(), **dict(prompt_ids=[1], width=1, max_new_tokens=1) | arguments)
+    with pytest.raises(ValueError, match="want at least 1, 1 and 0|prompt 1 is 0 tokens; want 1 to 63"):
+        token_beam_search(random_model(), **dict(prompts=[[1]], width=1, max_new_tokens=1) | arguments)
 
 
 def test_no_prompts_find_nothing():
@@ -711,8 +735,9 @@ def test_each_method_answers_a_real_prompt():
     (found,) = beam_search(sampler, prompts, width=2, branching=2, trees=2, **beams)
     assert 2 <= len(found.completions) <= 4
 
-    assert token_beam_search(model, prompts[0], width=1, max_new_tokens=30, **ends).completions[0].ids == greedy
-    found = token_beam_search(model, prompts[0], width=4, max_new_tokens=30, length_penalty=1.0, **ends)
+    (found,) = token_beam_search(model, prompts, width=1, max_new_tokens=30, **ends)
+    assert found.completions[0].ids == greedy
+    (found,) = token_beam_search(model, prompts, width=4, max_new_tokens=30, length_penalty=1.0, **ends)
     assert len(found.completions) == 4
 
     (found,) = force_budget(
