@@ -143,11 +143,13 @@ def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor
     if k_SKTD is not None:
         k_SKTD[where.row_N, :, where.position_N] = k
         v_SKTD[where.row_N, :, where.position_N] = v
-    shared = where.shared
-    if shared is None:
+    if keys := where.shared:
+        k, v = spread(k, keys), spread(v, keys)
+    elif keys := where.cached:
+        k, v = k_SKTD[keys.row_M, :, keys.position_M], v_SKTD[keys.row_M, :, keys.position_M]
+    else:
         return attention(q, k, v, where.cu_seqlens_B1, where.max_len)
-    k, v = spread(k, shared), spread(v, shared)
-    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, shared.cu_seqlens_B1, shared.max_len)
+    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len)
 
 
 def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, mask_BT: Tensor) -> Tensor:
@@ -267,14 +269,20 @@ class Transformer(nn.Module):
         return linear(hidden, self.head_weight_VC)
 
     def forward(
-        self, ids_N: Tensor, cu_seqlens_B1: Tensor, cache: "KVCache | None" = None, parent_B: Tensor | None = None
+        self,
+        ids_N: Tensor,
+        cu_seqlens_B1: Tensor,
+        cache: "KVCache | None" = None,
+        parent_B: Tensor | None = None,
+        past_B: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [N, C] of packed sequences, each attending to itself causally.
 
         With a cache, the keys and values of sequence b are also written to its row b (prefill). With `parent_B` [B],
-        sequence b continues the earlier sequence parent_B[b] (-1: none) and attends to that one, too.
+        sequence b continues the earlier sequence parent_B[b] (-1: none) and attends to that one, too. With `past_B` [B]
+        it continues the past_B[b] tokens that row b of the cache holds already.
         """
-        where = layout(cu_seqlens_B1, parent_B)
+        where = layout(cu_seqlens_B1, parent_B, past_B)
         caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
         contexts = ((where, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
         return self._run(ids_N, where.position_N, self.attend_packed, contexts)
@@ -349,6 +357,12 @@ class KVCache:
         shape = (n_rows, config.num_key_value_heads, max_len, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    @classmethod
+    def of(cls, model: Transformer, n_rows: int, max_len: int) -> "KVCache":
+        """A cache of a model: of its weights' dtype, where they are."""
+        weight = model.head_weight_VC
+        return cls(model.config, n_rows, max_len, weight.dtype, weight.device)
 
     def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int, start: int = 0) -> None:
         """Copy positions start ... length - 1 of rows of `source` (this cache or another) into rows of this one."""

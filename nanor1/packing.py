@@ -34,6 +34,16 @@ class SharedKeys:
 
 
 @dataclass(frozen=True)
+class CachedKeys:
+    """Where in a cache the M keys of all sequences stand: what it held of each, then its own."""
+
+    cu_seqlens_B1: Tensor  # of the M keys
+    max_len: int
+    row_M: Tensor
+    position_M: Tensor
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a forward over packed sequences has to know; tensors are int64 on the ids' device."""
 
@@ -42,16 +52,23 @@ class Layout:
     row_N: Tensor  # the sequence of each token
     position_N: Tensor  # counted from the start of the prompt
     shared: SharedKeys | None = None
+    cached: CachedKeys | None = None
 
 
-def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> Layout:
+def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor | None = None) -> Layout:
     """The layout of sequences of which `parent_B` (None: none; -1: this one not) continue an earlier one.
 
-    Raises ValueError where a parent does not come before its continuation or continues another one itself.
+    With `past_B` sequence b lies behind so many tokens, whose keys and values a cache holds. ValueError for both, and
+    where a parent does not come before its continuation or continues another one itself.
     """
     lengths_B = cu_seqlens_B1.diff()
     row_N = _rows(lengths_B)
     column_N = torch.arange(len(row_N), device=row_N.device) - cu_seqlens_B1[row_N]
+    if past_B is not None:
+        if parent_B is not None:
+            raise ValueError("parent_B and past_B are two ways to lie behind other tokens; give one")
+        position_N, cached = column_N + past_B[row_N], _cached_keys(lengths_B + past_B)
+        return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, cached=cached)
     if parent_B is None or not bool((parent_B >= 0).any()):
         return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, column_N)
     index_B, is_child_B = torch.arange(len(parent_B), device=parent_B.device), parent_B >= 0
@@ -95,6 +112,12 @@ def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int
     if parent_B is not None:
         pairs = pairs + torch.where(parent_B >= 0, lengths_B * lengths_B[parent_B], 0)
     return int(pairs.sum())
+
+
+def _cached_keys(lengths_B: Tensor) -> CachedKeys:
+    row_M, cu_keys_B1 = _rows(lengths_B), F.pad(lengths_B.cumsum(0), (1, 0))
+    position_M = torch.arange(len(row_M), device=row_M.device) - cu_keys_B1[row_M]
+    return CachedKeys(cu_keys_B1, int(lengths_B.max()), row_M, position_M)
 
 
 def _share(cu_seqlens_B1: Tensor, parent_B: Tensor, prefix_B: Tensor, row_N: Tensor, column_N: Tensor) -> SharedKeys:

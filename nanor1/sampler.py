@@ -3,7 +3,7 @@
 A request is one completion of one prompt. Requests wait in line for a slot of the cache (continuous batching); all that
 have one advance by a token a step. A finished request frees its slot for the next in line. A prompt is prefilled once,
 through the packed forward of training; its keys and values are copied to each of its n slots. What all prompts of a
-batch begin with, such as worked examples, is read once.
+call begin with, such as worked examples, is read once (prefill.py).
 
 On a GPU the step is captured in CUDA graphs, one for each of a few numbers of rows, and replayed several times between
 looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
@@ -35,12 +35,11 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
-from nanor1.prefill import prefill, prefill_behind
+from nanor1.prefill import Taken, prefill, read_beginning
 from nanor1.slots import Kept, Look, Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
-MAX_FOLLOWING = 64  # tokens behind a cache that is taken over, read one by one; to read a longer text anew is quicker
 STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
 
@@ -229,11 +228,11 @@ class _Run:
         self.slots.position.zero_()
 
     def take_over(self, kept: Kept | None, continues: Sequence[tuple[int, int] | None] | None) -> None:
-        """Which rows of the kept caches the prompts begin with, and how many tokens of them."""
-        self.source, self.taken_P = kept, [(0, 0)] * len(self.prompts)
+        """What need not be read of each prompt: the completion it continues, or what all others begin with."""
+        self.taken_P: list[Taken | None] = [None] * len(self.prompts)
         if continues is None:
-            return
-        if kept is None or len(continues) != len(self.prompts):
+            continues = self.taken_P
+        elif kept is None or len(continues) != len(self.prompts):
             raise ValueError(
                 f"continues has {len(continues)} entries for {len(self.prompts)} prompts, and the last call kept "
                 f"{'nothing' if kept is None else 'its caches'}; give one entry a prompt after a call with keep=True"
@@ -241,14 +240,15 @@ class _Run:
         for p, (prompt, continued) in enumerate(zip(self.prompts, continues, strict=True)):
             if continued is not None:
                 row = kept.row_of(*continued)
-                n_shared = kept.n_shared(row, prompt)
-                self.taken_P[p] = (row, n_shared if len(prompt) - n_shared <= MAX_FOLLOWING else 0)
+                self.taken_P[p] = Taken(kept.cache, row, kept.n_shared(row, prompt))
+        new = [p for p, taken in enumerate(self.taken_P) if taken is None]
+        beginning = read_beginning(self.model, [self.prompts[p] for p in new])
+        for p in new:
+            self.taken_P[p] = beginning
 
     def keep(self, room: int) -> None:
         """Have the caches of all requests, of up to `room` tokens, kept."""
-        self.kept = Kept(
-            KVCache(self.model.config, self.n_requests, room, self.slots.cache.k[0].dtype, self.device), self.n
-        )
+        self.kept = Kept(KVCache.of(self.model, self.n_requests, room), self.n)
 
     def listen(self, on_token, stop_texts: Sequence[str], decode_text) -> None:
         """What the host has to see after each step; if nothing, a stepwise sampler looks less often, and later."""
@@ -278,8 +278,8 @@ class _Run:
         placed = dict(zip(free, requests, strict=False))
         slot_B, request_B = self._index(placed.keys()), self._index(placed.values())
         source_B = (request_B - self.prefilled_requests.start) // self.n
-        cache, row_B = self.prefilled.cache, self.prefilled.first_row + source_B
-        self.slots.cache.copy_rows(cache, row_B, slot_B, cache.k[0].shape[2])
+        length = self.prefilled_cache.k[0].shape[2]
+        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, length)
         self.slots.start(slot_B, self.start_R[request_B], self.limit_R[request_B], self.key_R[request_B])
         self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
         self.request_of |= placed
@@ -287,24 +287,17 @@ class _Run:
         self._hear(placed)
 
     def _prefill(self) -> None:
-        """Run the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle.
-
-        All of them are read whole, or all take over a cache.
-        """
+        """Read the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle."""
         start = self.n_admitted // self.n
-        stop, longest, is_taken = start + 1, len(self.prompts[start]), self.taken_P[start][1] > 0
-        while (stop - start) * self.n < self.n_free and (self.taken_P[stop][1] > 0) == is_taken:
+        stop, longest = start + 1, len(self.prompts[start])
+        while (stop - start) * self.n < self.n_free:
             longest = max(longest, len(self.prompts[stop]))
             if longest * (stop + 1 - start) > PREFILL_TOKENS:
                 break
             stop += 1
         self.prefilled_requests = range(start * self.n, stop * self.n)
-        prompts, taken = self.prompts[start:stop], self.taken_P[start:stop]
-        if is_taken:
-            self.prefilled = prefill_behind(self.model, prompts, self.source.cache, *zip(*taken, strict=True))
-        else:
-            self.prefilled = prefill(self.model, prompts)
-        self.prefilled_logits = self.model.logits(self.prefilled.hidden_BC)
+        self.prefilled_cache, hidden_BC = prefill(self.model, self.prompts[start:stop], self.taken_P[start:stop])
+        self.prefilled_logits = self.model.logits(hidden_BC)
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from nanor1.draw import request_key
 from nanor1.preference import RewardModel, score
-from nanor1.sampler import MAX_FOLLOWING, Completion, Sampler
+from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import prefilled
 from nanor1.tokenizer import Tokenizer
 
@@ -69,19 +69,13 @@ class Rounds:
     ) -> list[list[Completion]]:
         """Sampler.generate, and what it took is added to what each prompt has spent."""
         for prompt, source, counts in zip(prompts, sources, spent, strict=True):
-            counts.n_prompt += self._n_read(prompt, source)
+            kept = self.sampler.kept
+            counts.n_prompt += len(prompt) - (kept.n_shared(kept.row_of(*source), prompt) if source else 0)
         continues = sources if any(sources) else None
         completions_PG = self.sampler.generate(prompts, keep=True, continues=continues, **self.sampling, **arguments)
         for counts, group in zip(spent, completions_PG, strict=True):
             counts.n_sampled += sum(len(completion.ids) for completion in group)
         return completions_PG
-
-    def _n_read(self, prompt: list[int], source: Source) -> int:
-        if source is None:
-            return len(prompt)
-        kept = self.sampler.kept
-        n_following = len(prompt) - kept.n_shared(kept.row_of(*source), prompt)
-        return n_following if n_following <= MAX_FOLLOWING else len(prompt)
 
 
 # ---- scorers

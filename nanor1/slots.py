@@ -45,7 +45,7 @@ class Slots:
     def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int):
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
-        self.cache = KVCache(model.config, n_slots + 1, room, weight.dtype, weight.device)
+        self.cache = KVCache.of(model, n_slots + 1, room)
         long = dict(dtype=torch.int64, device=weight.device)
         self.index = torch.arange(n_slots + 1, device=weight.device)
         self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanor1.model import KVCache, Transformer
-from nanor1.prefill import prefill
+from nanor1.prefill import prefill, read_beginning
 from nanor1.sampler import Completion
 from nanor1.search import Found
 
@@ -136,11 +136,11 @@ def _check_tokens(prompts: Sequence, context: int, width: int, max_new_tokens: i
 
 def _block_cache(model: Transformer, prompts: Sequence[Sequence[int]], width: int, room: int) -> tuple[KVCache, Tensor]:
     """A cache with a block of `width` rows a prompt, each of which holds it, and each prompt's last hidden state."""
-    made, (weight, B) = prefill(model, prompts), (model.head_weight_VC, len(prompts))
-    cache = KVCache(model.config, B * width, room, weight.dtype, weight.device)
-    row_R = torch.arange(B * width, device=weight.device)
-    cache.copy_rows(made.cache, made.first_row + row_R // width, row_R, max(map(len, prompts)))
-    return cache, made.hidden_BC
+    read, hidden_BC = prefill(model, prompts, [read_beginning(model, prompts)] * len(prompts))
+    cache, row_R = KVCache.of(model, len(prompts) * width, room), torch.arange(len(prompts) * width)
+    row_R = row_R.to(hidden_BC.device)
+    cache.copy_rows(read, row_R // width, row_R, max(map(len, prompts)))
+    return cache, hidden_BC
 
 
 def _copy(cache: KVCache, row_of: dict[int, int], start: int, length: int) -> None:

@@ -541,6 +541,24 @@ def test_prefill_and_decode_give_the_logits_of_the_packed_forward(name):
         torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_prompts_read_in_parts_give_the_logits_of_the_packed_forward(name):
+    model, lengths = random_model(config_from_hf(CONFIGS[name])), [9, 7, 12]
+    sequences = random_sequences(lengths)
+    cache = KVCache(model.config, n_rows=4, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
+    for layer in (*cache.k, *cache.v):
+        layer.fill_(1e3)
+    wanted = packed_logits(model, sequences).split(lengths)
+    for start, stop in ([0, 0, 0], [5, 1, 3]), ([5, 1, 3], [6, 6, 3 + 8]), ([6, 6, 11], lengths):
+        parts = [sequence[a:b] for sequence, a, b in zip(sequences, start, stop, strict=True)]
+        hidden_NC = model(*pack(parts), cache, past_B=torch.tensor(start))
+        for ours, theirs, a, b in zip(
+            model.logits(hidden_NC).split([*map(len, parts)]), wanted, start, stop, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs[a:b], atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_copied_cache_rows_decode_like_their_source():
     model, (prompt,) = random_model(MINIATURE), random_sequences([6], vocab_size=50)

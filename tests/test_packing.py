@@ -40,6 +40,19 @@ def test_a_parent_that_does_not_come_first_is_refused(parents):
         layout(starts([2, 2, 2]), torch.tensor(parents))
 
 
+def test_sequences_lie_behind_others_in_one_way_only():
+    with pytest.raises(ValueError, match="parent_B and past_B are two ways"):
+        layout(starts([2, 2]), torch.tensor([-1, 0]), torch.tensor([0, 3]))
+
+
+def test_keys_of_a_cache_are_those_it_held_and_then_the_new_ones():
+    where = layout(starts([2, 1, 1]), past_B=torch.tensor([1, 0, 2]))
+    assert where.position_N.tolist() == [1, 2, 0, 2] and where.row_N.tolist() == [0, 0, 1, 2]
+    assert where.cached.row_M.tolist() == [0, 0, 0, 1, 2, 2, 2] and where.cached.max_len == 3
+    assert where.cached.position_M.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert where.cached.cu_seqlens_B1.tolist() == [0, 3, 4, 7]
+
+
 SHARED = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=4)
 
 
