@@ -26,8 +26,8 @@ GROUPS = [
     },
     {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
-    {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
-    {"search", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
+    {"prefill", "slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
+    {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
     | {"miniature", "training"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
