@@ -1,9 +1,10 @@
 """Talk to a model: an answer printed as it is made, or a conversation line by line.
 
 stdout holds what the model wrote and nothing else (and titles, where there are several answers); on a terminal its
-thinking is dimmed, unless NO_COLOR is set. Everything else goes to stderr. Ctrl-C ends an answer where it is.
+thinking is dimmed, unless NO_COLOR is set. Everything else goes to stderr. Ctrl-C ends an answer where it is. In a
+conversation the cache is kept: a turn reads only what is new since the last whole answer.
 
-Left out: a cache kept from turn to turn (each prefills the conversation anew), tools, files, saved conversations.
+Left out: tools, files, saved conversations.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
     while line := read_line():
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            first, *_ = answer(speaker, asked, seed)
+            first, *_ = answer(speaker, asked, seed, keep=True)
         except ValueError as error:  # an unknown word, or a conversation longer than the context
             say(f"error: {error}")
         except KeyboardInterrupt:  # before the answer began, or twice: where nothing waits for it
@@ -99,10 +100,11 @@ def show_mark(mark: str) -> str:
 # ---- a prompt and its answers
 
 
-def answer(speaker: Speaker, messages: Messages, seed: int) -> list[Answer]:
+def answer(speaker: Speaker, messages: Messages, seed: int, keep: bool = False) -> list[Answer]:
     """Sample n answers to the last message and print them, the first as it is made; Ctrl-C ends them where they are.
 
-    ValueError for an empty prompt, and for one that leaves no room to answer.
+    With `keep` the sampler keeps the caches, and takes over what it kept of the conversation so far. ValueError for an
+    empty prompt, and for one that leaves no room to answer.
     """
     prompt = write_messages(messages, speaker.template, speaker.tokenizer, speaker.template_arguments)
     if any(message["role"] == "assistant" for message in messages):
@@ -110,7 +112,7 @@ def answer(speaker: Speaker, messages: Messages, seed: int) -> list[Answer]:
     else:
         check_room("the prompt", prompt[1], speaker.sampler)
     start_s = time.monotonic()
-    ids_G = sample_aloud(speaker, prompt, seed)
+    ids_G = sample_aloud(speaker, prompt, seed, keep)
     wall_s = time.monotonic() - start_s
     for index in range(1, speaker.n):
         print_title(index, speaker.n)
@@ -146,9 +148,10 @@ def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str =
         raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 
-def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int) -> list[list[int]]:
+def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int, keep: bool) -> list[list[int]]:
     """The ids of n answers, or of what there is of them when Ctrl-C comes; the first is printed as it is made."""
     tokenizer = speaker.tokenizer
+    continues = [(0, 0)] if keep and speaker.sampler.kept else None
     ids_G: list[list[int]] = [[] for _ in range(speaker.n)]
     print_title(0, speaker.n)
     with contextlib.closing(Printer(tokenizer, prompt[0])) as printer, contextlib.suppress(KeyboardInterrupt):
@@ -165,6 +168,8 @@ def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int) -> 
             vocab_size=tokenizer.vocab_size,
             seed=seed,
             on_token=hear,
+            keep=keep,
+            continues=continues,
             **speaker.sampling,
         )
     return ids_G

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanor1 import chat
 from nanor1.chat import INTERRUPTED, Answer, Dimmer, Speaker, answer, converse
+from nanor1.model import ModelConfig, Transformer
+from nanor1.sampler import Sampler
 from nanor1.tokenizer import Tokenizer
 
 TEMPLATES = Path(os.environ.get("NANOR1_SHARED", "")) / "conformance" / "tokenizers" / "templates"
@@ -27,6 +30,7 @@ class Scripted:
     def __init__(self, tokenizer, *texts, context=1000):
         self.tokenizer, self.texts, self.calls = tokenizer, list(texts), []
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+        self.kept = None
 
     def generate(self, prompts, *, on_token, **arguments):
         self.calls.append({"text": self.tokenizer.decode(prompts[0]), **arguments})
@@ -211,6 +215,31 @@ def test_a_line_that_does_not_fit_is_refused_and_forgotten(type_lines, capsys):
     err = capsys.readouterr().err
     assert "error: the prompt is 97 tokens; the model's context is 60: shorten it" in err
     assert "error: the conversation is 118 tokens; the model's context is 60: say less, or begin a new one" in err
+
+
+def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lines, capsys, monkeypatch):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_bytes(chat_template=TEMPLATE)
+    model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 32, 40, 2, 4, 2, 8, 512))
+    sampling = {"max_new_tokens": 20, "stop_texts": [], "decode": tokenizer.decode}
+    read, forward = [], Transformer.forward
+
+    def counting_forward(self, ids_N, *rest, **more):
+        read.append(len(ids_N))
+        return forward(self, ids_N, *rest, **more)
+
+    def talk():
+        read.clear()
+        type_lines("What is 2 + 3?", "And 4 + 5 + 6?", "Why?")
+        converse(Speaker(Sampler(model), tokenizer, "chat", sampling), [{"role": "system", "content": "Be brief."}], 0)
+        return capsys.readouterr().out, list(read)
+
+    monkeypatch.setattr(Transformer, "forward", counting_forward)
+    said, new = talk()
+    monkeypatch.setattr(chat, "answer", lambda *arguments, keep: answer(*arguments, keep=False))
+    said_afresh, whole = talk()
+    assert said == said_afresh and len(new) == len(whole) == 3 and new[0] == whole[0]
+    assert all(some < every - whole[0] for some, every in zip(new[1:], whole[1:], strict=True))
 
 
 # ---- Ctrl-C, and the end
