@@ -362,7 +362,8 @@ def evaluate(engine: Engine) -> None:
     rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
     if any(rows.values()):
         how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
-        print(f"{config.task}: {len(problems)} problems x {config.n}, template {engine.template}, {how}")
+        begun = "".join(f" (of {run} {len(done)})" for run, done in rows.items() if 0 < len(done) < len(problems))
+        print(f"{config.task}: {len(problems)} problems{begun} x {config.n}, template {engine.template}, {how}")
         if methods:
             print(show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings)))
         else:

@@ -330,6 +330,7 @@ def test_ctrl_c_keeps_the_batches_done_reports_them_and_the_same_command_goes_on
         code, printed, err = run(*options)
     assert code == 130 and len(read_lines(out)) == 4
     assert f"stopped by Ctrl-C after 4 of 15 problems, kept in {out}; the same command goes on from there" in err
+    assert printed.startswith("gsm8k: 3 problems (of beam-2 1) x 2,")
     assert "majority" in printed and re.search("^beam ", printed, re.MULTILINE)
     assert not re.search("^refine +2 +0", printed, re.MULTILINE)
     code, _, err = run(*options)
