@@ -11,13 +11,13 @@ Letters: P prompts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from nanor1.draw import request_key
 from nanor1.rewards import after_thinking
-from nanor1.sampler import Completion, Sampler
-from nanor1.search import Found, Rounds, Source, Spent, check_sizes
+from nanor1.sampler import Completion, Prompt, Sampler, Session
+from nanor1.search import Found, Spent, ask, check_sizes
 from nanor1.tokenizer import Tokenizer
 
 REQUEST = (
@@ -100,7 +100,6 @@ class _Answer:
     max_thinking: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    source: Source = None
     n_waits: int = 0
     n_left: int | None = None  # tokens that answering may still take; None while it thinks
     finish: str = ""  # while it goes on
@@ -167,40 +166,24 @@ def force_budget(
             )
     answers = [_Answer(list(ids), seed, limit) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
     stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
-    with Rounds(sampler, vocab_size=tokenizer.vocab_size, **stops, **sampling) as rounds:
-        for n_rounds in count():
-            going_on = [answer for answer in answers if not answer.finish]
-            if not going_on:
-                return [answer.found for answer in answers]
-            _go_on(going_on, rounds, n_rounds, budget)
+    sessions = [_think(answer, budget) for answer in answers]
+    return sampler.run(sessions, vocab_size=tokenizer.vocab_size, **stops, **sampling)
 
 
-def _go_on(answers: list[_Answer], rounds: Rounds, n_rounds: int, budget: _Budget) -> None:
-    """Sample each answer to where it stops or is stopped."""
-    made_P1 = rounds.generate(
-        [answer.prompt_ids + answer.ids for answer in answers],
-        [answer.source for answer in answers],
-        [answer.spent for answer in answers],
-        max_new_tokens=[answer.n_left or answer.max_thinking - len(answer.ids) for answer in answers],
-        seed=[request_key(answer.seed, n_rounds) for answer in answers],
-    )
-    for row, (answer, (made,)) in enumerate(zip(answers, made_P1, strict=True)):
-        answer.source = (row, 0)
+def _think(answer: _Answer, budget: _Budget) -> Session[Found]:
+    """Sample an answer, each time to where it stops or is stopped."""
+    kept = None
+    for turn in count():
+        limit = answer.n_left or answer.max_thinking - len(answer.ids)
+        prompt = Prompt(answer.prompt_ids + answer.ids, 1, limit, request_key(answer.seed, turn), kept)
+        ((made,),) = yield from ask([prompt], answer.spent)
         budget.hear(answer, made)
+        if answer.finish:
+            return answer.found
+        kept = made.kept
 
 
 # ---- self-refinement
-
-
-@dataclass
-class _Talk:
-    """A question as messages, and the answers so far."""
-
-    messages: list[dict]
-    seed: int
-    source: Source = None
-    answers: list[Completion] = field(default_factory=list)
-    spent: Spent = field(default_factory=Spent)
 
 
 def refine(
@@ -228,31 +211,30 @@ def refine(
             "self-refinement is a conversation, and this tokenizer has no chat template: use a chat model, or another "
             "method"
         )
-    context = sampler.model.config.max_position_embeddings
-    talks = [_Talk(list(messages), seed) for messages, seed in zip(messages_P, seeds, strict=True)]
-    sampling |= dict(max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
-    with Rounds(sampler, **sampling) as calls:
+    context, arguments = sampler.model.config.max_position_embeddings, template_arguments or {}
+
+    def talk(messages: list[dict], seed: int) -> Session[Found]:
+        answers, spent, kept = [], Spent(), None
         for turn in range(rounds + 1):
-            prompts = [_next_prompt(tokenizer, talk, request, template_arguments or {}) for talk in talks]
-            fitting = [(t, ids) for t, ids in zip(talks, prompts, strict=True) if turn == 0 or len(ids) < context]
-            _speak([talk for talk, _ in fitting], [ids for _, ids in fitting], calls, turn)
-    return [Found(t.answers, [sum(a.logprobs) / len(a.ids) for a in t.answers], **vars(t.spent)) for t in talks]
+            ids = _next_prompt(tokenizer, messages, answers, request, arguments)
+            if turn and len(ids) >= context:
+                break
+            prompt = Prompt(ids, 1, max_new_tokens, request_key(seed, turn), kept)
+            ((made,),) = yield from ask([prompt], spent)
+            kept = made.kept
+            answers.append(replace(made, kept=None))  # so that it holds no memory
+        return Found(answers, [sum(made.logprobs) / len(made.ids) for made in answers], **vars(spent))
+
+    sessions = [talk(messages, seed) for messages, seed in zip(messages_P, seeds, strict=True)]
+    return sampler.run(sessions, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, **sampling)
 
 
-def _next_prompt(tokenizer: Tokenizer, talk: _Talk, request: str, template_arguments: dict) -> list[int]:
-    messages = talk.messages
-    if talk.answers:
-        text = tokenizer.decode(talk.answers[-1].ids, skip_special=True)
+def _next_prompt(
+    tokenizer: Tokenizer, messages: list[dict], answers: list[Completion], request: str, template_arguments: dict
+) -> list[int]:
+    if answers:
+        text = tokenizer.decode(answers[-1].ids, skip_special=True)
         shown = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
         messages = [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": request}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
     return tokenizer.encode(text, allow_special=True)
-
-
-def _speak(talks: list[_Talk], prompts: list[list[int]], calls: Rounds, turn: int) -> None:
-    """One answer more in each talk; its number makes its random numbers its own."""
-    sources, spent = [talk.source for talk in talks], [talk.spent for talk in talks]
-    made_P1 = calls.generate(prompts, sources, spent, seed=[request_key(talk.seed, turn) for talk in talks])
-    for row, (talk, made_1) in enumerate(zip(talks, made_P1, strict=True)):
-        talk.answers += made_1
-        talk.source = (row, 0)

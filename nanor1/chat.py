@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+from nanor1.prefill import Kept
 from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class Answer:
 
     text: str  # with a `<think>` that the prompt wrote for it, without the stop token; empty: nothing was said
     ending: str
+    kept: Kept | None = None  # the cache of the prompt and it, if it was asked for and not stopped
 
 
 def say(text: str) -> None:
@@ -58,15 +60,17 @@ def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
     if not has_history:
         say("every line is a prompt of its own: without a chat template there is no conversation")
     say("Ctrl-C stops an answer; an empty line or Ctrl-D ends the conversation")
+    kept = None
     while line := read_line():
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            first, *_ = answer(speaker, asked, seed, keep=True)
+            first, *_ = answer(speaker, asked, seed, keep=True, behind=kept)
         except ValueError as error:  # an unknown word, or a conversation longer than the context
             say(f"error: {error}")
         except KeyboardInterrupt:  # before the answer began, or twice: where nothing waits for it
             say(INTERRUPTED)
         else:
+            kept = first.kept or kept
             # The whole answer: where a model is not to see its earlier thinking (DeepSeek-R1, Qwen3), its chat template
             # leaves out what stands before `</think>`. A turn without an answer would teach it to say nothing.
             if has_history and first.text:
@@ -100,10 +104,12 @@ def show_mark(mark: str) -> str:
 # ---- a prompt and its answers
 
 
-def answer(speaker: Speaker, messages: Messages, seed: int, keep: bool = False) -> list[Answer]:
+def answer(
+    speaker: Speaker, messages: Messages, seed: int, keep: bool = False, behind: Kept | None = None
+) -> list[Answer]:
     """Sample n answers to the last message and print them, the first as it is made; Ctrl-C ends them where they are.
 
-    With `keep` the sampler keeps the caches, and takes over what it kept of the conversation so far. ValueError for an
+    With `keep` the answers have their caches; what is kept `behind` the messages is not read again. ValueError for an
     empty prompt, and for one that leaves no room to answer.
     """
     prompt = write_messages(messages, speaker.template, speaker.tokenizer, speaker.template_arguments)
@@ -112,14 +118,14 @@ def answer(speaker: Speaker, messages: Messages, seed: int, keep: bool = False) 
     else:
         check_room("the prompt", prompt[1], speaker.sampler)
     start_s = time.monotonic()
-    ids_G = sample_aloud(speaker, prompt, seed, keep)
+    ids_G, kept_G = sample_aloud(speaker, prompt, seed, keep, behind)
     wall_s = time.monotonic() - start_s
     for index in range(1, speaker.n):
         print_title(index, speaker.n)
         with contextlib.closing(Printer(speaker.tokenizer, prompt[0])) as printer:
             for token in ids_G[index]:
                 printer.push(token)
-    answers = [to_answer(ids, prompt, speaker) for ids in ids_G]
+    answers = [to_answer(ids, prompt, speaker, kept) for ids, kept in zip(ids_G, kept_G, strict=True)]
     n_tokens, endings = sum(map(len, ids_G)), Counter(made.ending for made in answers)
     why = ", ".join(ending if speaker.n == 1 else f"{count} {ending}" for ending, count in endings.items())
     speed = f"{n_tokens} tokens in {wall_s:.1f} s, {n_tokens / wall_s:.1f} tokens/s"
@@ -148,11 +154,16 @@ def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str =
         raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 
-def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int, keep: bool) -> list[list[int]]:
-    """The ids of n answers, or of what there is of them when Ctrl-C comes; the first is printed as it is made."""
+def sample_aloud(
+    speaker: Speaker, prompt: tuple[str, list[int]], seed: int, keep: bool, behind: Kept | None
+) -> tuple[list[list[int]], list[Kept | None]]:
+    """The ids of n answers and their caches; when Ctrl-C comes, what ids there are, and no caches.
+
+    The first is printed as it is made.
+    """
     tokenizer = speaker.tokenizer
-    continues = [(0, 0)] if keep and speaker.sampler.kept else None
     ids_G: list[list[int]] = [[] for _ in range(speaker.n)]
+    kept_G: list[Kept | None] = [None] * speaker.n
     print_title(0, speaker.n)
     with contextlib.closing(Printer(tokenizer, prompt[0])) as printer, contextlib.suppress(KeyboardInterrupt):
 
@@ -161,7 +172,7 @@ def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int, kee
             if index == 0:
                 printer.push(token)
 
-        speaker.sampler.generate(
+        (made_G,) = speaker.sampler.generate(
             [prompt[1]],
             n=speaker.n,
             stop_ids=tokenizer.stop_ids,
@@ -169,10 +180,11 @@ def sample_aloud(speaker: Speaker, prompt: tuple[str, list[int]], seed: int, kee
             seed=seed,
             on_token=hear,
             keep=keep,
-            continues=continues,
+            behind=[behind],
             **speaker.sampling,
         )
-    return ids_G
+        kept_G = [made.kept for made in made_G]
+    return ids_G, kept_G
 
 
 def print_title(index: int, n: int) -> None:
@@ -180,7 +192,7 @@ def print_title(index: int, n: int) -> None:
         print(f"--- answer {index + 1} of {n}", flush=True)
 
 
-def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker) -> Answer:
+def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker, kept: Kept | None) -> Answer:
     """What was made, and why it ended there."""
     tokenizer, sampling = speaker.tokenizer, speaker.sampling
     context = speaker.sampler.model.config.max_position_embeddings
@@ -194,7 +206,7 @@ def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker) -
         ending = f"cut off by --max-new-tokens {len(ids)}"
     elif len(prompt[1]) + len(ids) == context:
         ending = f"cut off: the model's context of {context} is full"
-    return Answer(prefilled(prompt[0]) + text if text else "", ending)
+    return Answer(prefilled(prompt[0]) + text if text else "", ending, kept)
 
 
 # ---- printing

@@ -142,12 +142,12 @@ def measure(
 
 
 def batch_size(run: Run, max_rows: int) -> int:
-    """Problems answered at once: several waves of rows; of methods that keep the caches of all, one wave or two."""
-    if run.kind in ("samples", *SINGLE):
-        return max(1, WAVES * max_rows // run.n)
-    if run.kind in ("beam", "dvts"):  # the second wave fills the rows of steps that are over
-        return max(1, 2 * max_rows // run.n)
-    return max(1, max_rows // (run.n if run.kind == "token-beam" else 1))
+    """Problems answered at once: as many waves of rows as gain by it; a batch that is stopped is lost."""
+    if run.kind == "token-beam":  # its cache is of all problems
+        return max(1, max_rows // run.n)
+    if run.kind in ("budget", "refine", *SINGLE):
+        return 2 * max_rows
+    return max(1, WAVES * max_rows // run.n)
 
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:

@@ -8,7 +8,7 @@ Letters: B prompts, N packed tokens, C hidden width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +19,33 @@ from nanor1.model import KVCache, Transformer
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
 
 
-class Taken(NamedTuple):
-    """The beginning of a prompt that a cache holds: the first `length` tokens of a row."""
+@dataclass(frozen=True)
+class Kept:
+    """The keys and values of some tokens: a row of a cache, which lives as long as somebody holds this."""
 
     cache: KVCache
     row: int
-    length: int
+    ids: Sequence[int]
+
+    def n_shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens a prompt begins with that are kept; never its last one, whose hidden state is wanted."""
+        most = min(len(self.ids), len(prompt) - 1)
+        return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
 
 
 def prefill(
-    model: Transformer, prompts: Sequence[Sequence[int]], taken: Sequence[Taken | None]
+    model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
 ) -> tuple[KVCache, Tensor]:
-    """Read each prompt, from where its `taken` beginning ends, all at once.
+    """Read each prompt, from where it leaves what is kept, all at once.
 
     Returns a cache with a row a prompt, and the hidden state of the last token of each, [B, C].
     """
     cache, device = KVCache.of(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
     index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=device)  # noqa: E731
-    for source in {id(t.cache): t.cache for t in taken if t}.values():
-        places = [(b, t) for b, t in enumerate(taken) if t and t.cache is source]
-        from_R, to_R = index(t.row for _, t in places), index(b for b, _ in places)
-        cache.copy_rows(source, from_R, to_R, max(t.length for _, t in places))
-    past = [t.length if t else 0 for t in taken]
+    past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
+    for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():
+        rows = [b for b, kept in enumerate(behind) if kept and kept.cache is source]
+        cache.copy_rows(source, index(behind[b].row for b in rows), index(rows), max(past[b] for b in rows))
     new = [prompt[n:] for prompt, n in zip(prompts, past, strict=True)]
     cu_seqlens_B1 = F.pad(index(map(len, new)).cumsum(0), (1, 0))
     past_B = index(past) if any(past) else None
@@ -48,13 +53,13 @@ def prefill(
     return cache, hidden_NC[cu_seqlens_B1[1:] - 1]
 
 
-def read_beginning(model: Transformer, prompts: Sequence[Sequence[int]]) -> Taken | None:
+def read_beginning(model: Transformer, prompts: Sequence[Sequence[int]]) -> Kept | None:
     """What all prompts begin with, read; None where that is too little."""
     n = n_common(prompts)
     if n < MIN_SHARED:
         return None
     cache, _ = prefill(model, [prompts[0][:n]], [None])
-    return Taken(cache, 0, n)
+    return Kept(cache, 0, prompts[0][:n])
 
 
 def n_common(prompts: Sequence[Sequence[int]]) -> int:

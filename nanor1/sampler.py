@@ -17,8 +17,8 @@ and the position alone, so a request draws the same numbers whichever slot or ba
 differ in their last bits with the shape of the batch (floating-point sums are not associative), and a draw that falls
 between the two then gives another token.
 
-A call may keep the caches of its completions, and a later one continue them without reading their tokens again: what
-search over steps is made of (search.py).
+A completion may keep its cache, and a later prompt that begins with its tokens go on from there. Searches, and whatever
+else asks for one thing after another, are sessions: generators that yield prompts and are sent completions (`run`).
 
 Left out: paged caches, sharing a prompt's cache between slots (copies are read as fast up to some hundred tokens).
 
@@ -26,8 +26,9 @@ Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L ne
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
-from nanor1.prefill import Taken, prefill, read_beginning
-from nanor1.slots import Kept, Look, Sampling, Slots, Step, slots_that_fit
+from nanor1.prefill import Kept, prefill, read_beginning
+from nanor1.slots import Look, Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
@@ -52,6 +53,23 @@ class Completion:
     logprobs: list[float]  # at the sampling temperature, before top-k and top-p; those of temperature 1 when greedy
     finish: str  # "stop" or "length"
     confidences: list[float] | None = None  # of its tokens, where they were asked for (see draw.token_confidence)
+    kept: Kept | None = field(default=None, repr=False, compare=False)  # the cache of its prompt and it, if asked for
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be completed n times."""
+
+    ids: Sequence[int]
+    n: int
+    max_new_tokens: int
+    seed: int
+    behind: Kept | None = None  # what it begins with, as far as it does, is not read again
+
+
+Result = TypeVar("Result")
+# Yields prompts and is sent their completions, until it returns a result.
+Session = Generator[list[Prompt], list[list[Completion]], Result]
 
 
 def generate(
@@ -62,39 +80,6 @@ def generate(
     A Sampler that is kept is quicker from its second call on.
     """
     return Sampler(model, max_rows).generate(prompts, **arguments)
-
-
-@dataclass
-class Results:
-    """What has been generated, by request."""
-
-    ids_RL: Tensor
-    logp_RL: Tensor
-    confidence_RL: Tensor
-    length_R: Tensor
-    is_stopped_R: Tensor
-
-    def take(self, slots: Slots, slot_F: Tensor, request_F: Tensor) -> None:
-        self.ids_RL[request_F], self.logp_RL[request_F] = slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]
-        self.confidence_RL[request_F] = slots.confidence[slot_F, :-1]
-        self.length_R[request_F], self.is_stopped_R[request_F] = slots.n_new[slot_F], slots.is_stopped[slot_F]
-
-    def completions(self, n: int, has_confidences: bool) -> list[list[Completion]]:
-        is_nan_R = self.logp_RL.isnan().any(-1)
-        if is_nan_R.any():
-            prompt = int(is_nan_R.nonzero()[0]) // n
-            raise ValueError(f"the model's logits after prompt {prompt} are not numbers: look for nan in its weights")
-        columns = (getattr(self, field.name).tolist() for field in fields(self))
-        flat = [
-            Completion(
-                ids[:length],
-                logp[:length],
-                "stop" if is_stopped else "length",
-                confidence[:length] if has_confidences else None,
-            )
-            for ids, logp, confidence, length, is_stopped in zip(*columns, strict=True)
-        ]
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
 
 
 class Sampler:
@@ -113,7 +98,6 @@ class Sampler:
         self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
         self.device = model.head_weight_VC.device
         self.slots: Slots | None = None
-        self.kept: Kept | None = None
         self.n_wanted = 0  # slots that were asked for, when these were made
         self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
         self.steps: dict[tuple[int, Sampling], Step] = {}
@@ -135,7 +119,7 @@ class Sampler:
         on_token: Callable[[int, int, int], None] | None = None,
         confidence_k: int = 0,
         keep: bool = False,
-        continues: Sequence[tuple[int, int] | None] | None = None,
+        behind: Sequence[Kept | None] | None = None,
     ) -> list[list[Completion]]:
         """Sample n completions of each prompt; returns one inner list a prompt, n long.
 
@@ -146,39 +130,59 @@ class Sampler:
         wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made. With
         `confidence_k` completions have confidences, over so many likeliest tokens.
 
-        `keep` keeps the caches of all completions until the next call that keeps, or `release`; the model's weights
-        must stay as they are. `continues` then says of each prompt which completion (prompt, index) of that call it
-        continues, None: none; it takes over the cache of the ids that they begin with alike.
+        With `keep` completions have their caches, which hold memory as long as they live; the model's weights must stay
+        as they are. `behind` has one a prompt (None: none): what a prompt begins with of it is not read again.
 
         Raises ValueError for an empty prompt, one that leaves no room to answer, and where the cache of a single
         request exceeds the memory.
         """
-        seeds = [request_key(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        limits = _check_requests(self.model, prompts, n, limits, seeds)
+        P = len(prompts)
+        seeds = [request_key(seed, p) for p in range(P)] if isinstance(seed, int) else list(seed)
+        limits = [max_new_tokens] * P if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        behind = [None] * P if behind is None else list(behind)
+        for name, values in (("seeds", seeds), ("limits of max_new_tokens", limits), ("kept caches", behind)):
+            if len(values) != P:
+                raise ValueError(f"{len(values)} {name} for {P} prompts; give one number, or one a prompt")
         _check_sampling(temperature, top_k, top_p, stop_texts, decode)
-        if not prompts:
-            return []
+        asked = [
+            Prompt(ids, n, limit, of_prompt, kept)
+            for ids, limit, of_prompt, kept in zip(prompts, limits, seeds, behind, strict=True)
+        ]
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size, confidence_k)
+        run = _Run(self, sampling, keep, on_token, stop_texts, decode)
         with torch.inference_mode():
-            self._reserve(len(prompts) * n, max(map(len, prompts)), max(limits))
-            run = _Run(self, prompts, n, limits, seeds, sampling)
-            run.take_over(self.kept, continues)
-            if keep:
-                run.keep(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
-            run.listen(on_token, stop_texts, decode)
-            while run.n_waiting or run.request_of:
-                run.admit() if run.should_admit() else run.decode()
-                run.look()
-        completions_PG = run.results.completions(n, confidence_k > 0)
-        if keep:
-            run.kept.ids_R = [[*ids, *made.ids] for ids, g in zip(prompts, completions_PG, strict=True) for made in g]
-            self.kept = run.kept
-        return completions_PG
+            run.prepare(asked)
+            requests_P = run.add(asked)
+            while run.is_busy:
+                run.advance()
+            made = run.collect()
+        return [[made[request] for request in requests] for requests in requests_P]
 
-    def release(self) -> None:
-        """Give back the memory of the caches that were kept."""
-        self.kept = None
+    def run(
+        self,
+        sessions: Sequence[Session[Result]],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        stop_texts: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        vocab_size: int | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
+    ) -> list[Result]:
+        """Complete what sessions ask for, one thing after another, and return what each comes to in the end.
+
+        A session is a generator that yields prompts, and is sent their completions, with their caches, when all of them
+        are there. Sessions do not wait for each other: the slots that one leaves free are another's. New ones begin
+        where slots would stand empty, while fewer than two waves of requests are under way, for their caches take
+        memory. Arguments and errors are those of `generate`; `on_token` hears 0 for the prompt and the completion.
+        """
+        _check_sampling(temperature, top_k, top_p, stop_texts, decode)
+        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
+        hear = (lambda _, __, token: on_token(0, 0, token)) if on_token else None
+        with torch.inference_mode():
+            return _Sessions(sessions, _Run(self, sampling, True, hear, stop_texts, decode)).finish()
 
     def _reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
         """Make slots for requests of so many tokens, if those there are do not suffice."""
@@ -204,61 +208,62 @@ class Sampler:
 
 
 class _Run:
-    """One call of generate: the requests that wait, those that run, and what has been generated."""
+    """The requests that wait, those that run, and what has been generated; prompts may be added at any time."""
 
-    def __init__(self, sampler: Sampler, prompts, n: int, limits: list[int], seeds: list[int], sampling: Sampling):
-        self.sampler, self.model, self.slots = sampler, sampler.model, sampler.slots
-        self.prompts, self.n, self.sampling, self.device = prompts, n, sampling, sampler.device
-        self.n_requests, self.n_admitted = len(prompts) * n, 0
-        self.n_slots = min(self.slots.n_slots, sampler.max_rows, self.n_requests)
-        self.prefilled_requests = range(
-            0
-        )  # those whose prompts' caches and last logits are held, to be copied to slots
+    def __init__(self, sampler: Sampler, sampling: Sampling, keep: bool, on_token, stop_texts: Sequence[str], decode):
+        self.sampler, self.model, self.device, self.sampling = sampler, sampler.model, sampler.device, sampling
+        self.keep, self.on_token, self.stop_texts, self.decode_text = keep, on_token, stop_texts, decode
+        # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
+        is_late = sampler.is_stepwise and not (on_token or stop_texts)
+        self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
+        self.prompts: list[Prompt] = []
+        self.first_P: list[int] = []  # the first request of each prompt; its others follow
+        self.prompt_of: list[int] = []  # of each request
+        self.n_admitted = 0
+        self.beginning: Kept | None = None
+        self.prefilled = range(0)  # the requests whose prompts' caches and last logits are held, to be copied to slots
         self.request_of: dict[int, int] = {}  # slot -> request, of the active ones
         self.looks: deque = deque()
-        self.start_R = self._index(map(len, prompts)).repeat_interleave(n)
-        self.limit_R = self._index(limits).repeat_interleave(n)
-        self.key_R = self._index(request_key(seed, g) for seed in seeds for g in range(n))
-        ids_RL = torch.zeros(self.n_requests, self.slots.n_new_tokens, dtype=torch.int32, device=self.device)
-        logp_RL, confidence_RL = ids_RL.float(), ids_RL.float()
-        stopped_R = torch.zeros(self.n_requests, dtype=torch.bool, device=self.device)
-        self.results = Results(ids_RL, logp_RL, confidence_RL, self.start_R * 0, stopped_R)
-        self.kept: Kept | None = None
+        self.harvests: list[_Harvest] = []
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Make slots for prompts that will be added, and read what all of them begin with."""
+        check_prompts(self.model, prompts)
+        if not prompts:
+            return
+        self._reserve(sum(prompt.n for prompt in prompts), prompts)
+        self.beginning = read_beginning(self.model, [prompt.ids for prompt in prompts if prompt.behind is None])
+
+    def _reserve(self, n_requests: int, prompts: Sequence[Prompt]) -> None:
+        n_prompt, n_new = max(len(p.ids) for p in prompts), max(n_new_tokens(self.model, p) for p in prompts)
+        self.sampler._reserve(n_requests, n_prompt, n_new)
+        self.slots = self.sampler.slots
+        self.n_slots = min(self.slots.n_slots, self.sampler.max_rows, n_requests)
         self.slots.is_running.fill_(False)
         self.slots.position.zero_()
 
-    def take_over(self, kept: Kept | None, continues: Sequence[tuple[int, int] | None] | None) -> None:
-        """What need not be read of each prompt: the completion it continues, or what all others begin with."""
-        self.taken_P: list[Taken | None] = [None] * len(self.prompts)
-        if continues is None:
-            continues = self.taken_P
-        elif kept is None or len(continues) != len(self.prompts):
-            raise ValueError(
-                f"continues has {len(continues)} entries for {len(self.prompts)} prompts, and the last call kept "
-                f"{'nothing' if kept is None else 'its caches'}; give one entry a prompt after a call with keep=True"
-            )
-        for p, (prompt, continued) in enumerate(zip(self.prompts, continues, strict=True)):
-            if continued is not None:
-                row = kept.row_of(*continued)
-                self.taken_P[p] = Taken(kept.cache, row, kept.n_shared(row, prompt))
-        new = [p for p, taken in enumerate(self.taken_P) if taken is None]
-        beginning = read_beginning(self.model, [self.prompts[p] for p in new])
-        for p in new:
-            self.taken_P[p] = beginning
+    def add(self, prompts: Sequence[Prompt]) -> list[range]:
+        """Have prompts completed; returns the requests of each."""
+        check_prompts(self.model, prompts)
+        requests_P = []
+        for prompt in prompts:
+            self.first_P.append(len(self.prompt_of))
+            self.prompt_of += [len(self.prompts)] * prompt.n
+            self.prompts.append(prompt)
+            requests_P.append(range(self.first_P[-1], len(self.prompt_of)))
+        return requests_P
 
-    def keep(self, room: int) -> None:
-        """Have the caches of all requests, of up to `room` tokens, kept."""
-        self.kept = Kept(KVCache.of(self.model, self.n_requests, room), self.n)
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.n_waiting or self.request_of)
 
-    def listen(self, on_token, stop_texts: Sequence[str], decode_text) -> None:
-        """What the host has to see after each step; if nothing, a stepwise sampler looks less often, and later."""
-        self.on_token, self.stop_texts, self.decode_text = on_token, stop_texts, decode_text
-        is_late = self.sampler.is_stepwise and not (on_token or stop_texts)
-        self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
+    def advance(self) -> None:
+        self.admit() if self.should_admit() else self.decode()
+        self.look()
 
     @property
     def n_waiting(self) -> int:
-        return self.n_requests - self.n_admitted
+        return len(self.prompt_of) - self.n_admitted
 
     @property
     def n_free(self) -> int:
@@ -267,20 +272,39 @@ class _Run:
 
     def should_admit(self) -> bool:
         """Refill when an eighth of the slots is free, so that prompts are prefilled several at a time."""
-        return self.n_free > 0 and self.n_free >= min(-(-self.n_slots // 8), self.n_waiting)
+        if not self.n_free or self.n_free < min(-(-self.n_slots // 8), self.n_waiting):
+            return False
+        prompt = self.prompts[self.prompt_of[self.n_admitted]]
+        if not self._fits(prompt):
+            if self.request_of:  # larger slots are made when these are empty
+                return False
+            self._reserve(self.n_slots, [prompt])
+        return True
+
+    def _fits(self, prompt: Prompt) -> bool:
+        n_new = n_new_tokens(self.model, prompt)
+        return len(prompt.ids) + n_new <= self.slots.room and n_new <= self.slots.n_new_tokens
 
     def admit(self) -> None:
         """Give free slots to the next requests, and draw their first tokens."""
-        if self.n_admitted >= self.prefilled_requests.stop:
+        if self.n_admitted >= self.prefilled.stop:
             self._prefill()
-        requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled_requests.stop))
+        requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop))
         free = (slot for slot in range(self.n_slots) if slot not in self.request_of)
         placed = dict(zip(free, requests, strict=False))
-        slot_B, request_B = self._index(placed.keys()), self._index(placed.values())
-        source_B = (request_B - self.prefilled_requests.start) // self.n
-        length = self.prefilled_cache.k[0].shape[2]
-        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, length)
-        self.slots.start(slot_B, self.start_R[request_B], self.limit_R[request_B], self.key_R[request_B])
+        slot_B, numbers = self._index(placed), [self.prompt_of[request] for request in requests]
+        prompts = [self.prompts[p] for p in numbers]
+        keys = (
+            request_key(prompt.seed, r - self.first_P[p])
+            for r, p, prompt in zip(requests, numbers, prompts, strict=True)
+        )
+        source_B = self._index(p - self.prompt_of[self.prefilled.start] for p in numbers)
+        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
+        start_B, limit_B = (
+            self._index(len(p.ids) for p in prompts),
+            self._index(n_new_tokens(self.model, p) for p in prompts),
+        )
+        self.slots.start(slot_B, start_B, limit_B, self._index(keys))
         self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
         self.request_of |= placed
         self.n_admitted = requests.stop
@@ -288,16 +312,20 @@ class _Run:
 
     def _prefill(self) -> None:
         """Read the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle."""
-        start = self.n_admitted // self.n
-        stop, longest = start + 1, len(self.prompts[start])
-        while (stop - start) * self.n < self.n_free:
-            longest = max(longest, len(self.prompts[stop]))
-            if longest * (stop + 1 - start) > PREFILL_TOKENS:
+        start = stop = self.prompt_of[self.n_admitted]
+        longest, n_requests = 0, 0
+        while stop < len(self.prompts) and n_requests < self.n_free and self._fits(self.prompts[stop]):
+            longest = max(longest, len(self.prompts[stop].ids))
+            if stop > start and longest * (stop + 1 - start) > PREFILL_TOKENS:
                 break
+            n_requests += self.prompts[stop].n
             stop += 1
-        self.prefilled_requests = range(start * self.n, stop * self.n)
-        self.prefilled_cache, hidden_BC = prefill(self.model, self.prompts[start:stop], self.taken_P[start:stop])
+        prompts = self.prompts[start:stop]
+        self.prefilled = range(self.n_admitted, self.n_admitted + n_requests)
+        behind = [prompt.behind or self.beginning for prompt in prompts]
+        self.prefilled_cache, hidden_BC = prefill(self.model, [prompt.ids for prompt in prompts], behind)
         self.prefilled_logits = self.model.logits(hidden_BC)
+        self.prompts[start:stop] = [replace(prompt, behind=None) for prompt in prompts]  # so their memory is free
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""
@@ -315,7 +343,8 @@ class _Run:
         if self.on_token:
             tokens = self.slots.token[self._index(request_of)].tolist()
             for request, token in zip(request_of.values(), tokens, strict=True):
-                self.on_token(request // self.n, request % self.n, token)
+                prompt = self.prompt_of[request]
+                self.on_token(prompt, request - self.first_P[prompt], token)
         if self.stop_texts:
             slot_F = self._index(self._slots_with_text(list(request_of)))
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
@@ -340,10 +369,15 @@ class _Run:
         finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
         if not finished:
             return
-        slot_F, request_F = self._index(finished.keys()), self._index(finished.values())
-        self.results.take(self.slots, slot_F, request_F)
-        if self.kept:
-            self.kept.cache.copy_rows(self.slots.cache, slot_F, request_F, int(self.slots.position[slot_F].max()))
+        slot_F, slots = self._index(finished), self.slots
+        cache = None
+        if self.keep:
+            length = int(slots.position[slot_F].max())
+            cache = KVCache.of(self.model, len(finished), length)
+            cache.copy_rows(slots.cache, slot_F, self._index(range(len(finished))), length)
+        columns = (slots.ids[slot_F, :-1], slots.logp[slot_F, :-1], slots.n_new[slot_F], slots.is_stopped[slot_F])
+        confidence_FL = slots.confidence[slot_F, :-1] if self.sampling.confidence_k else None
+        self.harvests.append(_Harvest(list(finished.values()), *columns, confidence_FL, cache))
         for slot in finished:
             del self.request_of[slot]
         if not self.sampler.is_stepwise:
@@ -361,26 +395,113 @@ class _Run:
         self.request_of = dict(sorted(self.request_of.items()))
         self.slots.position[n_active:] = 0
 
+    def collect(self) -> dict[int, Completion]:
+        """What was generated since this was last asked, by request."""
+        harvests, self.harvests, made = self.harvests, [], {}
+        for harvest in harvests:
+            numbers = [self.prompt_of[request] for request in harvest.requests]
+            if (is_nan_F := harvest.logp_FL.isnan().any(-1)).any():
+                number = numbers[int(is_nan_F.nonzero()[0])]
+                raise ValueError(
+                    f"the model's logits after prompt {number} are not numbers: look for nan in its weights"
+                )
+            completions = harvest.completions([self.prompts[number].ids for number in numbers])
+            made |= dict(zip(harvest.requests, completions, strict=True))
+        return made
+
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
 
 
-def _check_requests(model: Transformer, prompts, n: int, limits: list[int], seeds: list[int]) -> list[int]:
-    """The most new tokens of each prompt, cut at the end of the model's context."""
+@dataclass(frozen=True)
+class _Harvest:
+    """What some requests have generated, still on the device."""
+
+    requests: list[int]
+    ids_FL: Tensor
+    logp_FL: Tensor
+    length_F: Tensor
+    is_stopped_F: Tensor
+    confidence_FL: Tensor | None
+    cache: KVCache | None
+
+    def completions(self, prompts: list[Sequence[int]]) -> Iterator[Completion]:
+        columns = (self.ids_FL, self.logp_FL, self.length_F, self.is_stopped_F)
+        confidence_FL = [None] * len(prompts) if self.confidence_FL is None else self.confidence_FL.tolist()
+        rows = zip(prompts, *(column.tolist() for column in columns), confidence_FL, strict=True)
+        for f, (prompt, ids, logp, n, is_stopped, confidence) in enumerate(rows):
+            kept = Kept(self.cache, f, [*prompt, *ids[: n - 1]]) if self.cache else None
+            finish = "stop" if is_stopped else "length"
+            yield Completion(ids[:n], logp[:n], finish, confidence[:n] if confidence else None, kept)
+
+
+class _Sessions:
+    """Sessions that share a run: which of them wait, which live, and what they came to."""
+
+    def __init__(self, sessions: Sequence[Session], run: _Run):
+        self.sessions, self.run, self.results = sessions, run, [None] * len(sessions)
+        asked = {i: self.send(i, None) for i in range(len(sessions))}
+        self.waiting = deque((i, prompts) for i, prompts in asked.items() if prompts)
+        self.live: dict[int, list[range]] = {}  # the requests of what each one has asked for
+        self.owner: dict[int, int] = {}  # of each of these that is not there yet
+        self.made: dict[int, Completion] = {}
+        run.prepare([prompt for _, prompts in self.waiting for prompt in prompts])
+
+    def send(self, i: int, made: list[list[Completion]] | None) -> list[Prompt]:
+        """What a session asks for next; nothing when it has ended."""
+        try:
+            return self.sessions[i].send(made)
+        except StopIteration as end:
+            self.results[i] = end.value
+            return []
+
+    def finish(self) -> list:
+        while self.waiting or self.live:
+            self.begin()
+            self.run.advance()
+            made = self.run.collect()
+            self.made |= made
+            owners = [self.owner.pop(request) for request in made]
+            waited_for = set(self.owner.values()) if owners else set()
+            for i in sorted(set(owners) - waited_for):
+                self.go_on(i)
+        return self.results
+
+    def begin(self) -> None:
+        """Let sessions begin while slots are free that nothing waits for."""
+        while self.waiting and self.run.n_slots - len(self.run.request_of) > self.run.n_waiting:
+            n_under_way = sum(len(requests) for requests_P in self.live.values() for requests in requests_P)
+            if self.live and n_under_way + sum(prompt.n for prompt in self.waiting[0][1]) > 2 * self.run.n_slots:
+                return
+            self.ask(*self.waiting.popleft())
+
+    def ask(self, i: int, prompts: list[Prompt]) -> None:
+        self.live[i] = self.run.add(prompts)
+        self.owner |= {request: i for requests in self.live[i] for request in requests}
+
+    def go_on(self, i: int) -> None:
+        """Send a session what it asked for, all of which is there."""
+        made_PG = [[self.made.pop(request) for request in requests] for requests in self.live.pop(i)]
+        if prompts := self.send(i, made_PG):
+            self.ask(i, prompts)
+
+
+def check_prompts(model: Transformer, prompts: Sequence[Prompt]) -> None:
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
+        if not len(prompt.ids):
             raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
-        if len(prompt) >= context:
+        if len(prompt.ids) >= context:
             raise ValueError(
-                f"prompt {i} is {len(prompt)} tokens; the model's context is {context}: shorten the prompt"
+                f"prompt {i} is {len(prompt.ids)} tokens; the model's context is {context}: shorten the prompt"
             )
-    for name, values in (("seeds", seeds), ("limits of max_new_tokens", limits)):
-        if len(values) != len(prompts):
-            raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts; give one number, or one a prompt")
-    if min(n, *limits, 1) < 1:
-        raise ValueError(f"n {n}, max_new_tokens {min(limits, default=1)}: each must be at least 1")
-    return [min(limit, context - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
+        if min(prompt.n, prompt.max_new_tokens) < 1:
+            raise ValueError(f"n {prompt.n}, max_new_tokens {prompt.max_new_tokens}: each must be at least 1")
+
+
+def n_new_tokens(model: Transformer, prompt: Prompt) -> int:
+    """The most new tokens behind a prompt, which the end of the model's context may cut."""
+    return min(prompt.max_new_tokens, model.config.max_position_embeddings - len(prompt.ids))
 
 
 def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:

@@ -14,17 +14,16 @@ Letters: P prompts, B live beams, G completions of a beam.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nanor1.draw import request_key
 from nanor1.preference import RewardModel, score
-from nanor1.sampler import Completion, Sampler
+from nanor1.sampler import Completion, Prompt, Sampler, Session
 from nanor1.tasks import prefilled
 from nanor1.tokenizer import Tokenizer
 
 # The scores of completions, finished or not, behind the ids of their prompts: the higher, the better.
 Scorer = Callable[[list[list[int]], list[Completion]], list[float]]
-Source = tuple[int, int] | None  # the completion (prompt, index) of the last call whose cache is taken over
 
 
 @dataclass(frozen=True)
@@ -49,33 +48,12 @@ class Spent:
     n_prompt: int = 0
 
 
-class Rounds:
-    """Calls of one sampler, each of whose prompts may go on from a completion of the call before, with its cache.
-
-    As a context it gives the caches back at the end. `sampling` are the arguments that all calls share.
-    """
-
-    def __init__(self, sampler: Sampler, **sampling):
-        self.sampler, self.sampling = sampler, sampling
-
-    def __enter__(self) -> "Rounds":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.sampler.release()
-
-    def generate(
-        self, prompts: list[list[int]], sources: list[Source], spent: list[Spent], **arguments
-    ) -> list[list[Completion]]:
-        """Sampler.generate, and what it took is added to what each prompt has spent."""
-        for prompt, source, counts in zip(prompts, sources, spent, strict=True):
-            kept = self.sampler.kept
-            counts.n_prompt += len(prompt) - (kept.n_shared(kept.row_of(*source), prompt) if source else 0)
-        continues = sources if any(sources) else None
-        completions_PG = self.sampler.generate(prompts, keep=True, continues=continues, **self.sampling, **arguments)
-        for counts, group in zip(spent, completions_PG, strict=True):
-            counts.n_sampled += sum(len(completion.ids) for completion in group)
-        return completions_PG
+def ask(prompts: list[Prompt], spent: Spent) -> Session[list[list[Completion]]]:
+    """The completions of prompts, in a session; what they took is added to what was spent."""
+    spent.n_prompt += sum(len(p.ids) - (p.behind.n_shared(p.ids) if p.behind else 0) for p in prompts)
+    completions_PG = yield prompts
+    spent.n_sampled += sum(len(completion.ids) for group in completions_PG for completion in group)
+    return completions_PG
 
 
 # ---- scorers
@@ -121,15 +99,15 @@ class _Beam:
     """A completion as far as it has come; finish is "length" until it stops."""
 
     completion: Completion
-    source: Source = None
     is_live: bool = True
     score: float = 0.0
 
-    def extended(self, step: Completion, source: Source, stop_ids: Sequence[int], max_tokens: int) -> "_Beam":
+    def extended(self, step: Completion, stop_ids: Sequence[int], max_tokens: int) -> "_Beam":
         ids = self.completion.ids + step.ids
         finish = "stop" if ids[-1] in stop_ids else "length"
         is_live = step.finish == "stop" and finish == "length" and len(ids) < max_tokens
-        return _Beam(Completion(ids, self.completion.logprobs + step.logprobs, finish), source, is_live)
+        kept = step.kept if is_live else None
+        return _Beam(Completion(ids, self.completion.logprobs + step.logprobs, finish, kept=kept), is_live)
 
 
 @dataclass
@@ -144,12 +122,30 @@ class _Tree:
     live: list[_Beam] = field(default_factory=lambda: [_Beam(Completion([], [], "length"))])
     finished: list[_Beam] = field(default_factory=list)
 
+    def grow(self, steps_BG: list[list[Completion]], scorer: Scorer, stop_ids: Sequence[int]) -> None:
+        """Keep the best of the live beams with their steps, of which equal ones count once."""
+        candidates: dict[tuple[int, ...], _Beam] = {}
+        for beam, steps in zip(self.live, steps_BG, strict=True):
+            for step in steps:
+                longer = beam.extended(step, stop_ids, self.max_tokens)
+                candidates.setdefault(tuple(longer.completion.ids), longer)
+        beams = list(candidates.values())
+        scores = scorer([self.prompt_ids] * len(beams), [beam.completion for beam in beams])
+        for beam, beam_score in zip(beams, scores, strict=True):
+            beam.score = beam_score
+        self.select(beams)
+
     def select(self, candidates: list[_Beam]) -> None:
         """Keep the best, the earlier one of two equals; a finished one takes its place along."""
         best = sorted(candidates, key=_rank)[: self.n_places]
         self.live = [beam for beam in best if beam.is_live]
         self.finished += [beam for beam in best if not beam.is_live]
         self.n_places -= len(best) - len(self.live)
+
+    def end(self) -> None:
+        """Finish the beams that live after the last step as they are."""
+        self.finished += [replace(beam, completion=replace(beam.completion, kept=None)) for beam in self.live]
+        self.live = []
 
 
 def _rank(beam: _Beam) -> float:
@@ -192,16 +188,8 @@ def beam_search(
         [_Tree(list(ids), (seed, t), min(max_new_tokens, context - len(ids)), width) for t in range(trees)]
         for ids, seed in zip(prompts, seeds, strict=True)
     ]
-    every_tree = [tree for of_prompt in forest for tree in of_prompt]
-    with Rounds(sampler, stop_ids=stop_ids, stop_texts=step_texts, decode=decode, **sampling) as rounds:
-        for n_steps in range(max_steps):
-            growing = [tree for tree in every_tree if tree.live]
-            if not growing:
-                break
-            candidates = _grow(growing, rounds, n_steps, branching if n_steps else width * branching, stop_ids)
-            _score(growing, candidates, scorer)
-            for tree, beams in zip(growing, candidates, strict=True):
-                tree.select(beams)
+    sessions = [_search(tree, scorer, max_steps, branching, stop_ids) for of_prompt in forest for tree in of_prompt]
+    sampler.run(sessions, stop_ids=stop_ids, stop_texts=step_texts, decode=decode, **sampling)
     return [_found(of_prompt) for of_prompt in forest]
 
 
@@ -214,36 +202,29 @@ def check_sizes(prompts: Sequence, seeds: Sequence[int], **sizes: float) -> None
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def _grow(trees: list[_Tree], rounds: Rounds, n_steps: int, n: int, stop_ids: Sequence[int]) -> list[list[_Beam]]:
-    """The candidates of each tree: its live beams, each longer by one of n steps; equal ones once."""
-    rows = [(t, tree, b, beam) for t, tree in enumerate(trees) for b, beam in enumerate(tree.live)]
-    steps_BG = rounds.generate(
-        [tree.prompt_ids + beam.completion.ids for _, tree, _, beam in rows],
-        [beam.source for _, _, _, beam in rows],
-        [tree.spent for _, tree, _, _ in rows],
-        n=n,
-        max_new_tokens=[tree.max_tokens - len(beam.completion.ids) for _, tree, _, beam in rows],
-        seed=[request_key(*tree.key, n_steps, b) for _, tree, b, _ in rows],
-    )
-    candidates: list[dict[tuple[int, ...], _Beam]] = [{} for _ in trees]
-    for row, ((t, tree, _, beam), steps) in enumerate(zip(rows, steps_BG, strict=True)):
-        for g, step in enumerate(steps):
-            longer = beam.extended(step, (row, g), stop_ids, tree.max_tokens)
-            candidates[t].setdefault(tuple(longer.completion.ids), longer)
-    return [list(of_tree.values()) for of_tree in candidates]
-
-
-def _score(trees: list[_Tree], candidates: list[list[_Beam]], scorer: Scorer) -> None:
-    """All candidates at once, those of a prompt side by side: a reward model then reads the prompt once."""
-    pairs = [(tree.prompt_ids, beam) for tree, beams in zip(trees, candidates, strict=True) for beam in beams]
-    scores = scorer([prompt_ids for prompt_ids, _ in pairs], [beam.completion for _, beam in pairs])
-    for (_, beam), beam_score in zip(pairs, scores, strict=True):
-        beam.score = beam_score
+def _search(tree: _Tree, scorer: Scorer, max_steps: int, branching: int, stop_ids: Sequence[int]) -> Session[None]:
+    """Let a tree grow step by step, to the end of its last live beam."""
+    for n_steps in range(max_steps):
+        if not tree.live:
+            return
+        n = branching if n_steps else tree.n_places * branching
+        prompts = [
+            Prompt(
+                tree.prompt_ids + beam.completion.ids,
+                n,
+                tree.max_tokens - len(beam.completion.ids),
+                request_key(*tree.key, n_steps, b),
+                beam.completion.kept,
+            )
+            for b, beam in enumerate(tree.live)
+        ]
+        tree.grow((yield from ask(prompts, tree.spent)), scorer, stop_ids)
+    tree.end()
 
 
 def _found(trees: list[_Tree]) -> Found:
-    """The answers of a prompt; beams that live after the last step are finished as they are."""
-    beams = [(t, beam) for t, tree in enumerate(trees) for beam in tree.finished + tree.live]
+    """The answers of a prompt."""
+    beams = [(t, beam) for t, tree in enumerate(trees) for beam in tree.finished]
     beams.sort(key=lambda of_tree: _rank(of_tree[1]))
     return Found(
         [beam.completion for _, beam in beams],

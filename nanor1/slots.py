@@ -7,8 +7,7 @@ it once and replay it.
 Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -166,26 +165,3 @@ class Look:
         if self.arrived:
             self.arrived.synchronize()
         return {slot: request for slot, request in self.request_of.items() if not self.is_running[slot]}
-
-
-@dataclass
-class Kept:
-    """The caches of a call's completions, by request; of each all tokens but the last, which is never read."""
-
-    cache: KVCache
-    n: int  # completions a prompt
-    ids_R: list[list[int]] = field(default_factory=list)  # prompts and completions, when they are all there
-
-    def row_of(self, prompt: int, completion: int) -> int:
-        if not (0 <= completion < self.n and 0 <= prompt < len(self.ids_R) // self.n):
-            n_prompts = len(self.ids_R) // self.n
-            raise ValueError(
-                f"completion {completion} of prompt {prompt} is not kept: there are {n_prompts} x {self.n}"
-            )
-        return prompt * self.n + completion
-
-    def n_shared(self, row: int, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt the row's cache holds; never its last one, whose logits are wanted."""
-        kept = self.ids_R[row]
-        most = min(len(kept), len(prompt)) - 1
-        return next((i for i in range(most) if kept[i] != prompt[i]), most)

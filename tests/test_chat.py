@@ -12,7 +12,7 @@ import torch
 from nanor1 import chat
 from nanor1.chat import INTERRUPTED, Answer, Dimmer, Speaker, answer, converse
 from nanor1.model import ModelConfig, Transformer
-from nanor1.sampler import Sampler
+from nanor1.sampler import Completion, Sampler
 from nanor1.tokenizer import Tokenizer
 
 TEMPLATES = Path(os.environ.get("NANOR1_SHARED", "")) / "conformance" / "tokenizers" / "templates"
@@ -30,7 +30,6 @@ class Scripted:
     def __init__(self, tokenizer, *texts, context=1000):
         self.tokenizer, self.texts, self.calls = tokenizer, list(texts), []
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
-        self.kept = None
 
     def generate(self, prompts, *, on_token, **arguments):
         self.calls.append({"text": self.tokenizer.decode(prompts[0]), **arguments})
@@ -40,6 +39,7 @@ class Scripted:
                 on_token(0, index, token)
         if event:
             raise KeyboardInterrupt
+        return [[Completion([], [], "stop")] * arguments["n"]]
 
 
 def speaker(*texts, chat_template=TEMPLATE, context=1000, **arguments):
@@ -236,7 +236,7 @@ def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lin
 
     monkeypatch.setattr(Transformer, "forward", counting_forward)
     said, new = talk()
-    monkeypatch.setattr(chat, "answer", lambda *arguments, keep: answer(*arguments, keep=False))
+    monkeypatch.setattr(chat, "answer", lambda *arguments, keep, behind: answer(*arguments))
     said_afresh, whole = talk()
     assert said == said_afresh and len(new) == len(whole) == 3 and new[0] == whole[0]
     assert all(some < every - whole[0] for some, every in zip(new[1:], whole[1:], strict=True))

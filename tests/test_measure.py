@@ -15,7 +15,7 @@ import torch
 from running import Killed, call_main, read_lines, write_lines
 
 import nanor1.ledger
-from nanor1 import measure
+from nanor1 import measure, sampler
 from nanor1.ledger import ledger_path
 from nanor1.methods import METHODS
 from nanor1.model import Transformer
@@ -97,7 +97,7 @@ def kinds(path):
 
 
 class Watch:
-    """Sampler.generate with the number of tokens that it made and read, by run; and the prompts, by run."""
+    """The number of tokens that the sampler made, by run; and the prompts that it was asked to complete, by run."""
 
     def __init__(self):
         self.run, self.made, self.prompts = None, Counter(), {}
@@ -106,13 +106,17 @@ class Watch:
         self.run = str(run)
         return PRODUCE(asker, run, *arguments)
 
-    def generate(self, sampler, prompts, **options):
-        groups = GENERATE(sampler, prompts, **options)
-        self.made[self.run] += sum(len(made.ids) for group in groups for made in group)
-        self.prompts.setdefault(self.run, []).extend(map(list, prompts))
-        return groups
+    def add(self, running, prompts):
+        self.prompts.setdefault(self.run, []).extend(list(prompt.ids) for prompt in prompts)
+        return ADD(running, prompts)
+
+    def collect(self, running):
+        made = COLLECT(running)
+        self.made[self.run] += sum(len(completion.ids) for completion in made.values())
+        return made
 
 
+ADD, COLLECT = sampler._Run.add, sampler._Run.collect
 PRODUCE = measure.produce
 
 
@@ -124,7 +128,8 @@ def whole(run, folder):
     argv += ["--reward-model", folder / "reward"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "produce", watch.produce)
-        patch.setattr(Sampler, "generate", lambda sampler, *a, **options: watch.generate(sampler, *a, **options))
+        patch.setattr(sampler._Run, "add", lambda *arguments: watch.add(*arguments))
+        patch.setattr(sampler._Run, "collect", lambda *arguments: watch.collect(*arguments))
         code, printed, err = run(*argv)
     assert code == 0, err
     return argv, out, printed, watch
@@ -328,13 +333,13 @@ def test_ctrl_c_keeps_the_batches_done_reports_them_and_the_same_command_goes_on
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 3, KeyboardInterrupt)
         code, printed, err = run(*options)
-    assert code == 130 and len(read_lines(out)) == 4
-    assert f"stopped by Ctrl-C after 4 of 15 problems, kept in {out}; the same command goes on from there" in err
-    assert printed.startswith("gsm8k: 3 problems (of beam-2 1) x 2,")
+    assert code == 130 and len(read_lines(out)) == 5
+    assert f"stopped by Ctrl-C after 5 of 15 problems, kept in {out}; the same command goes on from there" in err
+    assert printed.startswith("gsm8k: 3 problems (of beam-2 2) x 2,")
     assert "majority" in printed and re.search("^beam ", printed, re.MULTILINE)
     assert not re.search("^refine +2 +0", printed, re.MULTILINE)
     code, _, err = run(*options)
-    assert code == 0 and f"{out} goes on after 4 of 15 problems" in err and len(read_lines(out)) == 15
+    assert code == 0 and f"{out} goes on after 5 of 15 problems" in err and len(read_lines(out)) == 15
 
 
 def test_an_evaluation_without_a_file_that_is_stopped_before_its_first_batch_prints_nothing(run):

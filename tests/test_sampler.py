@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from nanor1 import draw, sampler
-from nanor1.draw import hash_uniform, sample_tokens
+from nanor1.draw import hash_uniform, request_key, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prefill import n_common
-from nanor1.sampler import Sampler, generate
+from nanor1.sampler import Prompt, Sampler, generate
 from nanor1.slots import slots_that_fit
 
 VOCAB = 61
@@ -759,9 +759,9 @@ def is_stepwise(request):
 
 
 def extended(prompts, completions_PG, extra=()):
-    """Each completion behind its prompt, and which one that is."""
-    places = [(p, g) for p, group in enumerate(completions_PG) for g in range(len(group))]
-    return [prompts[p] + completions_PG[p][g].ids + list(extra) for p, g in places], places
+    """Each completion behind its prompt, and what is kept of it."""
+    made = [(prompt, completion) for prompt, group in zip(prompts, completions_PG, strict=True) for completion in group]
+    return [prompt + completion.ids + list(extra) for prompt, completion in made], [c.kept for _, c in made]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -769,9 +769,9 @@ def extended(prompts, completions_PG, extra=()):
 def test_continuing_a_kept_cache_gives_what_reading_the_tokens_again_gives(config, extra, is_stepwise):
     model, prompts = random_model(config), random_prompts([5, 1, 12])
     engine = Sampler(model, max_rows=4, is_stepwise=is_stepwise)  # fewer rows than the 9 requests
-    longer, places = extended(prompts, engine.generate(prompts, n=3, **KEEPING), extra)
+    longer, kept = extended(prompts, engine.generate(prompts, n=3, **KEEPING), extra)
     arguments = dict(n=2, max_new_tokens=6, temperature=1.0, seed=list(range(9)))
-    continued = engine.generate(longer, continues=places, **arguments)
+    continued = engine.generate(longer, behind=kept, **arguments)
     for ours, fresh in zip(sum(continued, []), sum(generate(model, longer, **arguments), []), strict=True):
         assert ours.ids == fresh.ids
         torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(fresh.logprobs), atol=1e-4, rtol=0)
@@ -780,51 +780,121 @@ def test_continuing_a_kept_cache_gives_what_reading_the_tokens_again_gives(confi
 def test_a_prompt_that_leaves_a_kept_text_takes_over_only_what_they_share(is_stepwise):
     model, prompts = random_model(), random_prompts([6, 6])
     engine = Sampler(model, is_stepwise=is_stepwise)
-    kept = engine.generate(prompts, n=2, **KEEPING | dict(stop_ids=[]))
-    turned = [prompts[0] + kept[0][1].ids[:4] + [1, 2], prompts[1][:3] + [50], prompts[1], random_prompts([200])[0]]
-    continues, arguments = [(0, 1), (1, 0), (1, 1), None], dict(max_new_tokens=6, temperature=0)
-    ours = engine.generate(turned, continues=continues, **arguments)
+    made = engine.generate(prompts, n=2, **KEEPING | dict(stop_ids=[]))
+    turned = [prompts[0] + made[0][1].ids[:4] + [1, 2], prompts[1][:3] + [50], prompts[1], random_prompts([200])[0]]
+    behind, arguments = [made[0][1].kept, made[1][0].kept, made[1][1].kept, None], dict(max_new_tokens=6, temperature=0)
+    ours = engine.generate(turned, behind=behind, **arguments)
     assert [g[0].ids for g in ours] == [g[0].ids for g in generate(model, turned, **arguments)]
 
 
-def test_what_is_taken_over_is_not_read_again(monkeypatch):
-    model, prompts = random_model(), random_prompts([30, 40])
-    engine, read, forward = Sampler(model), [], Transformer.forward
+def counted_forwards(monkeypatch):
+    """A list of the numbers of tokens of each prefill."""
+    read, forward = [], Transformer.forward
     monkeypatch.setattr(
         Transformer,
         "forward",
         lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
     )
-    longer, places = extended(prompts, engine.generate(prompts, n=2, **KEEPING))
-    engine.generate(longer, max_new_tokens=4, continues=places)
+    return read
+
+
+def test_what_is_taken_over_is_not_read_again(monkeypatch):
+    model, prompts, read = random_model(), random_prompts([30, 40]), counted_forwards(monkeypatch)
+    engine = Sampler(model)
+    longer, kept = extended(prompts, engine.generate(prompts, n=2, **KEEPING))
+    engine.generate(longer, max_new_tokens=4, behind=kept)
     assert read == [70, 4], "the last token of each, whose keys no cache holds"
-    engine.generate([longer[0] + random_prompts([65])[0]], max_new_tokens=4, continues=places[:1])
+    engine.generate([longer[0] + random_prompts([65])[0]], max_new_tokens=4, behind=kept[:1])
     assert read == [70, 4, 66]
 
 
 def test_chains_of_kept_calls_equal_one_long_completion(is_stepwise):
     model, prompts = random_model(), random_prompts([4, 9])
     engine = Sampler(model, is_stepwise=is_stepwise)
-    texts, continues = prompts, None
+    texts, kept = prompts, None
     for _ in range(4):
-        made = engine.generate(texts, max_new_tokens=5, temperature=0, keep=True, continues=continues)
-        texts, continues = extended(texts, made)
+        made = engine.generate(texts, max_new_tokens=5, temperature=0, keep=True, behind=kept)
+        texts, kept = extended(texts, made)
     whole = generate(model, prompts, max_new_tokens=20, temperature=0)
     assert texts == [prompt + group[0].ids for prompt, group in zip(prompts, whole, strict=True)]
 
 
-def test_continuing_what_is_not_kept_is_refused():
+def test_a_cache_is_kept_only_where_it_is_asked_for():
     engine, prompts = Sampler(random_model()), random_prompts([4, 4])
-    with pytest.raises(ValueError, match="kept nothing"):
-        engine.generate(prompts, max_new_tokens=2, continues=[(0, 0), None])
-    engine.generate(prompts, n=2, **KEEPING)
-    with pytest.raises(ValueError, match="1 entries for 2 prompts"):
-        engine.generate(prompts, max_new_tokens=2, continues=[(0, 0)])
-    with pytest.raises(ValueError, match="completion 2 of prompt 1 is not kept: there are 2 x 2"):
-        engine.generate(prompts, max_new_tokens=2, continues=[None, (1, 2)])
-    engine.release()
-    with pytest.raises(ValueError, match="kept nothing"):
-        engine.generate(prompts, max_new_tokens=2, continues=[None, None])
+    plain, kept = (engine.generate(prompts, max_new_tokens=3, keep=keep) for keep in (False, True))
+    assert plain == kept and {made.kept for (made,) in plain} == {None}
+    assert [list(made.kept.ids) for (made,) in kept] == [
+        p + made.ids[:-1] for p, (made,) in zip(prompts, kept, strict=True)
+    ]
+    with pytest.raises(ValueError, match="1 kept caches for 2 prompts"):
+        engine.generate(prompts, max_new_tokens=2, behind=[None])
+
+
+# ---- sessions
+
+
+def asking(prompts, lengths, n, seed):
+    """Ask for completions of some prompts, and then of each first one behind its prompt, and so on."""
+    texts, kept, heard = prompts, [None] * len(prompts), []
+    for turn, length in enumerate(lengths):
+        made = yield [
+            Prompt(ids, n, length, request_key(seed, turn, p), behind)
+            for p, (ids, behind) in enumerate(zip(texts, kept, strict=True))
+        ]
+        heard.append([[completion.ids for completion in group] for group in made])
+        texts = [ids + group[0].ids for ids, group in zip(texts, made, strict=True)]
+        kept = [group[0].kept for group in made]
+    return heard
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 64])
+def test_sessions_get_what_calls_of_their_own_would_have_got(max_rows, is_stepwise):
+    """Of different lengths and numbers of prompts, so that they go on at different times; one asks for nothing."""
+    model = random_model()
+    plans = [([5, 2], [3, 9, 1], 2), ([30], [20], 3), ([1, 1, 1], [4] * 6, 1), ([8], [40, 2], 2), ([9], [], 1)]
+    plans = [(random_prompts(sizes, seed=i), lengths, n, i) for i, (sizes, lengths, n) in enumerate(plans)]
+    sampling = dict(temperature=1.0, stop_ids=[3])
+    together = Sampler(model, max_rows, is_stepwise=is_stepwise).run([asking(*plan) for plan in plans], **sampling)
+    for heard, (texts, lengths, n, seed) in zip(together, plans, strict=True):
+        assert len(heard) == len(lengths)
+        for turn, (groups, length) in enumerate(zip(heard, lengths, strict=True)):
+            seeds = [request_key(seed, turn, p) for p in range(len(texts))]
+            alone = generate(model, texts, n=n, max_new_tokens=length, seed=seeds, **sampling)
+            assert groups == [[made.ids for made in group] for group in alone]
+            texts = [ids + group[0] for ids, group in zip(texts, groups, strict=True)]
+
+
+def test_sessions_read_what_all_begin_with_once_and_make_room_when_prompts_outgrow_the_slots(monkeypatch):
+    model, head = random_model(), random_prompts([100])[0]
+    plans = [([head + tail], [20, 60, 40], 1, i) for i, tail in enumerate(random_prompts([3, 1, 20, 8], seed=1))]
+    alone = [Sampler(model).run([asking(*plan)], temperature=0)[0] for plan in plans]
+    read, engine = counted_forwards(monkeypatch), Sampler(model, 2)
+    assert engine.run([asking(*plan) for plan in plans], temperature=0) == alone
+    assert read[0] == 100 and sum(read) == 100 + 32 + 2 * 4 and engine.slots.room == 256
+
+
+def test_no_session_waits_for_another(monkeypatch):
+    """One long request beside chains of short ones: the steps of the model are those of the longest chain, not more."""
+    model, decode, n_steps = random_model(), Transformer.decode, []
+    monkeypatch.setattr(Transformer, "decode", lambda *rest: (n_steps.append(1), decode(*rest))[1])
+    plans = [([[1, 2]], [60], 1, 0)] + [([[3, 4]], [6] * 10, 1, seed) for seed in range(1, 4)]
+    Sampler(model, 4, is_stepwise=False).run([asking(*plan) for plan in plans], temperature=1.0)
+    assert 59 <= len(n_steps) < 70
+
+
+def test_what_a_session_can_get_wrong_is_said():
+    def session(*prompts):
+        yield list(prompts)
+
+    engine = Sampler(random_model())
+    for prompt, message in (
+        (Prompt([], 1, 3, 0), "prompt 1 is empty"),
+        (Prompt([1] * 256, 1, 3, 0), "prompt 1 is 256 tokens; the model's context is 256"),
+        (Prompt([1], 0, 3, 0), "n 0, max_new_tokens 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.run([session(Prompt([1], 1, 1, 0)), session(prompt)])
+    assert engine.run([]) == []
 
 
 # ---- confidences

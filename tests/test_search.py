@@ -1,8 +1,11 @@
+import gc
 import itertools
 import json
 import math
 import os
+import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from nanor1 import preference
 from nanor1.budget import REQUEST, force_budget, refine
-from nanor1.model import ModelConfig, Transformer
+from nanor1.model import KVCache, ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
 from nanor1.search import beam_search, mean_logprob, reward_scorer
 from nanor1.token_beams import token_beam_search
@@ -48,27 +51,41 @@ def bigram_model(logp_VV, context=64):
 
 
 class Spy(Sampler):
-    """Remembers what was asked for and what was made."""
+    """Remembers what its sessions asked for and what was made: (session, prompts, completions), in time's order."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.calls = []
 
-    def generate(self, prompts, **arguments):
-        completions_PG = super().generate(prompts, **arguments)
-        self.calls.append((list(map(list, prompts)), arguments, completions_PG))
-        return completions_PG
+    def run(self, sessions, **arguments):
+        return super().run([self.watch(i, session) for i, session in enumerate(sessions)], **arguments)
+
+    def watch(self, i, session):
+        made_PG = None
+        while True:
+            try:
+                prompts = session.send(made_PG)
+            except StopIteration as end:
+                return end.value
+            made_PG = yield prompts
+            self.calls.append((i, prompts, made_PG))
 
     @property
     def n_sampled(self):
         return sum(len(made.ids) for _, _, made_PG in self.calls for group in made_PG for made in group)
 
 
-class Forgetful(Sampler):
+class Forgetful(Spy):
     """Prefills all prompts afresh."""
 
-    def generate(self, prompts, continues=None, **arguments):
-        return super().generate(prompts, **arguments)
+    def watch(self, i, session):
+        made_PG = None
+        while True:
+            try:
+                prompts = session.send(made_PG)
+            except StopIteration as end:
+                return end.value
+            made_PG = yield [replace(prompt, behind=None) for prompt in prompts]
 
 
 def lines(ids):
@@ -287,10 +304,10 @@ def test_step_beams_keep_to_their_places_and_limits(
     assert found.scores == sorted(found.scores, reverse=True)
     assert found.n_sampled == sampler.n_sampled and found.n_inserted == 0
     # a beam that is gone on with is no answer, and with the answers that are there already it fits in the places
-    for prompts, _, _ in sampler.calls[1:]:
-        assert len(prompts) <= width * trees
-        assert not set(map(tuple, prompts)) & {(*PROMPTS[0], *made) for made in ids}
-    assert sampler.kept is None
+    for _, prompts, _ in [call for call in sampler.calls if call[1][0].ids != PROMPTS[0]]:
+        assert len(prompts) <= width
+        assert trees > 1 or not {tuple(prompt.ids) for prompt in prompts} & {(*PROMPTS[0], *made) for made in ids}
+    assert all(made.kept is None for made in found.completions)
 
 
 def test_a_finished_beam_takes_its_place_along():
@@ -303,8 +320,7 @@ def test_a_finished_beam_takes_its_place_along():
     )  # fmt: skip
     texts = [letters(made.ids) for made in found.completions]
     assert texts[0] == "." and sorted(map(len, texts[1:])) == [3, 3, 3] and len(set(texts)) == 4
-    assert [len(prompts) for prompts, _, _ in sampler.calls] == [1, 1, 3]
-    assert [arguments["n"] for _, arguments, _ in sampler.calls] == [32, 8, 8]
+    assert [[prompt.n for prompt in prompts] for _, prompts, _ in sampler.calls] == [[32], [8], [8, 8, 8]]
 
 
 def test_a_search_that_ends_early_is_not_padded():
@@ -364,13 +380,30 @@ def test_a_cache_that_is_taken_over_changes_no_beam(temperature):
             torch.testing.assert_close(torch.tensor(x.logprobs), torch.tensor(y.logprobs), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("n_problems", [8, 40])
+def test_caches_of_dropped_beams_are_given_back_and_few_problems_are_begun_at_once(n_problems, monkeypatch):
+    model, alive, most = random_model(), weakref.WeakSet(), [0]
+    init = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *rest: (alive.add(self), init(self, *rest))[1])
+
+    def scorer(prompts, completions):
+        most[0] = max(most[0], sum(cache.k[0].shape[0] for cache in alive))
+        return mean_logprob(prompts, completions)
+
+    sizes = dict(width=2, branching=4, max_steps=9, max_new_tokens=30, stop_ids=[])
+    search(Sampler(model, 16), [[9, i] for i in range(n_problems)], list(range(n_problems)), scorer=scorer, **sizes)
+    assert most[0] < 16 + 1 + 16 + 2 * (2 * 16)  # slots, a prefill, two waves of candidates and what they go on from
+    gc.collect()
+    assert sum(cache.k[0].shape[0] for cache in alive) <= 17, "but for the slots nothing is left"
+
+
 def test_what_was_read_and_sampled_is_what_went_through_the_model(monkeypatch):
     model = random_model()
     sampler, sizes = Spy(model, 4), tokens_through(model, monkeypatch)  # 4 rows: more are padded to a multiple of 8
     found = search(sampler, trees=2, max_steps=5)
     n_last = sum(len(group) for _, _, made_PG in sampler.calls for group in made_PG)  # a last token is never read
     assert sum(sizes) == sum(f.n_prompt + f.n_sampled for f in found) - n_last
-    n_beams = sum(len(prompts) for prompts, _, _ in sampler.calls[1:])  # of which each reads the token it ends with
+    n_beams = sum(len(prompts) for _, prompts, _ in sampler.calls if prompts[0].behind)  # each reads its last token
     assert sum(f.n_prompt for f in found) == 2 * sum(map(len, PROMPTS)) + n_beams
 
 
@@ -633,9 +666,9 @@ def test_what_budget_forcing_read_and_sampled_is_what_went_through_the_model(mon
         model, BYTES, ("ab", "c", "def"), sampler=sampler, end_text="r", min_thinking=math.inf, max_waits=3,
         max_thinking=20,
     )  # fmt: skip
-    n_last = sum(len(prompts) for prompts, _, _ in sampler.calls)
+    n_last = sum(len(prompts) for _, prompts, _ in sampler.calls)
     assert sum(sizes) == sum(found.n_prompt + found.n_sampled for found in found_P) - n_last
-    assert sampler.kept is None
+    assert all(made.kept is None for found in found_P for made in found.completions)
 
 
 def test_thinking_leaves_room_in_the_context_for_the_answer():
@@ -674,23 +707,24 @@ def test_each_review_shows_the_question_and_the_last_answer_alone():
     sampler = Spy(model)
     found_P = refined(None, sampler=sampler, template_arguments=dict(hint="so "))
     for p, (question, found) in enumerate(zip(("a?", "bcd?"), found_P, strict=True)):
-        shown = [CHAT.decode(prompts[p]) for prompts, _, _ in sampler.calls]
+        calls = [(prompt, made) for i, (prompt,), ((made,),) in sampler.calls if i == p]
+        shown = [CHAT.decode(prompt.ids) for prompt, _ in calls]
         first, second, _ = (CHAT.decode(made.ids, skip_special=True).strip() for made in found.completions)
         assert first != second
         assert shown == [f"u:{question}\na:so "] + [f"u:{question}\na:{a}\nu:Sure?\na:so " for a in (first, second)]
-        assert [made.ids for made in found.completions] == [made_PG[p][0].ids for _, _, made_PG in sampler.calls]
+        assert [made.ids for made in found.completions] == [made.ids for _, made in calls]
         assert found.scores == pytest.approx(mean_logprob([], found.completions))
         assert found.n_sampled == sum(len(made.ids) for made in found.completions) and found.n_inserted == 0
-    assert sampler.kept is None
+        assert all(made.kept is None for made in found.completions)
 
 
 def test_thinking_is_not_shown_again_unless_it_is_all_there_is():
     model = chain(CHAT, **{":": "<", ">": "c", "c": "E"})
     sampler = Spy(model)
     refined(None, ("?",), sampler, rounds=1, max_new_tokens=20)
-    assert CHAT.decode(sampler.calls[1][0][0]) == "u:?\na:c\nu:Sure?\na:"
+    assert CHAT.decode(sampler.calls[1][1][0].ids) == "u:?\na:c\nu:Sure?\na:"
     refined(None, ("?",), sampler, rounds=1, max_new_tokens=5)
-    assert CHAT.decode(sampler.calls[3][0][0]) == "u:?\na:</thi\nu:Sure?\na:"
+    assert CHAT.decode(sampler.calls[3][1][0].ids) == "u:?\na:</thi\nu:Sure?\na:"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
