@@ -142,12 +142,12 @@ def measure(
 
 
 def batch_size(run: Run, max_rows: int) -> int:
-    """Problems answered at once: as many waves of rows as gain by it; a batch that is stopped is lost."""
+    """Problems answered at once: several waves of rows, or one where methods go on so long that ends do not matter,
+    since what a batch has made is lost when it is stopped."""
     if run.kind == "token-beam":  # its cache is of all problems
         return max(1, max_rows // run.n)
-    if run.kind in ("budget", "refine", *SINGLE):
-        return 2 * max_rows
-    return max(1, WAVES * max_rows // run.n)
+    waves = max(1, WAVES * max_rows // run.n)
+    return max(waves, max_rows) if run.kind in ("budget", "refine") else waves
 
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
