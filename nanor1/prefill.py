@@ -33,6 +33,19 @@ class Kept:
         return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
 
 
+def take_over(
+    model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
+) -> tuple[KVCache, list[int]]:
+    """A cache with a row a prompt, and how many of its first tokens stand there: those that are kept."""
+    cache, device = KVCache.of(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
+    index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=device)  # noqa: E731
+    past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
+    for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():
+        rows = [b for b, kept in enumerate(behind) if kept and kept.cache is source]
+        cache.copy_rows(source, index(behind[b].row for b in rows), index(rows), max(past[b] for b in rows))
+    return cache, past
+
+
 def prefill(
     model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
 ) -> tuple[KVCache, Tensor]:
@@ -40,12 +53,8 @@ def prefill(
 
     Returns a cache with a row a prompt, and the hidden state of the last token of each, [B, C].
     """
-    cache, device = KVCache.of(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
-    index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=device)  # noqa: E731
-    past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
-    for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():
-        rows = [b for b, kept in enumerate(behind) if kept and kept.cache is source]
-        cache.copy_rows(source, index(behind[b].row for b in rows), index(rows), max(past[b] for b in rows))
+    cache, past = take_over(model, prompts, behind)
+    index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=cache.k[0].device)  # noqa: E731
     new = [prompt[n:] for prompt, n in zip(prompts, past, strict=True)]
     cu_seqlens_B1 = F.pad(index(map(len, new)).cumsum(0), (1, 0))
     past_B = index(past) if any(past) else None

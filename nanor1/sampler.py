@@ -36,7 +36,7 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
-from nanor1.prefill import Kept, prefill, read_beginning
+from nanor1.prefill import Kept, prefill, read_beginning, take_over
 from nanor1.slots import Look, Sampling, Slots, Step, slots_that_fit
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
@@ -286,46 +286,61 @@ class _Run:
         return len(prompt.ids) + n_new <= self.slots.room and n_new <= self.slots.n_new_tokens
 
     def admit(self) -> None:
-        """Give free slots to the next requests, and draw their first tokens."""
+        """Give free slots to the next requests, and draw the first tokens of those whose prompts were read."""
         if self.n_admitted >= self.prefilled.stop:
             self._prefill()
         requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop))
         free = (slot for slot in range(self.n_slots) if slot not in self.request_of)
-        placed = dict(zip(free, requests, strict=False))
-        slot_B, numbers = self._index(placed), [self.prompt_of[request] for request in requests]
-        prompts = [self.prompts[p] for p in numbers]
-        keys = (
-            request_key(prompt.seed, r - self.first_P[p])
-            for r, p, prompt in zip(requests, numbers, prompts, strict=True)
-        )
+        placed, numbers = dict(zip(free, requests, strict=False)), [self.prompt_of[request] for request in requests]
+        prompts, slot_B = [self.prompts[p] for p in numbers], self._index(placed)
+        keys = [request_key(p.seed, r - self.first_P[i]) for r, i, p in zip(requests, numbers, prompts, strict=True)]
         source_B = self._index(p - self.prompt_of[self.prefilled.start] for p in numbers)
         self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
-        start_B, limit_B = (
-            self._index(len(p.ids) for p in prompts),
-            self._index(n_new_tokens(self.model, p) for p in prompts),
+        is_read = self.prefilled_logits is not None
+        self.slots.start(
+            slot_B,
+            self._index(prompt.ids[-1] for prompt in prompts),
+            self._index(len(prompt.ids) - (not is_read) for prompt in prompts),
+            self._index(n_new_tokens(self.model, prompt) for prompt in prompts),
+            self._index(keys),
         )
-        self.slots.start(slot_B, start_B, limit_B, self._index(keys))
-        self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
         self.request_of |= placed
         self.n_admitted = requests.stop
-        self._hear(placed)
+        if is_read:
+            self.slots.record(slot_B, self.prefilled_logits[source_B], self.sampling)
+            self._hear(placed)
 
     def _prefill(self) -> None:
-        """Read the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle."""
+        """Read the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle.
+
+        Those of which all but the last token is kept are not read: the next step takes that token.
+        """
         start = stop = self.prompt_of[self.n_admitted]
-        longest, n_requests = 0, 0
-        while stop < len(self.prompts) and n_requests < self.n_free and self._fits(self.prompts[stop]):
-            longest = max(longest, len(self.prompts[stop].ids))
-            if stop > start and longest * (stop + 1 - start) > PREFILL_TOKENS:
+        longest, n_requests, is_kept = 0, 0, self._is_kept(self.prompts[start])
+        while stop < len(self.prompts) and n_requests < self.n_free:
+            prompt = self.prompts[stop]
+            longest = max(longest, len(prompt.ids))
+            is_too_much = stop > start and longest * (stop + 1 - start) > PREFILL_TOKENS
+            if is_too_much or self._is_kept(prompt) != is_kept or not self._fits(prompt):
                 break
-            n_requests += self.prompts[stop].n
+            n_requests += prompt.n
             stop += 1
         prompts = self.prompts[start:stop]
         self.prefilled = range(self.n_admitted, self.n_admitted + n_requests)
-        behind = [prompt.behind or self.beginning for prompt in prompts]
-        self.prefilled_cache, hidden_BC = prefill(self.model, [prompt.ids for prompt in prompts], behind)
-        self.prefilled_logits = self.model.logits(hidden_BC)
+        taken = (
+            self.model,
+            [prompt.ids for prompt in prompts],
+            [prompt.behind or self.beginning for prompt in prompts],
+        )
+        if is_kept:
+            (self.prefilled_cache, _), self.prefilled_logits = take_over(*taken), None
+        else:
+            self.prefilled_cache, hidden_BC = prefill(*taken)
+            self.prefilled_logits = self.model.logits(hidden_BC)
         self.prompts[start:stop] = [replace(prompt, behind=None) for prompt in prompts]  # so their memory is free
+
+    def _is_kept(self, prompt: Prompt) -> bool:
+        return prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""

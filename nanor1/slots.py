@@ -62,8 +62,9 @@ class Slots:
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_tokens
 
-    def start(self, slot_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
-        self.position[slot_B], self.limit[slot_B], self.key[slot_B] = position_B, limit_B, key_B
+    def start(self, slot_B: Tensor, token_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
+        self.token[slot_B], self.position[slot_B] = token_B, position_B
+        self.limit[slot_B], self.key[slot_B] = limit_B, key_B
         self.n_new[slot_B], self.is_running[slot_B], self.is_stopped[slot_B] = 0, True, False
 
     def record(self, slots: slice | Tensor, logits_BV: Tensor, sampling: Sampling) -> None:
