@@ -25,10 +25,11 @@ Left out: paged caches, sharing a prompt's cache between slots (copies are read 
 Letters: P prompts, R requests, S slots, B rows of a step, F finished rows, L new tokens, V vocabulary.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -390,9 +391,10 @@ class _Run:
             length = int(slots.position[slot_F].max())
             cache = KVCache.of(self.model, len(finished), length)
             cache.copy_rows(slots.cache, slot_F, self._index(range(len(finished))), length)
-        columns = (slots.ids[slot_F, :-1], slots.logp[slot_F, :-1], slots.n_new[slot_F], slots.is_stopped[slot_F])
-        confidence_FL = slots.confidence[slot_F, :-1] if self.sampling.confidence_k else None
-        self.harvests.append(_Harvest(list(finished.values()), *columns, confidence_FL, cache))
+        columns_F = [slots.ids[slot_F, :-1], slots.logp[slot_F, :-1], slots.n_new[slot_F], slots.is_stopped[slot_F]]
+        if self.sampling.confidence_k:
+            columns_F.append(slots.confidence[slot_F, :-1])
+        self.harvests.append(_Harvest(list(finished.values()), columns_F, cache))
         for slot in finished:
             del self.request_of[slot]
         if not self.sampler.is_stepwise:
@@ -413,41 +415,35 @@ class _Run:
     def collect(self) -> dict[int, Completion]:
         """What was generated since this was last asked, by request."""
         harvests, self.harvests, made = self.harvests, [], {}
-        for harvest in harvests:
-            numbers = [self.prompt_of[request] for request in harvest.requests]
-            if (is_nan_F := harvest.logp_FL.isnan().any(-1)).any():
-                number = numbers[int(is_nan_F.nonzero()[0])]
+        if not harvests:
+            return made
+        columns = (
+            torch.cat(column).tolist() for column in zip(*(harvest.columns_F for harvest in harvests), strict=True)
+        )
+        places = ((request, h.cache, f) for h in harvests for f, request in enumerate(h.requests))
+        for (request, cache, row), ids, logp, n, is_stopped, *confidence in zip(places, *columns, strict=True):
+            ids, logp, number = ids[:n], logp[:n], self.prompt_of[request]
+            if any(map(math.isnan, logp)):
                 raise ValueError(
                     f"the model's logits after prompt {number} are not numbers: look for nan in its weights"
                 )
-            completions = harvest.completions([self.prompts[number].ids for number in numbers])
-            made |= dict(zip(harvest.requests, completions, strict=True))
+            kept = Kept(cache, row, [*self.prompts[number].ids, *ids[:-1]]) if cache else None
+            finish, confidences = "stop" if is_stopped else "length", confidence[0][:n] if confidence else None
+            made[request] = Completion(ids, logp, finish, confidences, kept)
         return made
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
 
 
-@dataclass(frozen=True)
-class _Harvest:
+class _Harvest(NamedTuple):
     """What some requests have generated, still on the device."""
 
     requests: list[int]
-    ids_FL: Tensor
-    logp_FL: Tensor
-    length_F: Tensor
-    is_stopped_F: Tensor
-    confidence_FL: Tensor | None
+    columns_F: list[
+        Tensor
+    ]  # ids [F, L], log-probabilities, lengths, whether a stop ended them; confidences if asked for
     cache: KVCache | None
-
-    def completions(self, prompts: list[Sequence[int]]) -> Iterator[Completion]:
-        columns = (self.ids_FL, self.logp_FL, self.length_F, self.is_stopped_F)
-        confidence_FL = [None] * len(prompts) if self.confidence_FL is None else self.confidence_FL.tolist()
-        rows = zip(prompts, *(column.tolist() for column in columns), confidence_FL, strict=True)
-        for f, (prompt, ids, logp, n, is_stopped, confidence) in enumerate(rows):
-            kept = Kept(self.cache, f, [*prompt, *ids[: n - 1]]) if self.cache else None
-            finish = "stop" if is_stopped else "length"
-            yield Completion(ids[:n], logp[:n], finish, confidence[:n] if confidence else None, kept)
 
 
 class _Sessions:

@@ -748,6 +748,17 @@ def test_weights_that_are_not_numbers_are_an_error_and_not_tokens(temperature):
         generate(model, [[1], [5]], max_new_tokens=3, temperature=temperature, top_k=1)
 
 
+def test_a_sampler_whose_weights_are_mended_samples_again():
+    model = random_model()
+    engine, weight = Sampler(model), model.model.embed_tokens.weight.data
+    before = weight[5].clone()
+    weight[5] = math.nan
+    with pytest.raises(ValueError, match="the model's logits after prompt 0 are not numbers"):
+        engine.generate([[5]], max_new_tokens=9)
+    weight[5] = before
+    assert engine.generate([[5]], max_new_tokens=2) == generate(model, [[5]], max_new_tokens=2)
+
+
 # ---- caches that are kept and continued
 
 KEEPING = dict(max_new_tokens=9, temperature=1.0, stop_ids=[3, 5], keep=True)
