@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_tokens, token_confidence
+from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
+
+ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,49 @@ class Step:
         self.slot_B[: len(slot_B)] = slot_B
         for _ in range(n_steps):
             self.graph.replay() if self.graph else self.run()
+
+
+class SlotPool:
+    """The slots of a model, and the steps captured over them; both are made anew when more is asked of them.
+
+    There are at most `max_rows` slots, fewer where their cache would take more than `memory_share` of the memory that
+    is free. `is_stepwise` (None: on CUDA) says whether fixed steps over a list of slots are repeated, or the active
+    rows are kept the first ones.
+    """
+
+    def __init__(
+        self, model: Transformer, max_rows: int = 512, memory_share: float = 0.8, is_stepwise: bool | None = None
+    ):
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; at least one row is needed")
+        self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
+        self.device = model.head_weight_VC.device
+        self.slots: Slots | None = None
+        self.n_wanted = 0  # slots that were asked for, when these were made
+        self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
+        self.steps: dict[tuple[int, Sampling], Step] = {}
+
+    def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
+        """Make slots for requests of so many tokens, if those there are do not suffice."""
+        room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
+        wanted, slots = min(self.max_rows, n_requests), self.slots
+        if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
+            return  # also where memory held fewer than were wanted: it would again
+        if slots:  # no smaller in any way, so that calls of changing sizes settle
+            wanted, room = max(wanted, self.n_wanted), max(room, slots.room)
+            n_new = max(n_new, slots.n_new_tokens)
+        room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
+        self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
+        budget = int(free_memory(self.device) * self.memory_share)
+        self.slots = Slots(self.model, slots_that_fit(self.model, room, wanted, budget), room, n_new)
+
+    def step(self, n_rows: int, sampling: Sampling) -> Step:
+        """The repeatable step over at least `n_rows` slots."""
+        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
+        size = next(size for size in sizes if size >= n_rows)
+        if (size, sampling) not in self.steps:
+            self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
+        return self.steps[size, sampling]
 
 
 class Look:

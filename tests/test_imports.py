@@ -26,7 +26,19 @@ GROUPS = [
     },
     {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
-    {"prefill", "slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel", "checkpoint"},
+    {
+        "prefill",
+        "slots",
+        "batching",
+        "sampler",
+        "grpo",
+        "sft",
+        "distillation",
+        "preference",
+        "optim",
+        "parallel",
+        "checkpoint",
+    },
     {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
     | {"miniature", "training"},
 ]

@@ -15,7 +15,7 @@ import torch
 from running import Killed, call_main, read_lines, write_lines
 
 import nanor1.ledger
-from nanor1 import measure, sampler
+from nanor1 import batching, measure
 from nanor1.ledger import ledger_path
 from nanor1.methods import METHODS
 from nanor1.model import Transformer
@@ -116,7 +116,7 @@ class Watch:
         return made
 
 
-ADD, COLLECT = sampler._Run.add, sampler._Run.collect
+ADD, COLLECT = batching.Run.add, batching.Run.collect
 PRODUCE = measure.produce
 
 
@@ -128,8 +128,8 @@ def whole(run, folder):
     argv += ["--reward-model", folder / "reward"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "produce", watch.produce)
-        patch.setattr(sampler._Run, "add", lambda *arguments: watch.add(*arguments))
-        patch.setattr(sampler._Run, "collect", lambda *arguments: watch.collect(*arguments))
+        patch.setattr(batching.Run, "add", lambda *arguments: watch.add(*arguments))
+        patch.setattr(batching.Run, "collect", lambda *arguments: watch.collect(*arguments))
         code, printed, err = run(*argv)
     assert code == 0, err
     return argv, out, printed, watch

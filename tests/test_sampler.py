@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from nanor1 import draw, sampler
+from nanor1 import batching, draw
 from nanor1.draw import hash_uniform, request_key, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
@@ -246,7 +246,7 @@ def test_slots_are_as_many_as_the_memory_holds():
 
 def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     model = random_model()  # a token: 2 * 2 layers * 2 heads * 8 * 4 bytes; logits: 16 bytes a token of the vocabulary
-    monkeypatch.setattr(sampler, "free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
+    monkeypatch.setattr("nanor1.slots.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
     small = Sampler(model, max_rows=20, memory_share=1.0)  # of 44 + 20 tokens, rounded to 128
     completions = small.generate(RAGGED, max_new_tokens=20, n=2)
     assert small.slots.n_slots == 3
@@ -283,7 +283,7 @@ def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
         return forward(self, ids_N, cu_seqlens_B1, cache, *rest, **more)
 
     monkeypatch.setattr(Transformer, "forward", measuring_forward)
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 40)
     prompts = random_prompts([3] * 15 + [50] + [30, 3, 3, 3])
     completions = generate(model, prompts, max_new_tokens=4)
     assert sizes == [(13, 3), (2, 3), (1, 50), (1, 30), (3, 3)]  # a prompt longer than the budget runs alone
