@@ -110,12 +110,13 @@ class Progress:
         self.n_done = self.n_done_before = n_before
         self.lengths: Counter[tuple[int, int]] = Counter()  # of the answers of this batch
         self.is_live = sys.stderr.isatty()
-        self.start_s = self.shown_s = time.monotonic()
+        self.start_s = self.shown_s = self.counted_s = time.monotonic()
 
     def hear(self, problem: int, index: int, token: int) -> None:
         """A token of an answer."""
         self.lengths[problem, index] += 1
-        self.n_done += token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens
+        if token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens:
+            self._set_done(self.n_done + 1)
         self.count()
 
     def count(self, *_: int) -> None:
@@ -127,8 +128,11 @@ class Progress:
     def end_batch(self, n_answers: int) -> None:
         """Count the answers that ended otherwise too: by a stop text, or at the end of the context."""
         self.n_done_before += n_answers
-        self.n_done = self.n_done_before
+        self._set_done(self.n_done_before)
         self.lengths.clear()
+
+    def _set_done(self, n_answers: int) -> None:
+        self.n_done, self.counted_s = n_answers, time.monotonic()
 
     def show(self) -> None:
         self.shown_s = time.monotonic()
@@ -137,7 +141,9 @@ class Progress:
             f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {self.n_tokens / wall_s:.0f} tokens/s"
         )
         if n_new := self.n_done - self.n_before:
-            left_s = wall_s * (self.n_answers - self.n_done) / n_new
+            # as of when answers were last counted: in a search that may have been minutes ago
+            whole_s = (self.counted_s - self.start_s) * (1 + (self.n_answers - self.n_done) / n_new)
+            left_s = max(0.0, whole_s - wall_s)
             text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
         print(
             f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True

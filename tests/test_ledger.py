@@ -147,6 +147,16 @@ def test_a_search_tells_tokens_and_not_answers(clock, capsys):
     assert capsys.readouterr().err == "0/4 answers, 6 tokens, 0 tokens/s\n"
 
 
+def test_the_time_left_shrinks_while_a_search_that_counts_no_answers_goes_on(clock, capsys):
+    progress = Progress(6, 2, [9])
+    clock[0] += 20
+    progress.end_batch(2)  # so 40 seconds are left
+    for s, left in ((0, 40), (30, 10), (60, 0)):
+        clock[0] = 120.0 + s
+        progress.show()
+        assert capsys.readouterr().err.endswith(f" about {left} s left\n")
+
+
 def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress(2, 4, [9])
