@@ -54,9 +54,20 @@ Session = Generator[list[Prompt], list[list[Completion]], Result]
 class Run:
     """The requests that wait, those that run, and what has been generated; prompts may be added at any time."""
 
-    def __init__(self, pool: SlotPool, sampling: Sampling, keep: bool, on_token, stop_texts: Sequence[str], decode):
+    def __init__(
+        self,
+        pool: SlotPool,
+        sampling: Sampling,
+        *,
+        keep: bool,
+        stop_texts: Sequence[str],
+        decode,
+        on_progress,
+        on_token=None,
+    ):
         self.pool, self.model, self.device, self.sampling = pool, pool.model, pool.device, sampling
-        self.keep, self.on_token, self.stop_texts, self.decode_text = keep, on_token, stop_texts, decode
+        self.keep, self.stop_texts, self.decode_text = keep, stop_texts, decode
+        self.on_token, self.on_progress = on_token, on_progress
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
         is_late = pool.is_stepwise and not (on_token or stop_texts)
         self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
@@ -68,6 +79,7 @@ class Run:
         self.prefilled = range(0)  # the requests whose prompts' caches and last logits are held, to be copied to slots
         self.request_of: dict[int, int] = {}  # slot -> request, of the active ones
         self.looks: deque = deque()
+        self.n_new_of: dict[int, int] = {}  # request -> tokens made, of the last look that was read
         self.harvests: list[Harvest] = []
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
@@ -220,15 +232,21 @@ class Run:
 
     def look(self) -> None:
         """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
-        self.looks.append(Look(dict(self.request_of), self.slots.is_running))
-        if len(self.looks) > self.looks_late:
-            self.retire(self.looks.popleft().finished())
+        self.looks.append(Look(dict(self.request_of), self.slots))
+        if len(self.looks) <= self.looks_late:
+            return
+        finished, n_new_of = self.looks.popleft().read()
+        # slots that have another request by now are left alone
+        finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
+        if finished:
+            self.retire(finished)
+        if self.on_progress:
+            n_before = sum(self.n_new_of.get(request, 0) for request in n_new_of)
+            self.on_progress(sum(n_new_of.values()) - n_before, len(finished))
+            self.n_new_of = n_new_of
 
     def retire(self, finished: dict[int, int]) -> None:
-        """Keep what finished slots have made and free them; those who have another request by now are left alone."""
-        finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
-        if not finished:
-            return
+        """Keep what finished slots have made, and free them."""
         slot_F, slots = self._index(finished), self.slots
         cache = None
         if self.keep:

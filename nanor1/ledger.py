@@ -103,33 +103,29 @@ def read_lines(path: Path) -> Iterator[dict]:
 class Progress:
     """How far sampling is, on stderr: one line rewritten on a terminal, else a line now and then."""
 
-    def __init__(self, n_answers: int, max_new_tokens: int, stop_ids: Sequence[int], n_before: int = 0):
+    def __init__(self, n_answers: int, n_before: int = 0):
         """`n_before` of the answers were there before it began, and say nothing about the time left."""
-        self.n_answers, self.max_new_tokens, self.stop_ids = n_answers, max_new_tokens, frozenset(stop_ids)
-        self.n_tokens, self.n_before = 0, n_before
-        self.n_done = self.n_done_before = n_before
-        self.lengths: Counter[tuple[int, int]] = Counter()  # of the answers of this batch
+        self.n_answers, self.n_tokens, self.n_before = n_answers, 0, n_before
+        self.n_done = self.n_done_before = n_before  # the latter: in whole batches
         self.is_live = sys.stderr.isatty()
         self.start_s = self.shown_s = self.counted_s = time.monotonic()
 
-    def hear(self, problem: int, index: int, token: int) -> None:
-        """A token of an answer."""
-        self.lengths[problem, index] += 1
-        if token in self.stop_ids or self.lengths[problem, index] == self.max_new_tokens:
-            self._set_done(self.n_done + 1)
-        self.count()
+    def hear(self, n_tokens: int, n_answers: int) -> None:
+        """So many tokens more were sampled, and so many answers ended."""
+        if n_answers:
+            self._set_done(self.n_done + n_answers)
+        self.count(n_tokens)
 
-    def count(self, *_: int) -> None:
-        """A token, of whatever answer: a search tells how many answers are done at the end of a batch only."""
-        self.n_tokens += 1
+    def count(self, n_tokens: int, _: int = 0) -> None:
+        """So many tokens more: a search tells how many answers are done at the end of a batch only."""
+        self.n_tokens += n_tokens
         if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
             self.show()
 
     def end_batch(self, n_answers: int) -> None:
-        """Count the answers that ended otherwise too: by a stop text, or at the end of the context."""
+        """All answers of the batch are there, also those of a search."""
         self.n_done_before += n_answers
         self._set_done(self.n_done_before)
-        self.lengths.clear()
 
     def _set_done(self, n_answers: int) -> None:
         self.n_done, self.counted_s = n_answers, time.monotonic()

@@ -55,9 +55,9 @@ class Asker:
 # ---- runs: ways to produce answers
 
 
-def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Problem], seeds: list[int], on_token):
+def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Problem], seeds: list[int], on_progress):
     """The answers to some problems by a run: one Found a problem."""
-    tokenizer, settings, sampling = asker.tokenizer, asker.settings, dict(asker.sampling, on_token=on_token)
+    tokenizer, settings, sampling = asker.tokenizer, asker.settings, dict(asker.sampling, on_progress=on_progress)
     stops = dict(stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, decode=tokenizer.decode)
     if run.kind in ("samples", "greedy", "direct"):
         if run.kind != "samples":
@@ -72,7 +72,7 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
     if run.kind == "token-beam":
         sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
         return token_beam_search(
-            asker.sampler.model, prompts, vocab_size=tokenizer.vocab_size, on_token=on_token, **sizes
+            asker.sampler.model, prompts, vocab_size=tokenizer.vocab_size, on_progress=on_progress, **sizes
         )
     if run.kind == "budget":
         length = sampling.pop("max_new_tokens")
@@ -121,8 +121,7 @@ def measure(
             f"{path} goes on after {ledger.n_done} of {n_units} problems" if not ledger.is_whole else f"{path} is whole"
         )
     weight_of = [run.n for run in runs for _ in problems]
-    stop_ids = asker.tokenizer.stop_ids
-    progress = Progress(sum(weight_of), asker.sampling["max_new_tokens"], stop_ids, sum(weight_of[: len(rows)]))
+    progress = Progress(sum(weight_of), sum(weight_of[: len(rows)]))
     try:
         while len(rows) < n_units:
             number, first = divmod(len(rows), len(problems))

@@ -70,6 +70,7 @@ class Sampler(SlotPool):
         seed: int | Sequence[int] = 0,
         vocab_size: int | None = None,
         on_token: Callable[[int, int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
         confidence_k: int = 0,
         keep: bool = False,
         behind: Sequence[Kept | None] | None = None,
@@ -80,8 +81,9 @@ class Sampler(SlotPool):
         into text): finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's
         context: finish "length". Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above
         `vocab_size` are never sampled. `seed` is one number, or one a prompt, with which a prompt draws the same
-        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made. With
-        `confidence_k` completions have confidences, over so many likeliest tokens.
+        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made, for
+        which a GPU is waited for at each step; `on_progress(n_tokens, n_completions)` of how many were made and ended
+        since it was last called. With `confidence_k` completions have confidences, over so many likeliest tokens.
 
         With `keep` completions have their caches, which hold memory as long as they live; the model's weights must stay
         as they are. `behind` has one a prompt (None: none): what a prompt begins with of it is not read again.
@@ -102,7 +104,8 @@ class Sampler(SlotPool):
             for ids, limit, of_prompt, kept in zip(prompts, limits, seeds, behind, strict=True)
         ]
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size, confidence_k)
-        run = Run(self, sampling, keep, on_token, stop_texts, decode)
+        texts = dict(stop_texts=stop_texts, decode=decode)
+        run = Run(self, sampling, keep=keep, on_progress=on_progress, on_token=on_token, **texts)
         with torch.inference_mode():
             run.prepare(asked)
             requests_P = run.add(asked)
@@ -122,20 +125,20 @@ class Sampler(SlotPool):
         stop_texts: Sequence[str] = (),
         decode: Callable[[list[int]], str] | None = None,
         vocab_size: int | None = None,
-        on_token: Callable[[int, int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Result]:
         """Complete what sessions ask for, one thing after another, and return what each comes to in the end.
 
         A session is a generator that yields prompts, and is sent their completions, with their caches, when all of them
         are there. Sessions do not wait for each other: the slots that one leaves free are another's. New ones begin
         where slots would stand empty, while fewer than two waves of requests are under way, for their caches take
-        memory. Arguments and errors are those of `generate`; `on_token` hears 0 for the prompt and the completion.
+        memory. Arguments and errors are those of `generate`.
         """
         _check_sampling(temperature, top_k, top_p, stop_texts, decode)
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
-        hear = (lambda _, __, token: on_token(0, 0, token)) if on_token else None
+        texts = dict(stop_texts=stop_texts, decode=decode)
         with torch.inference_mode():
-            return Sessions(sessions, Run(self, sampling, True, hear, stop_texts, decode)).finish()
+            return Sessions(sessions, Run(self, sampling, keep=True, on_progress=on_progress, **texts)).finish()
 
 
 def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:

@@ -196,20 +196,21 @@ class SlotPool:
 
 
 class Look:
-    """Which slots were running at some moment; on CUDA the answer is copied while the device goes on."""
+    """How far slots were at some moment; on CUDA the answer is copied while the device goes on."""
 
-    def __init__(self, request_of: dict[int, int], is_running: Tensor):
+    def __init__(self, request_of: dict[int, int], slots: Slots):
         self.request_of, self.arrived = request_of, None
-        if is_running.device.type != "cuda":
-            self.is_running = is_running.tolist()
-            return
-        self.is_running = torch.empty(is_running.shape, dtype=torch.bool, pin_memory=True)
-        self.is_running.copy_(is_running, non_blocking=True)
-        self.arrived = torch.cuda.Event()
-        self.arrived.record()
+        self.state_2S = state_2S = torch.stack((slots.is_running.long(), slots.n_new))
+        if state_2S.device.type == "cuda":
+            self.state_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True)
+            self.state_2S.copy_(state_2S, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
-    def finished(self) -> dict[int, int]:
-        """slot -> request of those that had finished."""
+    def read(self) -> tuple[dict[int, int], dict[int, int]]:
+        """slot -> request of those that had finished; request -> tokens made, of all."""
         if self.arrived:
             self.arrived.synchronize()
-        return {slot: request for slot, request in self.request_of.items() if not self.is_running[slot]}
+        is_running_S, n_new_S = self.state_2S.tolist()
+        finished = {slot: request for slot, request in self.request_of.items() if not is_running_S[slot]}
+        return finished, {request: n_new_S[slot] for slot, request in self.request_of.items()}

@@ -246,12 +246,12 @@ def collect(
         say(f"{path} goes on after {ledger.n_done} of {ledger.n_problems} problems")
     seen = set(map(line_key, read_lines(path)))
     n_before, n_all = ledger.n_done * samples, len(questions) * samples
-    progress = Progress(n_all, sampling["max_new_tokens"], tokenizer.stop_ids, n_before)
+    progress = Progress(n_all, n_before)
     try:
         while not ledger.is_whole:
             batch = questions[ledger.n_done : ledger.n_done + batch_size]
             seeds = [seed * SEED_STRIDE + ledger.n_done + i for i in range(len(batch))]
-            groups = answer(sampler, tokenizer, batch, n=samples, seed=seeds, on_token=progress.hear, **sampling)
+            groups = answer(sampler, tokenizer, batch, n=samples, seed=seeds, on_progress=progress.hear, **sampling)
             progress.end_batch(len(batch) * samples)
             lines, counts = keep_batch(batch, ledger.n_done, groups, selection, source, seen)
             ledger = append(path, ledger, lines, len(batch), counts)

@@ -119,36 +119,34 @@ def clock(monkeypatch):
 
 
 def test_the_time_left_counts_only_what_this_run_has_done(clock, capsys):
-    progress = Progress(10, 2, [9], n_before=6)
+    progress = Progress(10, n_before=6)
     clock[0] = 110.0  # 2 of the 4 answers left take 10 seconds
-    for problem in (0, 1):
-        progress.hear(problem, 0, 9)
+    progress.hear(20, 2)
     progress.show()
-    assert capsys.readouterr().err == "8/10 answers, 2 tokens, 0 tokens/s, about 10 s left\n"
+    assert capsys.readouterr().err == "8/10 answers, 20 tokens, 2 tokens/s, about 10 s left\n"
 
 
-def test_an_answer_is_done_with_a_stop_token_or_at_its_limit_and_a_batch_counts_all_of_its_answers(clock):
-    progress = Progress(10, 2, [9])
-    for event in [(0, 0, 9), (0, 1, 5), (0, 1, 5), (1, 0, 5)]:
+def test_answers_count_when_they_end_and_at_the_end_of_a_batch_all_of_it(clock):
+    progress = Progress(10)
+    for event in [(3, 0), (3, 1), (2, 1)]:
         progress.hear(*event)
-    assert (progress.n_done, progress.n_tokens) == (2, 4)
+    assert (progress.n_done, progress.n_tokens) == (2, 8)
     progress.end_batch(4)
-    progress.hear(0, 1, 5)  # another answer of this number
-    assert (progress.n_done, progress.n_tokens) == (4, 5)
+    progress.hear(1, 0)
+    assert (progress.n_done, progress.n_tokens) == (4, 9)
 
 
 def test_a_search_tells_tokens_and_not_answers(clock, capsys):
-    progress = Progress(4, 2, [9])
-    for _ in range(5):
-        progress.count(0, 0, 9)
+    progress = Progress(4)
+    progress.count(5, 2)
     assert (progress.n_done, progress.n_tokens) == (0, 5)
     clock[0] += ledger.SPARSE_S
-    progress.count(0, 0, 9)
+    progress.count(1)
     assert capsys.readouterr().err == "0/4 answers, 6 tokens, 0 tokens/s\n"
 
 
 def test_the_time_left_shrinks_while_a_search_that_counts_no_answers_goes_on(clock, capsys):
-    progress = Progress(6, 2, [9])
+    progress = Progress(6)
     clock[0] += 20
     progress.end_batch(2)  # so 40 seconds are left
     for s, left in ((0, 40), (30, 10), (60, 0)):
@@ -159,10 +157,10 @@ def test_the_time_left_shrinks_while_a_search_that_counts_no_answers_goes_on(clo
 
 def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress(2, 4, [9])
+    progress = Progress(2)
     for _ in range(3):
         clock[0] += ledger.LIVE_S
-        progress.count()
+        progress.count(1)
     progress.clear()
     err = capsys.readouterr().err
     assert err.count("\r\x1b[K") == 4 and "\n" not in err and err.endswith("\r\x1b[K")

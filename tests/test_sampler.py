@@ -700,6 +700,34 @@ def test_on_token_hears_every_token_once_in_the_order_of_its_request():
     assert heard == {(p, g): ids for p, group in enumerate(ids_of(completions)) for g, ids in enumerate(group)}
 
 
+@pytest.mark.parametrize("is_stepwise", [False, True])
+@pytest.mark.parametrize("stop_texts", [[], ["56"]])
+def test_progress_tells_each_token_and_each_end_once(is_stepwise, stop_texts):
+    heard, sampler = [], Sampler(random_model(), 4, is_stepwise=is_stepwise)
+    completions_PG = sampler.generate(
+        RAGGED, n=3, max_new_tokens=40, stop_ids=[3, 4, 5], stop_texts=stop_texts, decode=digits,
+        on_progress=lambda *event: heard.append(event),
+    )  # fmt: skip
+    n_tokens = sum(len(ids) for group in ids_of(completions_PG) for ids in group)
+    assert [*map(sum, zip(*heard, strict=True))] == [n_tokens, 3 * len(RAGGED)] and min(min(heard)) >= 0
+    assert len(heard) > 10
+
+
+def test_who_asks_for_progress_alone_does_not_make_a_stepwise_sampler_look_more_often():
+    n_looks = []
+    for arguments in ({}, dict(on_progress=lambda *_: None), dict(on_token=lambda *_: None)):
+        sampler = Sampler(random_model(), 4, is_stepwise=True)
+        n_looks.append(0)
+
+        def step(*arguments, make=sampler.step):
+            n_looks[-1] += 1
+            return make(*arguments)
+
+        sampler.step = step
+        sampler.generate(RAGGED, n=2, max_new_tokens=40, **arguments)
+    assert n_looks[0] == n_looks[1] < n_looks[2] / 5
+
+
 def test_no_prompts_give_no_completions():
     assert generate(random_model(), [], max_new_tokens=5) == []
 

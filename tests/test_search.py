@@ -252,12 +252,16 @@ def test_token_beams_of_many_prompts_are_those_of_each_alone(width, length_penal
         for stop_ids in (STOPS, MANY_STOPS):
             heard = []
             together = token_beam_search(
-                model, prompts, stop_ids=stop_ids, on_token=lambda heard=heard: heard.append(1), **arguments
+                model,
+                prompts,
+                stop_ids=stop_ids,
+                on_progress=lambda *event, heard=heard: heard.append(event),
+                **arguments,
             )
             alone = [token_beam_search(model, [prompt], stop_ids=stop_ids, **arguments)[0] for prompt in prompts]
             assert answers_of(together) == answers_of(alone)
             assert [(f.n_sampled, f.n_prompt) for f in together] == [(f.n_sampled, f.n_prompt) for f in alone]
-            assert len(heard) == sum(f.n_sampled for f in together)
+            assert [*map(sum, zip(*heard, strict=True))] == [sum(f.n_sampled for f in together), len(prompts)]
     assert len({len(f.completions[0].ids) for f in together}) > 1
     assert token_beam_search(model, [], **arguments) == []
 

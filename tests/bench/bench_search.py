@@ -30,12 +30,12 @@ PLAIN = {"majority@8": "plain 8", "beam 4x4": "plain 16"}
 
 def rate(asker: Asker, run: Run | int, problems: list[Problem], prompts: list[list[int]]) -> float:
     """Sampled tokens a second of a way: of all that it does, choosing included."""
-    start_s, stops = time.perf_counter(), asker.tokenizer.stop_ids
+    start_s = time.perf_counter()
     if isinstance(run, int):
-        vocab_size = asker.tokenizer.vocab_size
+        stops, vocab_size = asker.tokenizer.stop_ids, asker.tokenizer.vocab_size
         made_PG = asker.sampler.generate(prompts, n=run, stop_ids=stops, vocab_size=vocab_size, **asker.sampling)
         return sum(len(made.ids) for group in made_PG for made in group) / (time.perf_counter() - start_s)
-    rows = answer(asker, run, problems, 0, Progress(len(problems) * run.n, asker.sampling["max_new_tokens"], stops))
+    rows = answer(asker, run, problems, 0, Progress(len(problems) * run.n))
     figures("majority" if run.kind == "samples" else run.kind, run.n, run, rows, problems, asker.settings)
     return sum(row["sampled"] for row in rows) / (time.perf_counter() - start_s)
 
