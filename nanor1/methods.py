@@ -56,8 +56,7 @@ class Run:
 class Method:
     """How a problem's answers are produced and one of them is chosen.
 
-    `choose` None: the first one that has finished, for a search gives the best first; best-rule is an estimate over all
-    samples, and chooses none.
+    `choose` None: the first one that has finished, for a search gives the best first.
     """
 
     run: str
@@ -78,6 +77,11 @@ def _by_value(value: Callable[[Candidate], float | None]):
     return lambda _, candidates, settings: best_of(candidates, [value(candidate) for candidate in candidates])
 
 
+def _gold(candidate: Candidate) -> float | None:
+    """A right answer before a wrong one, and of right ones one in the form asked for."""
+    return None if candidate.accuracy is None else candidate.accuracy * (1 + candidate.format)
+
+
 def _most_frequent(problem: Problem, candidates: list[Candidate], _: Settings) -> int | None:
     return majority(problem, candidates)
 
@@ -94,7 +98,7 @@ METHODS = {
     "vote-lowest": Method("samples", _by_weight(lambda c: c.lowest), "votes weigh their least confidence", True),
     "best-logprob": Method("samples", _by_value(lambda c: c.logprob / c.n_tokens), "the likeliest a token"),
     "best-reward": Method("samples", _by_value(lambda c: c.score), "the one that a reward model prefers"),
-    "best-rule": Method("samples", None, "upper bound: the gold answer chooses (pass@N)"),
+    "best-rule": Method("samples", _by_value(_gold), "upper bound: the gold answer chooses"),
     "beam": Method("beam", None, "beam search over steps"),
     "dvts": Method("dvts", None, "the same in independent trees"),
     "token-beam": Method("token-beam", None, "beam search over tokens"),
@@ -227,13 +231,6 @@ def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
 def _score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
     method = METHODS[name]
-    if name == "best-rule":
-        known = [answer for answer in row["answers"] if answer["accuracy"] is not None]
-        if len(known) < n:
-            return None
-        right = [answer for answer in known if answer["accuracy"] == 1.0]
-        strict = [answer for answer in right if answer["format"] == 1.0]
-        return pass_at_k(len(known), len(right), n), pass_at_k(len(known), len(strict), n)
     groups = [answers for answers, _ in _parts(1 if name == "sample" else n, run, row)]
     verdicts = [_verdict(method, group, problem, settings) for group in groups]
     verdicts = [verdict for verdict in verdicts if verdict is not None]
@@ -329,10 +326,22 @@ def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
         what = "of the thinking's words are in the problem's language"
         lines.insert(3, f"language        {mean('language'):.3f}   {what}")
     is_code = problems[0].task == "code"
-    for name, label in (("best-rule", "pass"), ("majority", "majority"))[: 1 if is_code else 2] * (run.n > 1):
-        values = "  ".join(f"{figures(name, n, run, rows, problems, Settings()).accuracy:.3f}" for n in powers)
-        lines.insert(1, f"{label + '@':<15} {values}   of {', '.join(map(str, powers))}")
+    found = {"pass@": [pass_rate(n, rows) for n in powers]}
+    if not is_code:
+        found["majority@"] = [figures("majority", n, run, rows, problems, Settings()).accuracy for n in powers]
+    for label, values in found.items() if run.n > 1 else ():
+        lines.insert(1, f"{label:<15} {'  '.join(f'{x:.3f}' for x in values)}   of {', '.join(map(str, powers))}")
     return "\n".join(lines)
+
+
+def pass_rate(k: int, rows: Sequence[dict]) -> float:
+    """The mean pass@k of the problems that have k answers which could be judged; nan where none has.
+
+    Unbiased, over all subsets of k. best-rule looks at the subsets that other methods choose from, and so bounds them.
+    """
+    verdicts_P = [[a["accuracy"] for a in row["answers"] if a["accuracy"] is not None] for row in rows]
+    found = [pass_at_k(len(verdicts), verdicts.count(1.0), k) for verdicts in verdicts_P if len(verdicts) >= k]
+    return sum(found) / len(found) if found else math.nan
 
 
 def powers_of_two(n: int) -> list[int]:
