@@ -169,6 +169,12 @@ def _attend_slots(q, k, v, k_SKTD, v_SKTD, slot_B: Tensor, position_B, length_B,
     return cached_attention(q, k_SKTD, v_SKTD, slot_B, length_B, max_len)
 
 
+def make_embedding(n: int, width: int) -> nn.Embedding:
+    """nn.Embedding, but for its own initialisation, which on the meta device imports torch._dynamo for two seconds."""
+    weight = torch.empty(n, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -177,9 +183,9 @@ class Transformer(nn.Module):
         self.checkpoints_activations = False  # keep only each block's input for the backward, and run it again there
         self.attend_packed = _attend_packed  # compile_blocks may take it out of the graph
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.rope_theta is None:
-            self.model.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.model.embed_positions = make_embedding(config.max_position_embeddings, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = make_norm(config)
         if not config.tie_word_embeddings:
