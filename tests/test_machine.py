@@ -17,7 +17,8 @@ def rates(monkeypatch):
     """Set what the measurement of matrix products finds, by dtype."""
 
     def set_rates(**rates):
-        def measured(device, dtype):
+        def measured(device, dtype, clock=time.perf_counter):
+            set_rates.clock = clock
             return rates[str(dtype).removeprefix("torch.")]
 
         monkeypatch.setattr(machine, "matrix_rate", measured)
@@ -35,7 +36,9 @@ def test_a_cpu_gets_bf16_weights_only_where_it_multiplies_them_clearly_faster(ra
     rates(float32=100e9, bfloat16=bf16)
     device, dtype, said = choose("cpu", "auto")
     assert (device, dtype) == (CPU, chosen)
-    assert f"float32 100, bfloat16 {bf16 / 1e9:.0f} GFLOP/s" in said and str(chosen).removeprefix("torch.") in said
+    assert f"float32 100, bfloat16 {bf16 / 1e9:.0f} GFLOP/s a core" in said
+    assert str(chosen).removeprefix("torch.") in said
+    assert rates.clock is time.process_time, "the time of other programs must not count"
 
 
 def test_a_small_model_gets_fp32_on_a_cpu_whatever_it_is_good_at(rates):
