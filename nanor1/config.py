@@ -11,6 +11,7 @@ file. Left out: nested configurations, subcommands, abbreviated names. Source: t
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -51,8 +52,12 @@ def user_errors() -> Iterator[None]:
     """Turn a ValueError or OSError raised by nanor1 or its scripts into `fail`; also a decorator, `@user_errors()`.
 
     The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
-    Ctrl-C ends the program with 130, as a shell expects, and without one.
+    Ctrl-C ends the program with 130, as a shell expects, and without one. What a console's encoding lacks is printed
+    as a question mark.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:

@@ -66,23 +66,24 @@ def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
 
 
 def digest(asked: Sequence) -> str:
-    """Changes when a question or its gold answer does, as when the file that they are read from is edited."""
+    """Changes when a question or what judges it does, as when the file that they are read from is edited."""
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
-def touch(path: Path) -> None:
+def touch(path: Path, option: str = "--out") -> None:
+    """Make sure that a file can be written; ValueError if it cannot."""
     try:
         path.open("ab").close()
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror}); give an --out in a folder that is there"
-        ) from error
+        raise ValueError(f"{option} {path} cannot be written ({error.strerror}); give another one") from error
 
 
 def append(path: Path, ledger: Ledger, lines: list[dict], n_problems: int, counts: Counter[str]) -> Ledger:
-    """Add the lines of a batch: first the bytes are on the disk, then the ledger says so."""
+    """Add the lines of a batch where the last one ends: first the bytes are on the disk, then the ledger says so."""
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
-    with path.open("ab") as file:
+    with path.open("r+b") as file:
+        file.seek(ledger.n_bytes)
+        file.truncate()
         file.write(content)
     fsync(path)
     ledger = replace(
@@ -97,7 +98,12 @@ def append(path: Path, ledger: Ledger, lines: list[dict], n_problems: int, count
 
 def read_lines(path: Path) -> Iterator[dict]:
     with path.open("rb") as file:
-        yield from map(json.loads, file)
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged ({error}); give a new --out") from error
+            yield row
 
 
 class Progress:

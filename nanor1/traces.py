@@ -236,7 +236,7 @@ def collect(
     Continues the file if it was begun with the same `arguments` (all that decide the lines; the questions are added
     here). `source` goes into every line; `sampling` to Sampler.generate. After Ctrl-C the ledger returned is not whole.
     """
-    asked = [(question.shown, question.problem and question.problem.answer) for question in questions]
+    asked = [(question.shown, repr(question.problem)) for question in questions]
     path, arguments = Path(path), {**arguments, "problems": digest(asked)}
     ledger = open_ledger(path, arguments, len(questions))
     if ledger.is_whole:
