@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -27,19 +28,20 @@ import torch
 from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages
 from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
 from nanor1.evaluate import Preference
+from nanor1.ledger import touch
 from nanor1.machine import choose_device
 from nanor1.measure import Asker, batch_size, measure
 from nanor1.methods import (
+    LEGEND,
     METHODS,
     SINGLE,
     Figures,
     Run,
     Settings,
-    applicable,
     compare,
+    obstacle,
     picture,
     powers_of_two,
-    refuse,
     report,
     runs_of,
     table,
@@ -89,7 +91,7 @@ class Config:
         "", 'JSON object of variables of the model\'s chat template, as {"enable_thinking": false} for Qwen3'
     )
     raw: bool = option(False, "--template bare: the prompt as it is")
-    seed: int = option(0, "of the random numbers")
+    seed: int = option(0, "of the random numbers, and of a miniature that is named")
 
     temperature: float = option(0.6, "0: greedy; with --task the default is 0, and 1 where --n is above 1", "sampling")
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all")
@@ -120,10 +122,12 @@ class Config:
     examples: str | None = option(None, "JSON lines of `prompt` and `completion` to show first (few-shot)")
     reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for best-reward")
     step_score: Literal["logprob", "reward"] = option("logprob", "beam, dvts: by what the best steps are kept")
-    step_text: str = option("", "ends a step of beam and dvts; none: a line break")
-    wait_text: str = option("", "budget: what takes the place of the end of thinking; none: Wait")
-    min_thinking: int = option(
-        0, "budget: tokens from which on thinking may end; 0: at every end, N - 1 times, it waits"
+    step_text: str | None = option(None, "beam, dvts: ends a step; none: a line break (a miniature: wait)")
+    wait_text: str | None = option(
+        None, "budget: takes the place of the end of thinking; none: Wait (without tags: on a new line)"
+    )
+    min_thinking: int | None = option(
+        None, "budget: tokens from which on thinking may end; none: at every end, N - 1 times, it waits"
     )
     max_thinking: int = option(0, "budget: tokens after which thinking is ended by force; 0: what --max-answer leaves")
     max_answer: int = option(0, "budget: tokens of the answer behind it; 0: a quarter of --max-new-tokens")
@@ -148,7 +152,7 @@ class Config:
 
     def validate(self) -> None:
         least = dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0, max_per_problem=1)
-        least |= dict(min_thinking=0, max_thinking=0, max_answer=0, window=1)
+        least |= dict(max_thinking=0, max_answer=0, window=1)
         check_least(self, least, {})
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
@@ -159,6 +163,8 @@ class Config:
         parse_object(self.template_args, "--template-args")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"--keep-share is {self.keep_share}; it must be above 0 and at most 1")
+        if self.min_thinking is not None and self.min_thinking < 0:
+            raise ValueError(f"--min-thinking is {self.min_thinking}; it must be at least 0")
         if self.step_score == "reward" and not self.reward_model:
             raise ValueError("--step-score reward needs --reward-model FOLDER")
         if self.task in ("gsm8k", "math", "code") and not self.data:
@@ -178,10 +184,8 @@ class Config:
             self.refuse(["data", "task_args", "limit", "out", "keep"], "is for an evaluation: add --task")
         if not self.task or self.keep:
             self.refuse(METHOD_OPTIONS, "is for an evaluation: add --task, and leave --keep out")
-        elif not (self.method or self.compare):
-            self.refuse(["picture"], "is of --method or --compare")
-        if self.picture and not Path(self.picture).resolve().parent.is_dir():
-            raise ValueError(f"--picture {self.picture} cannot be written: there is no such folder; make it first")
+        else:
+            self.check_methods()
         if self.prompts and self.keep not in (None, "all"):
             raise ValueError(f"--keep {self.keep} needs --task, by which answers are judged; --prompts are not")
         if self.keep not in ("correct", "pairs"):
@@ -191,9 +195,22 @@ class Config:
         if self.keep == "pairs" and self.n == 1:
             raise ValueError("--keep pairs needs several answers to a problem; give --n 16")
 
+    def check_methods(self) -> None:
+        """Options of a method are for it alone, and do something."""
+        if not (self.method or self.compare):
+            self.refuse(["picture"], "is of --method or --compare")
+        if self.compare and self.n == 1:
+            raise ValueError("--compare looks at N = 1, 2, 4 ... --n: give --n 2 or more")
+        if self.methods or not self.compare:
+            for names, users in OPTIONS_OF.items():
+                if not {*users.split()} & {*self.methods}:
+                    self.refuse(names.split(), f"is of --method {users.replace(' ', ' or ')}, which is not asked for")
+        if self.n == 1:
+            self.refuse(["wait_text", "min_thinking"], "is of budget forcing's N - 1 waits: give --n 2 or more")
+
     @property
     def methods(self) -> list[str]:
-        return list(filter(None, self.method.split(",")))
+        return list(dict.fromkeys(filter(None, self.method.split(","))))
 
     @property
     def ns(self) -> list[int]:
@@ -209,10 +226,15 @@ class Config:
 # As it is trained, and in its words; its answers are short and take little memory.
 MINIATURE = dict(max_new_tokens=224, max_rows=512, step_text="wait", wait_text="wait")
 N_GENERATED = 200  # problems where no --limit is given
-UNDRAWN = {"token-beam", "budget", "refine"}  # runs whose N answers differ at temperature 0, too
+UNDRAWN = {"token-beam", "budget", "refine", *SINGLE}  # runs whose answers are not N equal ones at temperature 0
+OPTIONS_OF = {  # methods
+    "step_score step_text": "beam dvts",
+    "wait_text min_thinking max_thinking max_answer": "budget",
+    "window keep_share": "vote-tail vote-lowest",
+}
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
-ASKED = "task data task_args limit n seed stop_text " + " ".join(SAMPLING)  # what files depend on
-TRACES = ASKED + " prompts system keep any_format min_language max_per_problem"
+ASKED = "task data task_args limit seed stop_text " + " ".join(SAMPLING)  # what files depend on
+TRACES = ASKED + " n prompts system keep any_format min_language max_per_problem"
 EVALUATION = (
     ASKED + " style examples reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
 )
@@ -230,8 +252,10 @@ def main() -> None:
         )
     if find_miniature(config.model):
         config = apply_preset(config, given, MINIATURE)
+    if config.max_answer >= config.max_new_tokens and not config.max_thinking:
+        raise ValueError(f"--max-answer {config.max_answer} leaves nothing of --max-new-tokens {config.max_new_tokens}")
     prompt = config.prompt if config.task or config.prompts or "prompt" in given else read_stdin()
-    engine = load_engine(config)
+    engine = make_engine(config)
     if config.keep or config.prompts:
         write_traces(engine)
     elif config.task:
@@ -242,14 +266,19 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model ready to answer, and how it is asked to."""
+    """A model, and how it is asked; its weights are read when they are first needed, after all mistakes are found."""
 
     folder: Path  # of the model
-    sampler: Sampler
+    device: torch.device
+    dtype: torch.dtype
     tokenizer: Tokenizer
     template: str
     template_arguments: dict[str, object]  # of the model's chat template
     config: Config
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(Transformer.from_pretrained(self.folder, self.dtype, self.device), self.config.max_rows)
 
     def sampling(self) -> dict:
         """The arguments of Sampler.generate that are the same for every prompt."""
@@ -273,6 +302,8 @@ class Console:
 
 def read_stdin() -> str | None:
     """The prompt on stdin without the newline at its end; None where a person sits there."""
+    if sys.stdin is None:  # closed
+        return ""
     if sys.stdin.isatty():
         return None
     try:
@@ -281,7 +312,7 @@ def read_stdin() -> str | None:
         raise ValueError(f"the prompt on stdin is not UTF-8 text ({error}); convert it") from error
 
 
-def load_engine(config: Config) -> Engine:
+def make_engine(config: Config) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_model(config.model, config.seed, Console())
@@ -291,9 +322,8 @@ def load_engine(config: Config) -> Engine:
     if config.system and template != "chat":
         raise ValueError(f"--system needs the template chat, and this is {template}; write it into the prompt")
     device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
-    model = Transformer.from_pretrained(folder, dtype, device)
     say(f"model: {folder}; template: {template} ({reason})")
-    return Engine(folder, Sampler(model, config.max_rows), tokenizer, template, template_arguments, config)
+    return Engine(folder, device, dtype, tokenizer, template, template_arguments, config)
 
 
 def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -353,19 +383,18 @@ def evaluate(engine: Engine) -> None:
     config, miniature = engine.config, own_miniature(engine.tokenizer)
     check_miniature(config, miniature)
     methods = choose_methods(engine)
-    problems, asker = load_problems(config, miniature), make_asker(engine)
-    for number, problem in enumerate(problems, 1):
-        check_room(f"problem {number}", asker.prompt(problem)[1], engine.sampler)
     runs = runs_of(methods or ["sample"], config.ns)
     refuse_stop_text(config, runs)
-    arguments = deciding_arguments(engine, EVALUATION) | {"runs": [*map(str, runs)]}
-    rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
+    if config.picture:
+        touch(Path(config.picture), "--picture")
+    problems, asker = load_problems(config, miniature), make_asker(engine)
+    rows, is_whole = measure(asker, problems, runs, config.out, deciding_arguments(engine, EVALUATION), say)
     if any(rows.values()):
         how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
         begun = "".join(f" (of {run} {len(done)})" for run, done in rows.items() if 0 < len(done) < len(problems))
         print(f"{config.task}: {len(problems)} problems{begun} x {config.n}, template {engine.template}, {how}")
         if methods:
-            print(show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings)))
+            show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings))
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:
@@ -376,10 +405,13 @@ def choose_methods(engine: Engine) -> list[str]:
     """Those of --method; for --compare without it all that can be; ValueError for one that cannot."""
     config = engine.config
     what = (config.ns, config.task, engine.template, bool(config.reward_model))
-    if config.compare and not config.methods:
-        return applicable(*what)
-    refuse(config.methods, *what)
-    return config.methods
+    takes_all = config.compare and not config.methods
+    obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
+    for why in filter(None, obstacles.values()):
+        if not takes_all:
+            raise ValueError(why)
+        say(f"left out: {why}")
+    return [name for name, why in obstacles.items() if not why]
 
 
 def refuse_stop_text(config: Config, runs: list[Run]) -> None:
@@ -389,29 +421,31 @@ def refuse_stop_text(config: Config, runs: list[Run]) -> None:
         raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
 
 
-def show_methods(config: Config, methods: list[str], found: list[Figures]) -> str:
-    """The table of methods and what their names mean; the picture goes to --picture."""
+def show_methods(config: Config, methods: list[str], found: list[Figures]) -> None:
+    """Print the table of methods and what its words mean, and draw the picture."""
+    print("\n".join([table(found), "", *(f"{name:<13} {METHODS[name].what}" for name in methods), "", LEGEND]))
     if config.picture:
         title = f"{Path(config.model).resolve().name} on {config.task}, {found[0].problems} problems"
         Path(config.picture).write_text(picture(found, title), encoding="utf-8")
-    return "\n".join([table(found), "", *(f"{name:<13} {METHODS[name].what}" for name in methods)])
 
 
 def make_asker(engine: Engine) -> Asker:
     """The model with all that --task's options say of how it is asked."""
     config, tokenizer = engine.config, engine.tokenizer
     is_tagged = engine.template == "r1-zero" or config.style == "think"
+    max_answer = config.max_answer or max(1, config.max_new_tokens // 4)
     settings = Settings(
         step_text=config.step_text or "\n",
         wait_text=config.wait_text or ("Wait" if is_tagged else "\nWait,"),
         end_text="</think>" if is_tagged else "",
         answer_text=answer_opening(config.task),
-        min_thinking=config.min_thinking or math.inf,
-        max_thinking=config.max_thinking,
-        max_answer=config.max_answer,
+        min_thinking=math.inf if config.min_thinking is None else config.min_thinking,
+        max_thinking=config.max_thinking or max(1, config.max_new_tokens - max_answer),
+        max_answer=max_answer,
         window=config.window,
         keep_share=config.keep_share,
     )
+    examples = read_examples(config.examples) if config.examples else ()
     preference, scorer = judges(engine) if config.reward_model else (None, mean_logprob)
     if config.step_score == "reward" and is_tagged:
         raise ValueError(
@@ -426,7 +460,7 @@ def make_asker(engine: Engine) -> Asker:
         stop_texts=[config.stop_text] if config.stop_text else [],
         template_arguments=engine.template_arguments,
         style=config.style,
-        examples=read_examples(config.examples) if config.examples else (),
+        examples=examples,
         settings=settings,
         preference=preference,
         scorer=scorer if config.step_score == "reward" else mean_logprob,
@@ -442,9 +476,8 @@ def answer_opening(task: str) -> str:
 
 def judges(engine: Engine) -> tuple[Preference, Scorer]:
     """What the reward model of --reward-model thinks of whole answers, in 0..1, and of answers step by step."""
-    weight = engine.sampler.model.head_weight_VC
-    model = load_reward_model(engine.config.reward_model, engine.tokenizer, weight.dtype, weight.device)
-    n_tokens = default_tokens_per_batch(0, weight.device)
+    model = load_reward_model(engine.config.reward_model, engine.tokenizer, engine.dtype, engine.device)
+    n_tokens = default_tokens_per_batch(0, engine.device)
     return to_preference(model, engine.tokenizer, n_tokens), reward_scorer(model, engine.tokenizer, n_tokens)
 
 
@@ -554,7 +587,7 @@ def deciding_arguments(engine: Engine, names: str) -> dict:
     """The arguments on which the lines depend; --max-rows and the device may change when the command goes on."""
     arguments = {option_name(name): getattr(engine.config, name) for name in names.split()}
     arguments["--template-args"] = engine.template_arguments  # however they were spelled
-    arguments["--dtype"] = str(engine.sampler.model.head_weight_VC.dtype).removeprefix("torch.")
+    arguments["--dtype"] = str(engine.dtype).removeprefix("torch.")
     return {"--model": str(engine.folder), "--template": engine.template} | arguments
 
 

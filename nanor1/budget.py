@@ -155,8 +155,9 @@ def force_budget(
     """
     check_sizes(prompts, seeds, max_thinking=max_thinking, max_answer=max_answer)
     forced_ids = tokenizer.encode(end_text + answer_text, allow_special=True)
+    least = least_room(tokenizer, end_text + answer_text, max_answer)
     budget = _Budget(tokenizer, end_text, wait_text, forced_ids, min_thinking, max_waits, max_answer)
-    room = sampler.model.config.max_position_embeddings - len(forced_ids) - max_answer
+    room = sampler.model.config.max_position_embeddings - least + 1
     limits = [min(max_thinking, room - len(ids)) for ids in prompts]
     for i, limit in enumerate(limits):
         if limit < 1:
@@ -168,6 +169,11 @@ def force_budget(
     stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
     sessions = [_think(answer, budget) for answer in answers]
     return sampler.run(sessions, vocab_size=tokenizer.vocab_size, **stops, **sampling)
+
+
+def least_room(tokenizer: Tokenizer, forced_text: str, max_answer: int) -> int:
+    """Tokens that must be left behind a prompt: for the end of thinking that is put in, the answer, and a thought."""
+    return len(tokenizer.encode(forced_text, allow_special=True)) + max_answer + 1
 
 
 def _think(answer: _Answer, budget: _Budget) -> Session[Found]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from nanor1.budget import force_budget, refine
+from nanor1.budget import force_budget, least_room, refine
 from nanor1.evaluate import Preference, judge_all, to_candidate, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
@@ -75,15 +75,10 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
             asker.sampler.model, prompts, vocab_size=tokenizer.vocab_size, on_progress=on_progress, **sizes
         )
     if run.kind == "budget":
-        length = sampling.pop("max_new_tokens")
-        max_answer = settings.max_answer or max(1, length // 4)
-        max_thinking = settings.max_thinking or max(1, length - max_answer)
-        sizes = dict(max_thinking=max_thinking, max_answer=max_answer, max_waits=run.n - 1)
-        texts = dict(end_text=settings.end_text, wait_text=settings.wait_text, answer_text=settings.answer_text)
-        minimum = settings.min_thinking
-        return force_budget(
-            asker.sampler, tokenizer, prompts, seeds=seeds, min_thinking=minimum, **sizes, **texts, **sampling
-        )
+        del sampling["max_new_tokens"]
+        names = ("min_thinking", "max_thinking", "max_answer", "end_text", "wait_text", "answer_text")
+        arguments = {name: getattr(settings, name) for name in names} | dict(max_waits=run.n - 1, seeds=seeds)
+        return force_budget(asker.sampler, tokenizer, prompts, **arguments, **sampling)
     assert run.kind == "refine", run
     messages_P = [format_prompt(problem, "chat", asker.style, asker.examples) for problem in problems]
     arguments = dict(request=settings.request, template_arguments=asker.template_arguments)
@@ -107,37 +102,62 @@ def measure(
 ) -> tuple[dict[Run, list[dict]], bool]:
     """The rows of each run, and whether they are all there: after Ctrl-C those of the batches done.
 
-    With `path` they are kept in that file, and one that was begun with the same `arguments` goes on; the problems as
-    they are shown are added to these.
+    With `path` they are kept in that file, and one that was begun with the same `arguments` goes on, also with other
+    runs; the problems as they are shown are added to the arguments. ValueError for a problem that leaves no room to
+    answer.
     """
-    n_units, arguments = (
-        len(runs) * len(problems),
-        {**arguments, "problems": digest([(asker.prompt(problem)[0], problem.answer) for problem in problems])},
-    )
-    ledger = open_ledger(Path(path), arguments, n_units) if path else Ledger(arguments, n_units)
-    rows = list(islice(read_lines(Path(path)), ledger.n_done)) if path else []
-    if rows:
-        say(
-            f"{path} goes on after {ledger.n_done} of {n_units} problems" if not ledger.is_whole else f"{path} is whole"
-        )
-    weight_of = [run.n for run in runs for _ in problems]
-    progress = Progress(sum(weight_of), sum(weight_of[: len(rows)]))
+    shown = [asker.prompt(problem) for problem in problems]
+    _check_room(asker, runs, [len(ids) for _, ids in shown])
+    asked = [(text, repr(problem)) for (text, _), problem in zip(shown, problems, strict=True)]
+    P, n_units, rows = len(problems), len(runs) * len(problems), {run: [] for run in runs}
+    ledger = Ledger({**arguments, "problems": digest(asked)}, n_units)
+    if path:
+        ledger = open_ledger(Path(path), ledger.arguments, n_units)
+        rows = read_rows(Path(path), ledger.n_done, runs)
+        n_held = sum(map(len, rows.values()))
+        ledger = replace(ledger, n_problems=ledger.n_done + n_units - n_held)
+        if n_held:
+            say(f"{path} goes on after {n_held} of {n_units} problems" if n_held < n_units else f"{path} is whole")
+    progress = Progress(P * sum(run.n for run in runs), sum(run.n * len(rows[run]) for run in runs))
+    size = 0
     try:
-        while len(rows) < n_units:
-            number, first = divmod(len(rows), len(problems))
-            run = runs[number]
-            last = min(len(problems), first + batch_size(run, asker.sampler.max_rows))
-            made = answer(asker, run, problems[first:last], first, progress)
-            progress.end_batch(len(made) * run.n)
-            rows += made
-            ledger = append(Path(path), ledger, made, len(made), Counter()) if path else ledger
+        for run in runs:
+            while (first := len(rows[run])) < P:
+                size = min(P - first, batch_size(run, asker.sampler.max_rows))
+                made = answer(asker, run, problems[first : first + size], first, progress)
+                progress.end_batch(size * run.n)
+                ledger = append(Path(path), ledger, made, size, Counter()) if path else ledger
+                rows[run] += made
     except KeyboardInterrupt:
         progress.clear()
         kept = f", kept in {path}; the same command goes on from there" if path else ""
-        say(f"stopped by Ctrl-C after {len(rows)} of {n_units} problems{kept}")
+        n_done = sum(map(len, rows.values()))
+        say(f"stopped by Ctrl-C after {n_done} of {n_units} problems ({size} under way lost){kept}")
     progress.clear()
-    P = len(problems)
-    return {run: rows[i * P : (i + 1) * P] for i, run in enumerate(runs)}, len(rows) == n_units
+    return rows, all(len(done) == P for done in rows.values())
+
+
+def _check_room(asker: Asker, runs: Sequence[Run], n_prompt_P: Sequence[int]) -> None:
+    """ValueError for a prompt behind which the model's context has no room for an answer by one of the runs."""
+    context, settings = asker.sampler.model.config.max_position_embeddings, asker.settings
+    forced = [settings.end_text + settings.answer_text for run in runs if run.kind == "budget"]
+    least = max((least_room(asker.tokenizer, text, settings.max_answer) for text in forced), default=1)
+    for number, n in enumerate(n_prompt_P, 1):
+        if n + least > context:
+            why = f", of which an answer with --max-answer {settings.max_answer} takes at least {least}"
+            why = why if least > 1 else ""
+            raise ValueError(f"problem {number} is {n} tokens; the model's context is {context}{why}: shorten it")
+
+
+def read_rows(path: Path, n_rows: int, runs: Sequence[Run]) -> dict[Run, list[dict]]:
+    """What a file holds of some runs, in the order of the problems."""
+    rows = {str(run): [] for run in runs}
+    for number, row in enumerate(islice(read_lines(path), n_rows), 1):
+        if (done := rows.get(row.get("run"))) is not None:
+            if row.get("index") != len(done):
+                raise ValueError(f"{path}, line {number}: problem {len(done)} of {row['run']} should stand here")
+            done.append(row)
+    return {run: rows[str(run)] for run in runs}
 
 
 def batch_size(run: Run, max_rows: int) -> int:

@@ -31,8 +31,8 @@ class Settings:
     end_text: str = "</think>"  # that end; "" where a model thinks without tags, and the stop token is the end
     answer_text: str = ""  # put in after an end by force
     min_thinking: float = math.inf  # tokens from which on thinking may end
-    max_thinking: int = 0  # tokens; 0: what max_answer leaves of an answer's length
-    max_answer: int = 0  # tokens behind the thinking; 0: a quarter of an answer's length
+    max_thinking: int = 768  # tokens
+    max_answer: int = 256  # tokens behind the thinking
     window: int = 32  # tokens over which a confidence is taken
     keep_share: float = 1.0  # of the answers, the most confident ones, vote by confidence
     request: str = REQUEST  # for a review of the last answer
@@ -88,7 +88,7 @@ def _most_frequent(problem: Problem, candidates: list[Candidate], _: Settings) -
 
 METHODS = {
     "greedy": Method("greedy", None, "one answer at temperature 0"),
-    "direct": Method("direct", None, "the same, asked for the answer alone"),
+    "direct": Method("direct", None, "one answer at temperature 0, asked for without any thinking"),
     "sample": Method("samples", None, "one sampled answer (mean over all samples)"),
     "majority": Method("samples", _most_frequent, "the most frequent answer (self-consistency)", True),
     "vote-logprob": Method(
@@ -100,7 +100,7 @@ METHODS = {
     "best-reward": Method("samples", _by_value(lambda c: c.score), "the one that a reward model prefers"),
     "best-rule": Method("samples", _by_value(_gold), "upper bound: the gold answer chooses"),
     "beam": Method("beam", None, "beam search over steps"),
-    "dvts": Method("dvts", None, "the same in independent trees"),
+    "dvts": Method("dvts", None, "beam search over steps in independent trees"),
     "token-beam": Method("token-beam", None, "beam search over tokens"),
     "budget": Method("budget", None, "N - 1 times made to think on (budget forcing)"),
     "refine": Method("refine", _most_frequent, "N - 1 reviews of the last answer, then a vote", True),
@@ -123,40 +123,29 @@ def sizes_of(name: str, ns: Sequence[int]) -> list[int]:
     if name in (*SINGLE, "sample"):
         return [1]
     least = 2 if name in AMONG_SAMPLES else MAX_BRANCHING + 1 if name == "dvts" else 1
-    return [n for n in ns if n >= least] or [max(ns)]
+    return [n for n in ns if n >= least]
 
 
-def refuse(methods: Sequence[str], ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> None:
-    """ValueError for a method that cannot work here, and why."""
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; choose of {', '.join(METHODS)}")
-        if task == "code" and METHODS[name].is_vote:
-            raise ValueError(
-                f"--method {name} votes, and programs cannot be voted on: no rule tells which do the same; choose "
-                "best-logprob, best-reward, best-rule or beam"
-            )
-        if name == "best-reward" and not has_reward_model:
-            raise ValueError("--method best-reward needs --reward-model FOLDER, by train_sft.py --objective preference")
-        if name in ("refine", "direct") and template != "chat":
-            raise ValueError(f"--method {name} asks in words, for which a chat template is needed; this is {template}")
-        if name in (*AMONG_SAMPLES, "refine") and max(ns) == 1:
-            raise ValueError(f"--method {name} chooses among several answers; give --n 2 or more")
-        if METHODS[name].run in ("beam", "dvts") and any(n > MAX_BRANCHING and n % MAX_BRANCHING for n in ns):
-            raise ValueError(f"--method {name} keeps N / {MAX_BRANCHING} beams; give --n as a multiple")
-
-
-def applicable(ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> list[str]:
-    """The methods that `refuse` lets pass."""
-
-    def is_refused(name: str) -> bool:
-        try:
-            refuse([name], ns, task, template, has_reward_model)
-        except ValueError:
-            return True
-        return False
-
-    return [name for name in METHODS if not is_refused(name)]
+def obstacle(name: str, ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> str | None:
+    """Why a method cannot work here, and what to do about it; None if it can."""
+    if name not in METHODS:
+        return f"unknown method {name!r}; choose of {', '.join(METHODS)}"
+    if task == "code" and METHODS[name].is_vote:
+        why = "votes, and programs cannot be voted on: no rule tells which do the same; choose best-logprob, "
+        why += "best-reward, best-rule or beam"
+    elif name == "best-reward" and not has_reward_model:
+        why = "needs --reward-model FOLDER, by train_sft.py --objective preference"
+    elif name in ("refine", "direct") and template != "chat":
+        why = f"asks in words, for which a chat template is needed; this is {template}"
+    elif name in (*AMONG_SAMPLES, "refine") and max(ns) == 1:
+        why = "chooses among several answers; give --n 2 or more"
+    elif METHODS[name].run in ("beam", "dvts") and any(n > MAX_BRANCHING and n % MAX_BRANCHING for n in ns):
+        why = f"keeps N / {MAX_BRANCHING} beams; give --n as a multiple"
+    elif name == "dvts" and max(ns) <= MAX_BRANCHING:
+        why = f"of one tree is a beam search; give --n {2 * MAX_BRANCHING} or more"
+    else:
+        return None
+    return f"--method {name} {why}"
 
 
 # ---- figures
@@ -288,6 +277,11 @@ def compare(
     return found
 
 
+LEGEND = """\
+accuracy: right, in whatever format; strict: right, and in the format asked for; tokens: sampled, the mean, and what
+95% of the problems do not exceed (p95); read: as prompts; cut: answers cut off; seconds: shared out by tokens"""
+
+
 def table(found: Sequence[Figures]) -> str:
     """The figures, one method and N a line."""
     lines = ["method         N  accuracy  95%             strict  tokens/problem     p95    read   cut  seconds"]
@@ -300,11 +294,13 @@ def table(found: Sequence[Figures]) -> str:
 
 
 def picture(found: Sequence[Figures], title: str) -> str:
-    """Accuracy against tokens, a line a method, as SVG."""
+    """Accuracy against tokens, a line a method, as SVG; of one sample all choices among samples are made."""
     series: dict[str, list[Point]] = {}
     for f in found:
         name = f"{f.method} (upper bound)" if f.method == "best-rule" else f.method
-        series.setdefault(name, []).append(Point(f.tokens, f.accuracy, f.low, f.high, str(f.n)))
+        begun = [s for s in found if s.method == "sample"] if f.method in AMONG_SAMPLES and name not in series else []
+        points = [Point(g.tokens, g.accuracy, g.low, g.high, str(g.n)) for g in (*begun, f)]
+        series.setdefault(name, []).extend(points)
     return scatter(series, title=title, x_label="tokens sampled a problem", y_label="accuracy")
 
 
