@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # a vocabulary larger than this is drawn from in two steps: a block of it, then a token of the block
+PART = 2**20  # logits of which a CPU's caches hold what is made of them
 
 
 def sample_tokens(
@@ -34,6 +35,17 @@ def sample_tokens(
         is_narrowed = top_k or top_p < 1
         token_B = _draw(weight_BV, _block_sums(weight_BV) if is_narrowed else block_BS, uniform_B)
     return token_B, (logits_BV.gather(-1, token_B[:, None]) - max_B1).squeeze(1) - sum_B.log()
+
+
+def sample_by_parts(
+    logits_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same as `sample_tokens`, a few rows at a time: what a CPU makes of them stays in its caches."""
+    n_rows = max(1, PART // logits_BV.shape[-1])
+    parts = zip(logits_BV.split(n_rows), uniform_B.split(n_rows), strict=True)
+    drawn = [sample_tokens(logits_bV, uniform_b, temperature, top_k, top_p) for logits_bV, uniform_b in parts]
+    token, logp = zip(*drawn, strict=True)
+    return torch.cat(token), torch.cat(logp)
 
 
 def token_confidence(logits_BV: Tensor, token_B: Tensor, logp_B: Tensor, temperature: float, k: int) -> Tensor:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanor1.draw import hash_uniform, sample_tokens, token_confidence
+from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
 from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
 
@@ -64,7 +64,7 @@ class Slots:
         self.confidence = torch.zeros_like(self.logp)
         is_cuda = weight.device.type == "cuda"
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_tokens
+        self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_by_parts
 
     def start(self, slot_B: Tensor, token_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
         self.token[slot_B], self.position[slot_B] = token_B, position_B

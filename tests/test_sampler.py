@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from nanor1 import batching, draw
-from nanor1.draw import hash_uniform, request_key, sample_tokens
+from nanor1.draw import PART, hash_uniform, request_key, sample_by_parts, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prefill import n_common
@@ -511,6 +511,18 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_each_drawn():
     torch.testing.assert_close(logp_B, torch.full((B,), math.log(p)), atol=1e-3, rtol=0)
     assert token_B.diff().tolist() == [1] * (B - 1)
     assert abs(int(token_B[0]) - (V - n_tail // 2)) < 300  # the fp32 softmax may be 1e-7 off: some 50 of them
+
+
+@pytest.mark.parametrize("narrow", [{}, dict(temperature=0.0), dict(temperature=0.7, top_k=5), dict(top_p=0.9)])
+@pytest.mark.parametrize("V", [PART // 3, PART + 5])
+def test_drawing_by_parts_draws_the_same_to_the_last_bit(V, narrow):
+    B, generator = 7, torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(B, V + 3, generator=generator)[:, :V]
+    uniform_B = torch.rand(B, dtype=torch.float64, generator=generator)
+    for whole_B, parts_B in zip(
+        sample_tokens(logits_BV, uniform_B, **narrow), sample_by_parts(logits_BV, uniform_B, **narrow), strict=True
+    ):
+        assert torch.equal(whole_B, parts_B)
 
 
 @pytest.mark.parametrize("V", [50, 2000])
