@@ -216,7 +216,7 @@ class Actor:
 
     @property
     def tokens_per_batch(self) -> int:
-        return default_tokens_per_batch(self.config.tokens_per_batch, self.sampler.device)
+        return default_tokens_per_batch(self.config.tokens_per_batch, self.sampler.model.head_weight_VC.device)
 
 
 @dataclass

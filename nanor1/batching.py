@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 Session = Generator[list[Prompt], list[list[Completion]], Result]
 
 
-class Run:
+class Batch:
     """The requests that wait, those that run, and what has been generated; prompts may be added at any time."""
 
     def __init__(
@@ -309,16 +309,16 @@ class Harvest(NamedTuple):
 
 
 class Sessions:
-    """Sessions that share a run: which of them wait, which live, and what they came to."""
+    """Sessions that share a batch: which of them wait, which live, and what they came to."""
 
-    def __init__(self, sessions: Sequence[Session], run: Run):
-        self.sessions, self.run, self.results = sessions, run, [None] * len(sessions)
+    def __init__(self, sessions: Sequence[Session], batch: Batch):
+        self.sessions, self.batch, self.results = sessions, batch, [None] * len(sessions)
         asked = {i: self.send(i, None) for i in range(len(sessions))}
         self.waiting = deque((i, prompts) for i, prompts in asked.items() if prompts)
         self.live: dict[int, list[range]] = {}  # the requests of what each one has asked for
         self.owner: dict[int, int] = {}  # of each of these that is not there yet
         self.made: dict[int, Completion] = {}
-        run.prepare([prompt for _, prompts in self.waiting for prompt in prompts])
+        batch.prepare([prompt for _, prompts in self.waiting for prompt in prompts])
 
     def send(self, i: int, made: list[list[Completion]] | None) -> list[Prompt]:
         """What a session asks for next; nothing when it has ended."""
@@ -331,8 +331,8 @@ class Sessions:
     def finish(self) -> list:
         while self.waiting or self.live:
             self.begin()
-            self.run.advance()
-            made = self.run.collect()
+            self.batch.advance()
+            made = self.batch.collect()
             self.made |= made
             owners = [self.owner.pop(request) for request in made]
             waited_for = set(self.owner.values()) if owners else set()
@@ -342,14 +342,14 @@ class Sessions:
 
     def begin(self) -> None:
         """Let sessions begin while slots are free that nothing waits for."""
-        while self.waiting and self.run.n_slots - len(self.run.request_of) > self.run.n_waiting:
+        while self.waiting and self.batch.n_slots - len(self.batch.request_of) > self.batch.n_waiting:
             n_under_way = sum(len(requests) for requests_P in self.live.values() for requests in requests_P)
-            if self.live and n_under_way + sum(prompt.n for prompt in self.waiting[0][1]) > 2 * self.run.n_slots:
+            if self.live and n_under_way + sum(prompt.n for prompt in self.waiting[0][1]) > 2 * self.batch.n_slots:
                 return
             self.ask(*self.waiting.popleft())
 
     def ask(self, i: int, prompts: list[Prompt]) -> None:
-        self.live[i] = self.run.add(prompts)
+        self.live[i] = self.batch.add(prompts)
         self.owner |= {request: i for requests in self.live[i] for request in requests}
 
     def go_on(self, i: int) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nanor1.batching import Completion, Prompt, Result, Run, Session, Sessions
+from nanor1.batching import Batch, Completion, Prompt, Result, Session, Sessions
 from nanor1.draw import request_key
 from nanor1.model import Transformer
 from nanor1.prefill import Kept
@@ -48,12 +48,16 @@ def generate(
     return Sampler(model, max_rows).generate(prompts, **arguments)
 
 
-class Sampler(SlotPool):
+class Sampler:
     """Samples from one model; keeps its cache, and on a GPU its captured steps, from call to call.
 
-    Its arguments are those of SlotPool: at most `max_rows` requests run at once. The model's weights may change between
-    calls, in place.
+    At most `max_rows` requests run at once; the other arguments are those of SlotPool. The model's weights may change
+    between calls, in place.
     """
+
+    def __init__(self, model: Transformer, max_rows: int = 512, **arguments):
+        self.model, self.max_rows = model, max_rows
+        self.pool = SlotPool(model, max_rows, **arguments)
 
     def generate(
         self,
@@ -105,13 +109,13 @@ class Sampler(SlotPool):
         ]
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size, confidence_k)
         texts = dict(stop_texts=stop_texts, decode=decode)
-        run = Run(self, sampling, keep=keep, on_progress=on_progress, on_token=on_token, **texts)
+        batch = Batch(self.pool, sampling, keep=keep, on_progress=on_progress, on_token=on_token, **texts)
         with torch.inference_mode():
-            run.prepare(asked)
-            requests_P = run.add(asked)
-            while run.is_busy:
-                run.advance()
-            made = run.collect()
+            batch.prepare(asked)
+            requests_P = batch.add(asked)
+            while batch.is_busy:
+                batch.advance()
+            made = batch.collect()
         return [[made[request] for request in requests] for requests in requests_P]
 
     def run(
@@ -138,7 +142,7 @@ class Sampler(SlotPool):
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
         texts = dict(stop_texts=stop_texts, decode=decode)
         with torch.inference_mode():
-            return Sessions(sessions, Run(self, sampling, keep=True, on_progress=on_progress, **texts)).finish()
+            return Sessions(sessions, Batch(self.pool, sampling, keep=True, on_progress=on_progress, **texts)).finish()
 
 
 def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:

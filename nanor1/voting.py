@@ -57,7 +57,7 @@ def same_answer(problem: Problem, a: str, b: str) -> bool:
     return _are_equal(a, b) and _is_worked_out(problem, a) == _is_worked_out(problem, b)
 
 
-@lru_cache(maxsize=1024)  # votes of 1, 2, 4, 8, 16 among the same answers compare the same pairs again and again
+@lru_cache(maxsize=65_536)  # votes of 1, 2, 4, 8, 16 among the same answers compare the same pairs again and again
 def _are_equal(a: str, b: str) -> bool:
     return math_equal(a, b) or math_equal(b, a)  # a base, 12_5, is forgiven on one side only
 

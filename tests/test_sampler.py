@@ -205,15 +205,15 @@ def test_a_sampler_keeps_its_slots_from_call_to_call_and_sees_new_weights():
     model = random_model()
     sampler_ = Sampler(model, max_rows=8)
     first = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    slots = sampler_.slots
+    slots = sampler_.pool.slots
     sampler_.generate(RAGGED[:2], max_new_tokens=5, seed=2)
-    assert sampler_.slots is slots
+    assert sampler_.pool.slots is slots
     assert ids_of(sampler_.generate(RAGGED, max_new_tokens=12, seed=1)) == ids_of(first)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
     again = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    assert sampler_.slots is slots
+    assert sampler_.pool.slots is slots
     assert ids_of(again) == ids_of(generate(model, RAGGED, max_new_tokens=12, seed=1)) != ids_of(first)
 
 
@@ -249,10 +249,10 @@ def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     monkeypatch.setattr("nanor1.slots.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
     small = Sampler(model, max_rows=20, memory_share=1.0)  # of 44 + 20 tokens, rounded to 128
     completions = small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.slots.n_slots == 3
-    slots = small.slots
+    assert small.pool.slots.n_slots == 3
+    slots = small.pool.slots
     small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.slots is slots  # too few still, but a new cache would not be larger
+    assert small.pool.slots is slots  # too few still, but a new cache would not be larger
     monkeypatch.undo()
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
@@ -731,11 +731,11 @@ def test_who_asks_for_progress_alone_does_not_make_a_stepwise_sampler_look_more_
         sampler = Sampler(random_model(), 4, is_stepwise=True)
         n_looks.append(0)
 
-        def step(*arguments, make=sampler.step):
+        def step(*arguments, make=sampler.pool.step):
             n_looks[-1] += 1
             return make(*arguments)
 
-        sampler.step = step
+        sampler.pool.step = step
         sampler.generate(RAGGED, n=2, max_new_tokens=40, **arguments)
     assert n_looks[0] == n_looks[1] < n_looks[2] / 5
 
@@ -921,7 +921,7 @@ def test_sessions_read_what_all_begin_with_once_and_make_room_when_prompts_outgr
     alone = [Sampler(model).run([asking(*plan)], temperature=0)[0] for plan in plans]
     read, engine = counted_forwards(monkeypatch), Sampler(model, 2)
     assert engine.run([asking(*plan) for plan in plans], temperature=0) == alone
-    assert read[0] == 100 and sum(read) == 100 + 32 and engine.slots.room == 256
+    assert read[0] == 100 and sum(read) == 100 + 32 and engine.pool.slots.room == 256
 
 
 def test_no_session_waits_for_another(monkeypatch):
