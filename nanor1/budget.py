@@ -11,7 +11,7 @@ Letters: P prompts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 from nanor1.draw import request_key
@@ -27,98 +27,6 @@ REQUEST = (
 
 
 # ---- budget forcing
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """What is the same for all prompts of a call; see force_budget."""
-
-    tokenizer: Tokenizer
-    end_text: str
-    wait_text: str
-    forced_ids: list[int]
-    min_thinking: float
-    max_waits: int
-    max_answer: int
-
-    def hear(self, answer: "_Answer", made: Completion) -> None:
-        """Take in what was sampled, and decide how the answer goes on."""
-        if answer.n_left is not None:
-            self._answer(answer, made)
-        elif made.finish == "length":
-            answer.take(made)
-            self._end_by_force(answer)
-        elif not self._wait(answer, made):
-            answer.take(made)
-            if made.ids[-1] in self.tokenizer.stop_ids:
-                answer.finish = "stop"
-            answer.n_left = self.max_answer
-
-    def _answer(self, answer: "_Answer", made: Completion) -> None:
-        answer.take(made)
-        answer.n_left -= len(made.ids)
-        if made.ids[-1] in self.tokenizer.stop_ids:
-            answer.finish = "stop"
-        elif answer.n_left == 0 or made.finish == "length":
-            answer.finish = "length"  # else it wrote end_text once more, which ends nothing here
-
-    def _wait(self, answer: "_Answer", made: Completion) -> bool:
-        """Put wait_text in the place of what ended the thinking, if it was too short and there is room."""
-        n_kept, lost = self._before_end(made.ids)
-        n_thinking = len(answer.ids) + n_kept
-        if n_thinking >= self.min_thinking or answer.n_waits == self.max_waits:
-            return False
-        wait_ids = self.tokenizer.encode(lost + self.wait_text, allow_special=True)
-        if n_thinking + len(wait_ids) > answer.max_thinking:
-            return False
-        answer.take(made, n_kept)
-        answer.put_in(wait_ids)
-        answer.n_waits += 1
-        if len(answer.ids) == answer.max_thinking:
-            self._end_by_force(answer)
-        return True
-
-    def _before_end(self, ids: list[int]) -> tuple[int, str]:
-        """How many ids stand wholly before what ended the thinking, and the text between the last of them and it."""
-        if ids[-1] in self.tokenizer.stop_ids:
-            return len(ids) - 1, ""
-        before, _, _ = self.tokenizer.decode(ids).partition(self.end_text)
-        texts = ((n, self.tokenizer.decode(ids[:n])) for n in range(len(ids) - 1, -1, -1))
-        return next((n, before.removeprefix(text)) for n, text in texts if before.startswith(text))
-
-    def _end_by_force(self, answer: "_Answer") -> None:
-        answer.put_in(self.forced_ids)
-        answer.n_left = self.max_answer
-
-
-@dataclass
-class _Answer:
-    """What stands behind one prompt so far, first thinking and then answering."""
-
-    prompt_ids: list[int]
-    seed: int
-    max_thinking: int
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    n_waits: int = 0
-    n_left: int | None = None  # tokens that answering may still take; None while it thinks
-    finish: str = ""  # while it goes on
-    spent: Spent = field(default_factory=Spent)
-
-    def take(self, made: Completion, n: int | None = None) -> None:
-        """Add the first n ids of what was sampled, or all."""
-        self.ids += made.ids[:n]
-        self.logprobs += made.logprobs[:n]
-
-    def put_in(self, ids: list[int]) -> None:
-        self.ids += ids
-        self.logprobs += [0.0] * len(ids)
-        self.spent.n_inserted += len(ids)
-
-    @property
-    def found(self) -> Found:
-        mean = sum(self.logprobs) / (len(self.ids) - self.spent.n_inserted)
-        return Found([Completion(self.ids, self.logprobs, self.finish)], [mean], **vars(self.spent))
 
 
 def force_budget(
@@ -156,7 +64,6 @@ def force_budget(
     check_sizes(prompts, seeds, max_thinking=max_thinking, max_answer=max_answer)
     forced_ids = tokenizer.encode(end_text + answer_text, allow_special=True)
     least = least_room(tokenizer, end_text + answer_text, max_answer)
-    budget = _Budget(tokenizer, end_text, wait_text, forced_ids, min_thinking, max_waits, max_answer)
     room = sampler.model.config.max_position_embeddings - least + 1
     limits = [min(max_thinking, room - len(ids)) for ids in prompts]
     for i, limit in enumerate(limits):
@@ -165,9 +72,9 @@ def force_budget(
                 f"prompt {i} is {len(prompts[i])} tokens; with the forced end ({len(forced_ids)}) and max_answer "
                 f"({max_answer}) nothing of the model's context is left to think: lower max_answer, or shorten it"
             )
-    answers = [_Answer(list(ids), seed, limit) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
+    budget = _Budget(tokenizer, end_text, wait_text, forced_ids, min_thinking, max_waits, max_answer)
     stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
-    sessions = [_think(answer, budget) for answer in answers]
+    sessions = [_think(list(ids), seed, limit, budget) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
     return sampler.run(sessions, vocab_size=tokenizer.vocab_size, **stops, **sampling)
 
 
@@ -176,17 +83,72 @@ def least_room(tokenizer: Tokenizer, forced_text: str, max_answer: int) -> int:
     return len(tokenizer.encode(forced_text, allow_special=True)) + max_answer + 1
 
 
-def _think(answer: _Answer, budget: _Budget) -> Session[Found]:
-    """Sample an answer, each time to where it stops or is stopped."""
-    kept = None
-    for turn in count():
-        limit = answer.n_left or answer.max_thinking - len(answer.ids)
-        prompt = Prompt(answer.prompt_ids + answer.ids, 1, limit, request_key(answer.seed, turn), kept)
-        ((made,),) = yield from ask([prompt], answer.spent)
-        budget.hear(answer, made)
-        if answer.finish:
-            return answer.found
+@dataclass(frozen=True)
+class _Budget:
+    """What is the same for all prompts of a call; see force_budget."""
+
+    tokenizer: Tokenizer
+    end_text: str
+    wait_text: str
+    forced_ids: list[int]
+    min_thinking: float
+    max_waits: int
+    max_answer: int
+
+
+def _think(prompt_ids: list[int], seed: int, max_thinking: int, budget: _Budget) -> Session[Found]:
+    """Think about one prompt, then answer; what is sampled goes on behind what was put in."""
+    ids, logprobs, spent, kept, turns = [], [], Spent(), None, count()
+
+    def sample(limit: int) -> Session[Completion]:
+        nonlocal kept
+        prompt = Prompt(prompt_ids + ids, 1, limit, request_key(seed, next(turns)), kept)
+        ((made,),) = yield from ask([prompt], spent)
         kept = made.kept
+        return made
+
+    def take(made: Completion, n: int | None = None) -> None:
+        ids.extend(made.ids[:n])
+        logprobs.extend(made.logprobs[:n])
+
+    def put_in(new_ids: list[int]) -> None:
+        ids.extend(new_ids)
+        logprobs.extend([0.0] * len(new_ids))
+        spent.n_inserted += len(new_ids)
+
+    n_waits, is_ended = 0, False
+    while len(ids) < max_thinking and not is_ended:
+        made = yield from sample(max_thinking - len(ids))
+        if made.finish == "length":
+            take(made)
+            break
+        n_before, lost = _before_end(made.ids, budget)
+        wait_ids = budget.tokenizer.encode(lost + budget.wait_text, allow_special=True)
+        n_thinking = len(ids) + n_before
+        is_long = n_thinking >= budget.min_thinking or n_thinking + len(wait_ids) > max_thinking
+        is_ended = is_long or n_waits == budget.max_waits
+        take(made, None if is_ended else n_before)
+        if not is_ended:
+            put_in(wait_ids)
+            n_waits += 1
+    if not is_ended:
+        put_in(budget.forced_ids)
+    n_left, is_stopped = budget.max_answer, is_ended and ids[-1] in budget.tokenizer.stop_ids
+    while n_left and not is_stopped:  # end_text written once more ends nothing here
+        made = yield from sample(n_left)
+        take(made)
+        n_left, is_stopped = n_left - len(made.ids), made.ids[-1] in budget.tokenizer.stop_ids
+    finish, mean = "stop" if is_stopped else "length", sum(logprobs) / (len(ids) - spent.n_inserted)
+    return Found([Completion(ids, logprobs, finish)], [mean], **vars(spent))
+
+
+def _before_end(ids: list[int], budget: _Budget) -> tuple[int, str]:
+    """How many ids stand wholly before what ended the thinking, and the text between the last of them and it."""
+    if ids[-1] in budget.tokenizer.stop_ids:
+        return len(ids) - 1, ""
+    before, _, _ = budget.tokenizer.decode(ids).partition(budget.end_text)
+    texts = ((n, budget.tokenizer.decode(ids[:n])) for n in range(len(ids) - 1, -1, -1))
+    return next((n, before.removeprefix(text)) for n, text in texts if before.startswith(text))
 
 
 # ---- self-refinement
