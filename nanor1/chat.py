@@ -120,7 +120,7 @@ def answer(
     start_s = time.monotonic()
     ids_G, kept_G = sample_aloud(speaker, prompt, seed, keep, behind)
     wall_s = time.monotonic() - start_s
-    for index in range(1, speaker.n):
+    for index in filter(ids_G.__getitem__, range(1, speaker.n)):  # all, but where Ctrl-C came first
         print_title(index, speaker.n)
         with contextlib.closing(Printer(speaker.tokenizer, prompt[0])) as printer:
             for token in ids_G[index]:

@@ -268,6 +268,12 @@ def test_ctrl_c_twice_does_not_end_the_program_either(type_lines, capsys, monkey
     assert turns(talker)[1] == "<user>Two<assistant>" and capsys.readouterr().out == "fo\n5\n"
 
 
+def test_answers_that_ctrl_c_kept_from_beginning_are_not_announced(capsys):
+    ask(speaker("^C", n=2))
+    out, err = capsys.readouterr()
+    assert "answer 2" not in out and f"2 {INTERRUPTED}" in err
+
+
 def test_a_tag_that_the_prompt_wrote_is_no_answer_by_itself():
     (made,) = ask(speaker("^C", template_arguments={"think": True}))
     assert made == Answer("", INTERRUPTED)
