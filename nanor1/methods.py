@@ -165,7 +165,6 @@ class Figures:
     tokens: float  # sampled
     tokens_p95: float
     read: float  # as prompts, by the whole run
-    inserted: float
     truncated: float  # of the answers
     seconds: float  # the run's, in proportion to the tokens
 
@@ -196,7 +195,6 @@ def figures(
         tokens=mean(tokens_P),
         tokens_p95=every_cost[math.ceil(0.95 * len(every_cost)) - 1],
         read=mean(row["read"] for row, _ in judged),
-        inserted=mean(row["inserted"] for row, _ in judged),
         truncated=sum(answer["finish"] == "length" for answer in used) / len(used),
         seconds=mean(row["seconds"] * made / row["sampled"] for (row, _), made in zip(judged, tokens_P, strict=True)),
     )

@@ -37,10 +37,10 @@ def answer(text, *, tokens=10, logprob=-1.0, finish="stop", form=1.0, **more):
     return row | dict(tokens=tokens, finish=finish, logprob=logprob, score=logprob / tokens) | more
 
 
-def row(*answers, index=0, sampled=None, read=7, inserted=0, seconds=8.0):
+def row(*answers, index=0, sampled=None, read=7, seconds=8.0):
     sampled = sum(a["tokens"] for a in answers) if sampled is None else sampled
     return dict(
-        index=index, sampled=sampled, inserted=inserted, read=read, seconds=seconds, answers=[dict(a) for a in answers]
+        index=index, sampled=sampled, inserted=0, read=read, seconds=seconds, answers=[dict(a) for a in answers]
     )
 
 
@@ -166,8 +166,8 @@ def test_strict_is_right_and_in_form_by_the_answer_that_was_chosen():
 
 
 def test_a_search_is_worth_its_first_answer_and_costs_all_that_it_sampled():
-    found = measured("beam", 4, [row(WRONG, RIGHT, sampled=90, inserted=3)])
-    assert (found.accuracy, found.tokens, found.tokens_p95, found.inserted) == (0.0, 90, 90, 3)
+    found = measured("beam", 4, [row(WRONG, RIGHT, sampled=90)])
+    assert (found.accuracy, found.tokens, found.tokens_p95) == (0.0, 90, 90)
     assert measured("budget", 4, [row(RIGHT, sampled=90)]).accuracy == 1.0
 
 
