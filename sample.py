@@ -407,10 +407,11 @@ def choose_methods(engine: Engine) -> list[str]:
     what = (config.ns, config.task, engine.template, bool(config.reward_model))
     takes_all = config.compare and not config.methods
     obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
-    for why in filter(None, obstacles.values()):
+    for why in dict.fromkeys(filter(None, obstacles.values())):
+        names = ", ".join(name for name, reason in obstacles.items() if reason == why)
         if not takes_all:
-            raise ValueError(why)
-        say(f"left out: {why}")
+            raise ValueError(f"--method {names}: {why}")
+        say(f"left out: {names}: {why}")
     return [name for name, why in obstacles.items() if not why]
 
 

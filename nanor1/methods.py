@@ -129,23 +129,23 @@ def sizes_of(name: str, ns: Sequence[int]) -> list[int]:
 def obstacle(name: str, ns: Sequence[int], task: str, template: str, has_reward_model: bool) -> str | None:
     """Why a method cannot work here, and what to do about it; None if it can."""
     if name not in METHODS:
-        return f"unknown method {name!r}; choose of {', '.join(METHODS)}"
+        return f"there is no such method; choose of {', '.join(METHODS)}"
     if task == "code" and METHODS[name].is_vote:
-        why = "votes, and programs cannot be voted on: no rule tells which do the same; choose best-logprob, "
-        why += "best-reward, best-rule or beam"
-    elif name == "best-reward" and not has_reward_model:
-        why = "needs --reward-model FOLDER, by train_sft.py --objective preference"
-    elif name in ("refine", "direct") and template != "chat":
-        why = f"asks in words, for which a chat template is needed; this is {template}"
-    elif name in (*AMONG_SAMPLES, "refine") and max(ns) == 1:
-        why = "chooses among several answers; give --n 2 or more"
-    elif METHODS[name].run in ("beam", "dvts") and any(n > MAX_BRANCHING and n % MAX_BRANCHING for n in ns):
-        why = f"keeps N / {MAX_BRANCHING} beams; give --n as a multiple"
-    elif name == "dvts" and max(ns) <= MAX_BRANCHING:
-        why = f"of one tree is a beam search; give --n {2 * MAX_BRANCHING} or more"
-    else:
-        return None
-    return f"--method {name} {why}"
+        return (
+            "programs cannot be voted on (no rule tells which do the same); choose best-logprob, best-reward, "
+            "best-rule or beam"
+        )
+    if name == "best-reward" and not has_reward_model:
+        return "it needs --reward-model FOLDER, by train_sft.py --objective preference"
+    if name in ("refine", "direct") and template != "chat":
+        return f"what is asked in words needs a chat template; this is {template}"
+    if name in (*AMONG_SAMPLES, "refine") and max(ns) == 1:
+        return "of one answer there is nothing to choose; give --n 2 or more"
+    if METHODS[name].run in ("beam", "dvts") and any(n > MAX_BRANCHING and n % MAX_BRANCHING for n in ns):
+        return f"it keeps N / {MAX_BRANCHING} beams; give --n as a multiple"
+    if name == "dvts" and max(ns) <= MAX_BRANCHING:
+        return f"one tree is a beam search; give --n {2 * MAX_BRANCHING} or more"
+    return None
 
 
 # ---- figures

@@ -116,7 +116,7 @@ class Watch:
         return made
 
 
-ADD, COLLECT = batching.Run.add, batching.Run.collect
+ADD, COLLECT = batching.Batch.add, batching.Batch.collect
 PRODUCE = measure.produce
 
 
@@ -128,8 +128,8 @@ def whole(run, folder):
     argv += ["--reward-model", folder / "reward"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "produce", watch.produce)
-        patch.setattr(batching.Run, "add", lambda *arguments: watch.add(*arguments))
-        patch.setattr(batching.Run, "collect", lambda *arguments: watch.collect(*arguments))
+        patch.setattr(batching.Batch, "add", lambda *arguments: watch.add(*arguments))
+        patch.setattr(batching.Batch, "collect", lambda *arguments: watch.collect(*arguments))
         code, printed, err = run(*argv)
     assert code == 0, err
     return argv, out, printed, watch
@@ -495,10 +495,10 @@ def test_a_stop_text_ends_samples(asked, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--method", "majorty", "--n", "4"], "unknown method 'majorty'; choose of greedy, direct"),
-        (["--method", "majority"], "--method majority chooses among several answers; give --n 2 or more"),
-        (["--method", "refine", "--n", "2", "--raw"], "needed; this is bare"),
-        (["--method", "direct", "--template", "r1-zero"], "needed; this is r1-zero"),
+        (["--method", "majorty", "--n", "4"], "there is no such method; choose of greedy, direct"),
+        (["--method", "majority"], "--method majority: of one answer there is nothing to choose; give --n 2 or more"),
+        (["--method", "refine", "--n", "2", "--raw"], "template; this is bare"),
+        (["--method", "direct", "--template", "r1-zero"], "template; this is r1-zero"),
         (["--method", "best-reward", "--n", "2"], "needs --reward-model FOLDER"),
         (["--method", "beam", "--n", "6"], "keeps N / 4 beams; give --n as a multiple"),
         (
