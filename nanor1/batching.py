@@ -242,7 +242,7 @@ class Batch:
             self.retire(finished)
         if self.on_progress:
             n_before = sum(self.n_new_of.get(request, 0) for request in n_new_of)
-            self.on_progress(sum(n_new_of.values()) - n_before, len(finished))
+            self.on_progress(sum(n_new_of.values()) - n_before, [n_new_of[request] for request in finished.values()])
             self.n_new_of = n_new_of
 
     def retire(self, finished: dict[int, int]) -> None:

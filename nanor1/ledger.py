@@ -111,18 +111,19 @@ class Progress:
 
     def __init__(self, n_answers: int, n_before: int = 0):
         """`n_before` of the answers were there before it began, and say nothing about the time left."""
-        self.n_answers, self.n_tokens, self.n_before = n_answers, 0, n_before
+        self.n_answers, self.n_before = n_answers, n_before
         self.n_done = self.n_done_before = n_before  # the latter: in whole batches
+        self.n_tokens = self.n_tokens_done = 0  # all; those of answers that are done
         self.is_live = sys.stderr.isatty()
-        self.start_s = self.shown_s = self.counted_s = time.monotonic()
+        self.start_s = self.shown_s = time.monotonic()
 
-    def hear(self, n_tokens: int, n_answers: int) -> None:
-        """So many tokens more were sampled, and so many answers ended."""
-        if n_answers:
-            self._set_done(self.n_done + n_answers)
+    def hear(self, n_tokens: int, lengths: Sequence[int]) -> None:
+        """So many tokens more were sampled, and answers of such lengths ended."""
+        self.n_done += len(lengths)
+        self.n_tokens_done += sum(lengths)
         self.count(n_tokens)
 
-    def count(self, n_tokens: int, _: int = 0) -> None:
+    def count(self, n_tokens: int, _: Sequence[int] = ()) -> None:
         """So many tokens more: a search tells how many answers are done at the end of a batch only."""
         self.n_tokens += n_tokens
         if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
@@ -131,21 +132,16 @@ class Progress:
     def end_batch(self, n_answers: int) -> None:
         """All answers of the batch are there, also those of a search."""
         self.n_done_before += n_answers
-        self._set_done(self.n_done_before)
-
-    def _set_done(self, n_answers: int) -> None:
-        self.n_done, self.counted_s = n_answers, time.monotonic()
+        self.n_done, self.n_tokens_done = self.n_done_before, self.n_tokens
 
     def show(self) -> None:
         self.shown_s = time.monotonic()
-        wall_s = self.shown_s - self.start_s
-        text = (
-            f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {self.n_tokens / wall_s:.0f} tokens/s"
-        )
-        if n_new := self.n_done - self.n_before:
-            # as of when answers were last counted: in a search that may have been minutes ago
-            whole_s = (self.counted_s - self.start_s) * (1 + (self.n_answers - self.n_done) / n_new)
-            left_s = max(0.0, whole_s - wall_s)
+        rate = self.n_tokens / (self.shown_s - self.start_s)
+        text = f"{self.n_done}/{self.n_answers} answers, {self.n_tokens:,} tokens, {rate:.0f} tokens/s"
+        if (n_new := self.n_done - self.n_before) and rate:
+            # answers to come are as long as those that are done, and some of their tokens are there
+            n_to_come = self.n_tokens_done * (self.n_answers - self.n_done) / n_new
+            left_s = max(0.0, n_to_come - (self.n_tokens - self.n_tokens_done)) / rate
             text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
         print(
             f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True

@@ -74,7 +74,7 @@ class Sampler:
         seed: int | Sequence[int] = 0,
         vocab_size: int | None = None,
         on_token: Callable[[int, int, int], None] | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, list[int]], None] | None = None,
         confidence_k: int = 0,
         keep: bool = False,
         behind: Sequence[Kept | None] | None = None,
@@ -85,9 +85,10 @@ class Sampler:
         into text): finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's
         context: finish "length". Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above
         `vocab_size` are never sampled. `seed` is one number, or one a prompt, with which a prompt draws the same
-        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made, for
-        which a GPU is waited for at each step; `on_progress(n_tokens, n_completions)` of how many were made and ended
-        since it was last called. With `confidence_k` completions have confidences, over so many likeliest tokens.
+        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made, for which
+        a GPU is waited for at each step; `on_progress(n_tokens, lengths)` of how many were made, and how long those are
+        that ended, since it was last called. With `confidence_k` completions have confidences, over so many likeliest
+        tokens.
 
         With `keep` completions have their caches, which hold memory as long as they live; the model's weights must stay
         as they are. `behind` has one a prompt (None: none): what a prompt begins with of it is not read again.
@@ -129,7 +130,7 @@ class Sampler:
         stop_texts: Sequence[str] = (),
         decode: Callable[[list[int]], str] | None = None,
         vocab_size: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, list[int]], None] | None = None,
     ) -> list[Result]:
         """Complete what sessions ask for, one thing after another, and return what each comes to in the end.
 

@@ -90,16 +90,16 @@ def token_beam_search(
     stop_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     length_penalty: float = 0.0,
-    on_progress: Callable[[int, int], None] = lambda n_tokens, n_searches: None,
+    on_progress: Callable[[int, list[int]], None] = lambda n_tokens, lengths: None,
 ) -> list[Found]:
     """The classic beam search, for likely text: keep the `width` likeliest continuations of a prompt at each token.
 
     Returns of each prompt at most `width` answers by log-probability / length ** length_penalty. One that has stopped
     leaves the beam; a search ends when no live one can still beat the worst of `width` finished ones. Nothing is drawn:
     tokens count as sampled where they were kept, and `on_progress` hears after each step of how many there were, and of
-    how many searches ended. Ids at or above `vocab_size` are
-    never taken. All prompts are searched at once, in prompts x width rows of a cache. ValueError for a width or
-    max_new_tokens below 1, a negative length_penalty, and a prompt that is empty or fills the context.
+    how many each search took that ended. Ids at or above `vocab_size` are never taken. All prompts are searched at
+    once, in prompts x width rows of a cache. ValueError for a width or max_new_tokens below 1, a negative
+    length_penalty, and a prompt that is empty or fills the context.
     """
     context = model.config.max_position_embeddings
     _check_tokens(prompts, context, width, max_new_tokens, length_penalty)
@@ -116,7 +116,7 @@ def token_beam_search(
             {s * width + to: s * width + row for to, row in beam.grow(logits_WV, stop_ids).items()}
             for s, (beam, logits_WV) in enumerate(zip(going, logits_SWV, strict=True))
         ]
-        on_progress(sum(beam.n_sampled for beam in going) - before, sum(not beam.live for beam in going))
+        on_progress(sum(beam.n_sampled for beam in going) - before, [beam.n_sampled for beam in going if not beam.live])
         length = max((beam.n_prompt + len(beam.live[0].ids) - 1 for beam in going if beam.live), default=0)
         _copy(cache, {to: row for of_beam in copies for to, row in of_beam.items()}, min(map(len, prompts)), length)
         going = _close_gaps(going, cache, width, length)

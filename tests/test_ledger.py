@@ -121,24 +121,24 @@ def clock(monkeypatch):
 def test_the_time_left_counts_only_what_this_run_has_done(clock, capsys):
     progress = Progress(10, n_before=6)
     clock[0] = 110.0  # 2 of the 4 answers left take 10 seconds
-    progress.hear(20, 2)
+    progress.hear(20, [12, 8])
     progress.show()
     assert capsys.readouterr().err == "8/10 answers, 20 tokens, 2 tokens/s, about 10 s left\n"
 
 
 def test_answers_count_when_they_end_and_at_the_end_of_a_batch_all_of_it(clock):
     progress = Progress(10)
-    for event in [(3, 0), (3, 1), (2, 1)]:
+    for event in [(3, []), (3, [4]), (2, [3])]:
         progress.hear(*event)
     assert (progress.n_done, progress.n_tokens) == (2, 8)
     progress.end_batch(4)
-    progress.hear(1, 0)
+    progress.hear(1, [])
     assert (progress.n_done, progress.n_tokens) == (4, 9)
 
 
 def test_a_search_tells_tokens_and_not_answers(clock, capsys):
     progress = Progress(4)
-    progress.count(5, 2)
+    progress.count(5, [2, 3])
     assert (progress.n_done, progress.n_tokens) == (0, 5)
     clock[0] += ledger.SPARSE_S
     progress.count(1)
@@ -148,11 +148,26 @@ def test_a_search_tells_tokens_and_not_answers(clock, capsys):
 def test_the_time_left_shrinks_while_a_search_that_counts_no_answers_goes_on(clock, capsys):
     progress = Progress(6)
     clock[0] += 20
-    progress.end_batch(2)  # so 40 seconds are left
-    for s, left in ((0, 40), (30, 10), (60, 0)):
-        clock[0] = 120.0 + s
+    progress.n_tokens = 100  # five a second
+    progress.end_batch(2)  # so 200 more are to come
+    for n_tokens, left in ((0, 40), (150, 10), (100, 0)):
+        progress.n_tokens += n_tokens
+        clock[0] += n_tokens / 5
         progress.show()
         assert capsys.readouterr().err.endswith(f" about {left} s left\n")
+
+
+def test_the_time_left_is_not_reckoned_as_if_nothing_were_under_way(clock, capsys):
+    """The first of eight answers that grow side by side, ten tokens a second in all."""
+    progress = Progress(8)
+    clock[0] += 40
+    progress.hear(400, [50])
+    progress.show()
+    assert capsys.readouterr().err.endswith("tokens/s, about 0 s left\n")
+    progress.hear(0, [50])
+    progress.n_answers = 80
+    progress.show()
+    assert capsys.readouterr().err.endswith("about 6 min left\n")  # 78 x 50 less the 300 that are there
 
 
 def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsys, monkeypatch):
