@@ -18,7 +18,7 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.model import KVCache, Transformer
 from nanor1.prefill import Kept, prefill, read_beginning, take_over
-from nanor1.slots import Look, Sampling, SlotPool
+from nanor1.slots import Look, Sampling, SlotPool, padded
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
@@ -206,7 +206,7 @@ class Batch:
             self.pool.step(n_rows, self.sampling)(self._index(self.request_of), self.steps_a_look)
         else:
             max_len = int(self.slots.position[:n_rows].max()) + 1
-            n_rows = n_rows if n_rows <= 4 else min(-(-n_rows // 8) * 8, self.slots.n_slots + 1)  # see model.linear
+            n_rows = min(padded(n_rows), self.slots.n_slots + 1)
             self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
         self._hear(self.request_of)
 

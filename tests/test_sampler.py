@@ -257,6 +257,19 @@ def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
 
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (4, 4), (5, 8), (50, 56), (64, 64)])
+def test_steps_on_a_cpu_have_a_multiple_of_8_rows_whatever_the_number_of_requests(n, rows, monkeypatch):
+    n_rows, decode = [], Transformer.decode
+
+    def watched(self, ids_B, *arguments):
+        n_rows.append(len(ids_B))
+        return decode(self, ids_B, *arguments)
+
+    monkeypatch.setattr(Transformer, "decode", watched)
+    generate(random_model(), [[1, 2, 3]], n=n, max_new_tokens=4, max_rows=n)
+    assert n_rows == [rows] * 3
+
+
 def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):
     model, prefilled = random_model(), []
     forward = Transformer.forward
