@@ -262,7 +262,11 @@ def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigg
 class Terminal:
     """A program on a terminal of its own: type at it, wait for what it shows."""
 
-    SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    # Ctrl-C interrupts what is spawned, also where these tests run in the background, which a shell lets ignore it.
+    SPAWN = (
+        "import os, pty, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    )
 
     def __init__(self, *command):
         environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
