@@ -148,9 +148,10 @@ def write_messages(
     return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
 
 
-def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it") -> None:
+def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it", least: int = 1) -> None:
+    """ValueError for a prompt behind which the model's context has no room for so many tokens."""
     context = sampler.model.config.max_position_embeddings
-    if len(prompt_ids) >= context:
+    if len(prompt_ids) + least > context:
         raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from nanor1.budget import force_budget, least_room, refine
+from nanor1.chat import check_room
 from nanor1.evaluate import Preference, judge_all, to_candidate, write_prompt
 from nanor1.grpo import Rollout
 from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
@@ -107,7 +108,7 @@ def measure(
     answer.
     """
     shown = [asker.prompt(problem) for problem in problems]
-    _check_room(asker, runs, [len(ids) for _, ids in shown])
+    _check_room(asker, runs, [ids for _, ids in shown])
     asked = [(text, repr(problem)) for (text, _), problem in zip(shown, problems, strict=True)]
     P, n_units, rows = len(problems), len(runs) * len(problems), {run: [] for run in runs}
     ledger = Ledger({**arguments, "problems": digest(asked)}, n_units)
@@ -137,16 +138,14 @@ def measure(
     return rows, all(len(done) == P for done in rows.values())
 
 
-def _check_room(asker: Asker, runs: Sequence[Run], n_prompt_P: Sequence[int]) -> None:
+def _check_room(asker: Asker, runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
     """ValueError for a prompt behind which the model's context has no room for an answer by one of the runs."""
-    context, settings = asker.sampler.model.config.max_position_embeddings, asker.settings
-    forced = [settings.end_text + settings.answer_text for run in runs if run.kind == "budget"]
-    least = max((least_room(asker.tokenizer, text, settings.max_answer) for text in forced), default=1)
-    for number, n in enumerate(n_prompt_P, 1):
-        if n + least > context:
-            why = f", of which an answer with --max-answer {settings.max_answer} takes at least {least}"
-            why = why if least > 1 else ""
-            raise ValueError(f"problem {number} is {n} tokens; the model's context is {context}{why}: shorten it")
+    settings, least, remedy = asker.settings, 1, "shorten it"
+    if any(run.kind == "budget" for run in runs):
+        least = least_room(asker.tokenizer, settings.end_text + settings.answer_text, settings.max_answer)
+        remedy = f"an answer with --max-answer {settings.max_answer} takes at least {least}; lower that, or shorten it"
+    for number, ids in enumerate(prompts, 1):
+        check_room(f"problem {number}", ids, asker.sampler, remedy, least)
 
 
 def read_rows(path: Path, n_rows: int, runs: Sequence[Run]) -> dict[Run, list[dict]]:
