@@ -355,9 +355,14 @@ def load_preference(config: Config, tokenizer: Tokenizer, device, dtype, log: Ru
 
 
 def make_reference(model: Transformer, tensors: dict[str, torch.Tensor]) -> Transformer:
-    """The model as it is, or a resumed run's reference."""
+    """The model as it is, or a resumed run's reference. ValueError for a run that was begun without one."""
     reference = copy.deepcopy(model).requires_grad_(False)
     if tensors:
+        if not any(name.startswith("reference.") for name in tensors):
+            raise ValueError(
+                "--kl-coef: the run was begun without a reference, and its checkpoint holds none; leave --kl-coef out, "
+                "or begin a new run from the checkpoint with --model"
+            )
         reference.load_state_dict({name: tensors[f"reference.{name}"] for name in reference.state_dict()})
     return reference
 

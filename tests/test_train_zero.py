@@ -517,6 +517,11 @@ def test_resuming_a_run_whose_checkpoints_are_damaged_is_refused(train, run):
     assert_refused(run("--resume", str(folder)), str(folder), "no whole checkpoint")
 
 
+def test_a_kl_term_for_a_run_that_was_begun_without_a_reference_is_refused(train, run):
+    folder = train("--steps 1")
+    assert_refused(run("--resume", str(folder), "--steps", "2", "--kl-coef", "0.01"), "--kl-coef", "reference")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [('{"question": "1 + 1?", ', "JSON"), ('{"question": "1 + 1?"}', "answer"), ("[1, 2]", "list")],
