@@ -393,8 +393,9 @@ def code_problem(row: dict) -> Problem:
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. User asks, and Assistant first thinks the matter through in its mind, "
     "between <think> and </think>, and then gives User the answer, between <answer> and </answer>: <think> the "
-    "thinking goes here </think> <answer> the answer goes here </answer>.\nUser: {prompt}\nAssistant: <think>"
+    "thinking goes here </think> <answer> the answer goes here{how} </answer>.\nUser: {prompt}\nAssistant: <think>"
 )
+AS_PYTHON = "as complete Python code in one ```python block"
 STYLES = {  # what a chat model is asked to do before it answers
     "think": "Think first, between <think> and </think>. Then write the final answer {where}.",
     "cot": "Think step by step. Then write the final answer {where}.",
@@ -431,11 +432,13 @@ def format_prompt(
     if template == "r1-zero":
         if examples:
             raise ValueError("the template r1-zero takes no examples; use chat, or bare")
-        return R1_ZERO_TEMPLATE.replace("{prompt}", problem.prompt)  # not str.format: LaTeX is full of braces
+        how = f", {AS_PYTHON}" if problem.task == "code" else ""
+        # not str.format: LaTeX is full of braces; and the prompt last, which may hold some of ours
+        return R1_ZERO_TEMPLATE.replace("{how}", how).replace("{prompt}", problem.prompt)
     if template == "chat":
         where = "in \\boxed{}" if problem.task in BOXED_TASKS else "alone between <answer> and </answer>"
         if problem.task == "code":
-            where = "as complete Python code in one ```python block"
+            where = AS_PYTHON
         instruction = STYLES[style].replace("{where}", where)
         return [
             message

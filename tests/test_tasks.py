@@ -525,6 +525,14 @@ def test_the_base_template_ends_in_an_opened_think_that_counts_as_prefilled():
     assert prefilled(prompt) == prefilled(prompt + "\n") == "<think>"
 
 
+def test_both_templates_ask_for_the_python_block_that_the_form_of_a_program_needs():
+    program = Problem("Write {how}.", "", "code")
+    asked = format_prompt(program, "r1-zero")
+    assert "```python" in asked and asked.endswith("User: Write {how}.\nAssistant: <think>")
+    assert "```python" in format_prompt(program, "chat")[0]["content"]
+    assert "python" not in format_prompt(Problem("q", "1", "math"), "r1-zero")
+
+
 def test_the_chat_template_is_one_user_message_that_asks_for_the_form_its_task_is_judged_by():
     (boxed,) = format_prompt(Problem("q", "1", "math"), "chat")
     (tagged,) = format_prompt(countdown_problem((1, 2), 3), "chat")
