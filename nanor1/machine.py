@@ -116,15 +116,49 @@ def peak_memory_gib() -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on the device; on the CPU and MPS, what the system has left."""
+    """Bytes that may still be taken on the device; on the CPU and MPS, what the system or the container has left."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(left, *left_in_control_groups())
+
+
+def left_in_control_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left in each Linux control group with a limit that this process is in, as in a container or a batch job.
+
+    Of version 2 (`memory.max`) and version 1 (`memory.limit_in_bytes`); cached files count as left, since they give
+    way. Inside a container the group's own path may not be there, and `root` is the container's group.
+    """
+    left = []
+    for line in proc.read_text().splitlines() if proc.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, files = (root / "memory", _V1) if controllers else (root, _V2)
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):  # a limit holds for all groups within
+            if group.is_relative_to(base):
+                left += _left_in(group, *files)
+    return left
+
+
+_V1, _V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), ("memory.max", "memory.current", "")
+
+
+def _left_in(group: Path, limit_name: str, used_name: str, prefix: str) -> list[int]:
+    """Bytes left in one control group; none said where it has no limit."""
+    try:
+        limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return [] if limit == "max" else [max(0, int(limit) - used + cached)]
 
 
 class Interrupt:

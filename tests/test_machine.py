@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from nanor1 import machine
-from nanor1.machine import Interrupt, choose_device, free_memory, matrix_rate, peak_flops, peak_memory_gib
+from nanor1.machine import (
+    Interrupt,
+    choose_device,
+    free_memory,
+    left_in_control_groups,
+    matrix_rate,
+    peak_flops,
+    peak_memory_gib,
+)
 
 CPU = torch.device("cpu")
 
@@ -97,6 +105,36 @@ def test_the_peak_of_a_known_gpu_is_the_published_one_and_others_are_measured(ra
 def test_memory_is_in_the_range_of_the_machine():
     assert 0.01 < peak_memory_gib() < 1e4
     assert 2**20 < free_memory(CPU) < 2**50
+
+
+def write_group(folder, names, limit, used, stat):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, used, stat), strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_what_is_left_is_what_the_container_or_the_batch_job_has_left(tmp_path, monkeypatch):
+    proc, root = tmp_path / "cgroup", tmp_path / "fs"
+    assert left_in_control_groups(proc, root) == []  # no Linux, no groups
+
+    v2 = ("memory.max", "memory.current")
+    proc.write_text("0::/job/step\n")
+    write_group(root / "job/step", v2, "max", 900, "anon 900")
+    write_group(root / "job", v2, 1000, 900, "anon 500\nactive_file 100\ninactive_file 300\nslab 7")
+    assert left_in_control_groups(proc, root) == [500]  # the job's limit holds for its step; cached files give way
+
+    write_group(root, v2, 300, 400, "anon 400")  # a container, whose own group is the root
+    proc.write_text("0::/not/seen/from/inside\n")
+    assert left_in_control_groups(proc, root) == [0]
+
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    proc.write_text("5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    write_group(root / "memory/a", v1, 2000, 700, "active_file 1\ntotal_active_file 20\ntotal_inactive_file 3")
+    (root / "memory.max").unlink()
+    assert left_in_control_groups(proc, root) == [1323]
+
+    monkeypatch.setattr(machine, "left_in_control_groups", lambda: [4321, 10**18])
+    assert free_memory(CPU) == 4321
 
 
 def test_an_interrupt_asks_once_and_then_lets_ctrl_c_through(capfd):
