@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+
 import torch
 
 from nanor1 import distillation, sft, traces

@@ -23,6 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+
 import torch
 
 from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages

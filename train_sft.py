@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+
 import torch
 
 from nanor1 import preference, sft

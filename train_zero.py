@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+
 import torch
 
 from nanor1.checkpoint import load_checkpoint, model_folder

@@ -1,6 +1,7 @@
 """The direction of imports, and what no module may do: read from the sources, so that nothing has to run."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ GROUPS = [
         "sandbox",
         "kernels",
         "machine",
+        "openmp",
     },
     {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
@@ -115,6 +117,26 @@ def test_judging_and_configuration_load_no_torch_when_they_run():
     program = f"import sys, {modules}; print('torch' in sys.modules, 'nanor1.rewards' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@pytest.mark.parametrize(
+    "given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_a_script_says_how_threads_wait_before_torch_reads_it(name, given, expected):
+    program = """if True:
+        import os, runpy, sys
+        def hear(event, arguments):
+            if event == "import" and arguments[0] == "torch":
+                print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+                os._exit(0)
+        sys.addaudithook(hear)
+        runpy.run_path(sys.argv[1])
+        """
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program, f"{name}.py"]
+    result = subprocess.run(command, cwd=ROOT, env=kept | given, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES | SCRIPTS))
