@@ -154,7 +154,7 @@ def where(device: torch.device, dtype: torch.dtype) -> dict:
         "torch": torch.__version__,
         "commit": commit(),
         "copy_gb_per_s": copy_bandwidth(device) / 1e9,
-        "matrix_tflops": matrix_rate(device, dtype, 0.5) / 1e12,
+        "matrix_tflops": matrix_rate(device, dtype, limit_s=0.5) / 1e12,
     }
     for name, value in facts.items():
         print(f"{name:16s} {value:.3g}" if isinstance(value, float) else f"{name:16s} {value}")
