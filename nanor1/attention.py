@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 128  # up to this length plain matrix products beat SDPA's tiles on a CPU in fp32 (2x at 30 tokens)
+SHORT = 256  # keys: up to here plain products beat SDPA's tiles on a CPU (forward and backward 2.5x at 140, bf16)
+FEW_ROWS = 4  # of a decode step: up to here SDPA is quicker in bf16
+KEPT = 64  # keys: up to here, probabilities are kept for the gradient
 
 
 def attention(
@@ -49,7 +51,7 @@ def attention(
         lengths_B = cu_seqlens_B1.diff()
         lengths_k_B = lengths_B if cu_seqlens_k_B1 is cu_seqlens_B1 else cu_seqlens_k_B1.diff()
         return _attend_in_rectangle(q_NHD, k_MKD, v_MKD, lengths_B, lengths_k_B, max_len, max_len_k)
-    return _attend_in_groups(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.diff().tolist(), cu_seqlens_k_B1.diff().tolist())
+    return _attend_by_sequence(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.diff().tolist(), cu_seqlens_k_B1.diff().tolist())
 
 
 def cached_attention(
@@ -81,10 +83,14 @@ def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask_BT: Ten
     K = k_BKTD.shape[1]
     q = q_BHD.view(B, K, H // K, D)  # the query heads that share a key/value head read it once, as rows of one product
     mask = None if mask_BT is None else mask_BT[:, None, None, :]
-    if q.device.type == "cpu" and q.dtype == torch.float32:  # here, too, plain products are quicker
-        scores = torch.matmul(q * D**-0.5, k_BKTD.mT)
-        weights = (scores if mask is None else scores.masked_fill_(~mask, float("-inf"))).softmax(dim=-1)
-        return torch.matmul(weights, v_BKTD).reshape(B, H, D)
+    if q.device.type == "cpu" and (q.dtype == torch.float32 or B > FEW_ROWS):  # here, too, plain products are quicker
+        q = q * D**-0.5
+        if q.dtype == torch.float32:
+            scores = torch.matmul(q, k_BKTD.mT)
+        else:  # the larger side first: 2 to 3 times as fast in bf16
+            scores = torch.matmul(k_BKTD, q.mT).mT.to(torch.float32, memory_format=torch.contiguous_format)
+        weights = scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
+        return torch.matmul(weights.softmax(dim=-1).to(q.dtype), v_BKTD).reshape(B, H, D)
     return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(B, H, D)
 
 
@@ -122,36 +128,68 @@ def _triton_kernels(q: Tensor):
     return None
 
 
-def _attend_in_groups(q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths: list[int], lengths_k: list[int]) -> Tensor:
-    """Attention in a rectangle for each group of neighbours of similar length."""
-    groups = [list(zip(*group, strict=True)) for group in _groups_of_similar_length(lengths, lengths_k)]
-    sizes, sizes_k = ([sum(group[i]) for group in groups] for i in (0, 1))
-    parts = zip(q_NHD.split(sizes), k_MKD.split(sizes_k), v_MKD.split(sizes_k), groups, strict=True)
-    outputs = []
-    for q, k, v, (group, group_k) in parts:
-        lengths_B = torch.tensor(group)
-        lengths_k_B = lengths_B if group == group_k else torch.tensor(group_k)
-        outputs.append(_attend_in_rectangle(q, k, v, lengths_B, lengths_k_B, max(group), max(group_k)))
-    return torch.cat(outputs)
+def _attend_by_sequence(
+    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths: list[int], lengths_k: list[int]
+) -> Tensor:
+    """One sequence after the other: plain products where it is short, SDPA, which skips what the mask hides, beyond."""
+    sequences = zip(q_NHD.split(lengths), k_MKD.split(lengths_k), v_MKD.split(lengths_k), strict=True)
+    return torch.cat(
+        [
+            _CausalProducts.apply(q, k, v) if len(k) <= SHORT else _causal(q[None], k[None], v[None])[0]
+            for q, k, v in sequences
+        ]
+    )
 
 
-def _groups_of_similar_length(
-    lengths: list[int], lengths_k: list[int], waste: float = 1.25, n_tokens: int = 512
-) -> list[list[tuple[int, int]]]:
-    """Cut the row of (queries, keys) where a rectangle of `n_tokens` or more would exceed `waste` times the real ones.
+class _CausalProducts(torch.autograd.Function):
+    """Attention of the last T positions of a sequence of U, in fp32 by plain products; returns [T, H, D] in q's dtype.
 
-    >>> _groups_of_similar_length([9, 9, 8, 2, 2], [9, 9, 8, 9, 9], n_tokens=16)
-    [[(9, 9), (9, 9), (8, 8)], [(2, 9), (2, 9)]]
+    The query heads that share a key/value head are rows of one product with it. The probabilities, H * U numbers a
+    query, are made again for the gradient where the sequence is longer than KEPT (as FlashAttention does, 2205.14135).
     """
-    groups, longest, total = [[]], (0, 0), (0, 0)
-    for pair in zip(lengths, lengths_k, strict=True):
-        longest, total = tuple(map(max, longest, pair)), (total[0] + pair[0], total[1] + pair[1])
-        cells = [most * (len(groups[-1]) + 1) for most in longest]
-        if total[1] - pair[1] >= n_tokens and any(n > waste * real for n, real in zip(cells, total, strict=True)):
-            groups.append([])
-            longest = total = pair
-        groups[-1].append(pair)
-    return groups
+
+    @staticmethod
+    def forward(ctx, q_THD: Tensor, k_UKD: Tensor, v_UKD: Tensor) -> Tensor:
+        p, q = _probabilities(q_THD, k_UKD)
+        ctx.save_for_backward(q_THD, k_UKD, v_UKD, *((p, q) if len(k_UKD) <= KEPT else ()))
+        return _ungroup(torch.bmm(p, _wide(v_UKD).transpose(0, 1)), q_THD)
+
+    @staticmethod
+    def backward(ctx, dout_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_THD, k_UKD, v_UKD, *kept = ctx.saved_tensors
+        p, q = kept or _probabilities(q_THD, k_UKD)
+        dout, k, v = _group(_wide(dout_THD), k_UKD.shape[1]), *(_wide(x).transpose(0, 1) for x in (k_UKD, v_UKD))
+        dv = torch.bmm(p.mT, dout)
+        dp = torch.bmm(dout, v.mT)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dk = torch.bmm(ds.mT, q)
+        dq = torch.bmm(ds, k).mul_(q_THD.shape[-1] ** -0.5)
+        return _ungroup(dq, q_THD), dk.transpose(0, 1).to(k_UKD.dtype), dv.transpose(0, 1).to(v_UKD.dtype)
+
+
+def _probabilities(q_THD: Tensor, k_UKD: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax of the scores, [K, T * G, U], and the scaled queries that they are made of, [K, T * G, D]."""
+    T, (U, K) = len(q_THD), k_UKD.shape[:2]
+    q = _group(_wide(q_THD) * q_THD.shape[-1] ** -0.5, K)
+    scores = torch.bmm(q, _wide(k_UKD).transpose(0, 1).mT)
+    scores.view(K, T, q_THD.shape[1] // K, U).add_(torch.full((T, U), float("-inf")).triu_(1 + U - T)[:, None])
+    return scores.softmax(-1), q
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype of scores: fp32, or fp64 for fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _group(x_THD: Tensor, K: int) -> Tensor:
+    T, H, D = x_THD.shape
+    return x_THD.view(T, K, H // K, D).transpose(0, 1).reshape(K, T * (H // K), D)
+
+
+def _ungroup(x: Tensor, q_THD: Tensor) -> Tensor:
+    """[K, T * G, D] -> [T, H, D] in the dtype of the queries."""
+    (T, H, D), K = q_THD.shape, len(x)
+    return x.view(K, T, H // K, D).transpose(0, 1).reshape(T, H, D).to(q_THD.dtype)
 
 
 def _attend_in_rectangle(
@@ -167,31 +205,16 @@ def _attend_in_rectangle(
     return out_BTHD.flatten(0, 1) if cells is None else _Unpad.apply(out_BTHD, cells[1])
 
 
-def _causal(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None) -> Tensor:
-    """Query i of row b sees the keys j <= i + offset_B[b]; None says the offsets are 0."""
-    if q_BTHD.shape[1] <= SHORT and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.float32:
-        return _causal_products(q_BTHD, k_BUKD, v_BUKD, offset_B)
+def _causal(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None = None) -> Tensor:
+    """Query i of row b sees the keys j <= i + offset_B[b]; None: the queries are the last positions of each row."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BUKD, v_BUKD))
-    group = q.shape[1] // k.shape[1]
+    T, U, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    mask = None if offset_B is None else _is_seen(q.shape[2], k.shape[2], offset_B)[:, None]
+    if offset_B is None and T != U:
+        offset_B = torch.tensor([U - T])
+    mask = None if offset_B is None else _is_seen(T, U, offset_B)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
-
-
-def _causal_products(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None) -> Tensor:
-    """Scores in full; the query heads that share a key/value head are rows of one matrix product with it."""
-    B, T, H, D = q_BTHD.shape
-    U, K = k_BUKD.shape[1:3]
-    if offset_B is None:
-        hidden_BTU = torch.full((1, T, T), float("-inf")).triu(1)
-    else:
-        hidden_BTU = torch.zeros(B, T, U).masked_fill_(~_is_seen(T, U, offset_B), float("-inf"))
-    q = (q_BTHD * D**-0.5).reshape(B, T, K, H // K, D).transpose(1, 2).reshape(B * K, T * (H // K), D)
-    k, v = (x.transpose(1, 2).reshape(B * K, U, D) for x in (k_BUKD, v_BUKD))
-    scores = torch.bmm(q, k.mT).view(B, K, T, H // K, U) + hidden_BTU[:, None, :, None]
-    out = torch.bmm(scores.softmax(dim=-1).view(B * K, T * (H // K), U), v)
-    return out.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
 def _is_seen(T: int, U: int, offset_B: Tensor) -> Tensor:

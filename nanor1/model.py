@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanor1 import onednn
 from nanor1.attention import attention, cached_attention, decode_attention
+from nanor1.machine import free_memory
 from nanor1.packing import Layout, layout, spread
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
 
@@ -36,28 +38,13 @@ ACTIVATIONS = {
 }
 
 
-LARGE = 100_000  # entries of a matrix, from which a CPU multiplies some numbers of rows faster as (W x^T)^T
-TRANSPOSED_ROWS = {1, 2, 3, 4, *range(16, 513, 8)}
-
-
-def linear(x_NC: Tensor, weight_MC: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x W^T + b, as torch.nn.functional.linear; [N, M].
-
-    On a CPU a fp32 product of few rows with a large matrix is computed as (W x^T)^T: BLAS then works along the long
-    side, 1.2 to 1.8 times as fast where the rows are a multiple of 8, and slower where they are not (LOG.md). The
-    result is then a transposed view. Not in compiled code, which would be compiled anew for each such number.
-    """
-    is_plain = x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or torch.compiler.is_compiling()
-    if is_plain or weight_MC.numel() < LARGE or len(x_NC) not in TRANSPOSED_ROWS:
-        return F.linear(x_NC, weight_MC, bias_M)
-    if bias_M is None:
-        return torch.mm(weight_MC, x_NC.t()).t()
-    return torch.addmm(bias_M[:, None], weight_MC, x_NC.t()).t()
-
-
 class Linear(nn.Linear):
+    reordered: Tensor | None = None  # the same matrix for sampling on a CPU: see Transformer.reorder_weights
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if self.reordered is None or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return onednn.linear(x, self.reordered, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -94,10 +81,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.norm_eps)
             self.k_norm = RMSNorm(D, config.norm_eps)
         self.head_dim = D
+        self.reordered: Tensor | None = None  # the matrices of q, k and v in one, for sampling on a CPU
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, C] -> q [N, H, D], k [N, K, D], v [N, K, D], normalised and rotated."""
-        projected = (proj(x).contiguous() for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if self.reordered is None or torch.is_grad_enabled():
+            projected = [proj(x) for proj in projections]
+        else:
+            bias = None if self.q_proj.bias is None else torch.cat([proj.bias for proj in projections])
+            widths = [proj.out_features for proj in projections]
+            projected = onednn.linear(x, self.reordered, bias).split(widths, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -182,6 +176,8 @@ class Transformer(nn.Module):
         self.hf_config: dict = {}  # the config.json it was loaded from; what config does not know is saved again
         self.checkpoints_activations = False  # keep only each block's input for the backward, and run it again there
         self.attend_packed = _attend_packed  # compile_blocks may take it out of the graph
+        self.reordered_head: Tensor | None = None  # see reorder_weights
+        self.reordered_versions: list[int] | None = None  # of the parameters that were reordered
         self.model = nn.Module()
         self.model.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.rope_theta is None:
@@ -250,6 +246,35 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=True, **options)
 
+    def reorder_weights(self) -> None:
+        """On a CPU, for sampling: keep a second copy of each matrix, laid out as oneDNN reads it.
+
+        Products of few rows are 1.2 to 2 times as fast (LOG.md). Copies are made anew when weights have changed since,
+        and dropped by the next forward with a gradient: they would be stale soon, and their memory is wanted. Where
+        there is not twice the memory, or no such layout, nothing is done.
+        """
+        versions = [0 if p.is_inference() else p._version for p in self.parameters()]
+        if versions == self.reordered_versions:
+            return
+        self.drop_reordered()
+        head_VC = self.head_weight_VC
+        if head_VC.device.type != "cpu" or 2 * sum(p.nbytes for p in self.parameters()) > free_memory(head_VC.device):
+            return
+        for block in self.model.layers:
+            projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
+            block.self_attn.reordered = onednn.reorder(torch.cat([proj.weight for proj in projections]))
+            for part in (block.self_attn.o_proj, *block.mlp.children()):
+                if isinstance(part, Linear):
+                    part.reordered = onednn.reorder(part.weight)
+        self.reordered_head, self.reordered_versions = onednn.reorder(head_VC), versions
+
+    def drop_reordered(self) -> None:
+        if self.reordered_versions is not None:
+            self.reordered_head = self.reordered_versions = None
+            for part in self.modules():
+                if isinstance(part, (Linear, Attention)):
+                    part.reordered = None
+
     def training_flops(self, n_tokens: int, n_pairs: int, n_targets: int) -> float:
         """Floating-point operations of a forward and a backward over packed tokens, as model FLOPs utilisation counts.
 
@@ -272,7 +297,9 @@ class Transformer(nn.Module):
         """hidden [N, C] -> logits [N, V]: fp32 on CUDA, where products of bf16 are to be had unrounded."""
         if hidden.is_cuda and hidden.dtype != torch.float32:
             return torch.mm(hidden, self.head_weight_VC.t(), out_dtype=torch.float32)
-        return linear(hidden, self.head_weight_VC)
+        if self.reordered_head is None or torch.is_grad_enabled():
+            return F.linear(hidden, self.head_weight_VC)
+        return onednn.linear(hidden, self.reordered_head)
 
     def forward(
         self,
@@ -317,6 +344,8 @@ class Transformer(nn.Module):
         return self._run(ids_B, position_B, attend, contexts)
 
     def _run(self, ids_N: Tensor, position_N: Tensor, attend: Callable, contexts: Iterable[tuple]) -> Tensor:
+        if torch.is_grad_enabled():
+            self.drop_reordered()
         x = self.model.embed_tokens(ids_N)
         if self.config.rope_theta is None:
             x, rope = x + self.model.embed_positions(position_N), None

@@ -42,6 +42,7 @@ class MasterAdamW:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
+            torch.autograd.graph.increment_version(self.params.values())  # which the fused update does not
             self._round_into_model()
         self.adamw.zero_grad(set_to_none=True)
         return norm

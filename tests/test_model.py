@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nanor1.model
-from nanor1.model import LARGE, TRANSPOSED_ROWS, KVCache, ModelConfig, Transformer, linear, rope_frequencies
+from nanor1 import onednn
+from nanor1.model import KVCache, ModelConfig, Transformer, rope_frequencies
+from nanor1.optim import MasterAdamW
 from nanor1.parallel import replica
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
 
@@ -619,22 +621,80 @@ def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradie
     torch.testing.assert_close(mine, theirs, atol=2e-5 * theirs.abs().max().item(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("n_rows", [1, 3, 5, 32, 37, 512, 520])
+# matrices laid out for sampling on a CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_rows", [1, 5, 64, 520])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_linear_layer_is_torchs_whichever_way_it_is_multiplied(n_rows, has_bias):
+def test_a_product_with_a_reordered_matrix_is_torchs(n_rows, has_bias, dtype):
     generator = torch.Generator().manual_seed(0)
-    C, M = 250, 400
-    assert C * M >= LARGE and {n_rows} & TRANSPOSED_ROWS == {n_rows} - {5, 37, 520}
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((n_rows, C), (M, C), (M,)))
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    wanted = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if has_bias else None)
-    ours = [t.requires_grad_() for t in (x, weight, bias)]
-    out = linear(ours[0], ours[1], ours[2] if has_bias else None)
-    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=0)
-    (out * out.detach()).sum().backward()
-    (wanted * wanted.detach()).sum().backward()
-    for mine, theirs in list(zip(ours, leaves, strict=True))[: 3 if has_bias else 2]:
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-3 * theirs.grad.abs().max().item(), rtol=0)
+    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, 50), (70, 50), (70,)))
+    copy = onednn.reorder(weight)
+    if copy is None:
+        pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+    out = onednn.linear(x, copy, bias if has_bias else None)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_what_onednn_does_not_multiply_is_not_reordered():
+    assert onednn.reorder(torch.ones(4, 4, dtype=torch.float64)) is None
+    assert onednn.reorder(torch.ones(4, 4, dtype=torch.float16)) is None
+    assert onednn.reorder(torch.ones(4, 4, device="meta")) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reordered_weights_change_neither_a_forward_nor_a_decode_step(name):
+    model, cache = random_model(config_from_hf(CONFIGS[name])), None
+    ids, cu = pack(random_sequences([7, 3]))
+    token, position = torch.tensor([1, 2]), torch.tensor([7, 3])
+    results = []
+    for is_reordered in (False, True):
+        with torch.inference_mode():
+            if is_reordered:
+                model.reorder_weights()
+                if model.reordered_head is None:
+                    pytest.skip("this torch has no oneDNN")
+            cache = KVCache.of(model, 2, 8)
+            hidden = model(ids, cu, cache)
+            results.append((model.logits(hidden), model.logits(model.decode(token, position, cache, 8))))
+    for plain, reordered in zip(*results, strict=True):
+        torch.testing.assert_close(reordered, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns():
+    model = random_model(config_from_hf(LLAMA))
+    ids, cu = pack(random_sequences([7, 3]))
+
+    def logits():
+        with torch.inference_mode():
+            model.reorder_weights()
+            return model.logits(model(ids, cu))
+
+    before = logits()
+    copy = model.reordered_head
+    assert torch.equal(logits(), before) and model.reordered_head is copy  # kept while weights are as they were
+    optimizer = MasterAdamW(model)
+    model(ids, cu).square().sum().backward()
+    linears = [part for part in model.modules() if hasattr(part, "reordered")]
+    assert model.reordered_head is None and linears and all(part.reordered is None for part in linears)
+    logits()  # as an evaluation between gradient and update
+    optimizer.step(lr=0.1, max_grad_norm=1.0)
+    after = logits()
+    model.drop_reordered()
+    with torch.inference_mode():
+        torch.testing.assert_close(after, model.logits(model(ids, cu)), atol=1e-4, rtol=1e-4)
+    assert (after - before).abs().max() > 0.1
+
+
+def test_weights_are_not_reordered_where_they_do_not_fit_twice(monkeypatch):
+    model = random_model(config_from_hf(LLAMA))
+    n_bytes = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr("nanor1.model.free_memory", lambda device: 2 * n_bytes - 1)
+    model.reorder_weights()
+    assert model.reordered_head is None
 
 
 # activation checkpointing and torch.compile

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from nanor1 import onednn
 from nanor1.machine import matrix_rate
-from nanor1.model import Transformer, linear
+from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,13 +109,13 @@ def products_s(model: Transformer, n_rows: int, n_logits: int, repeats: int = 3)
     head_VC = model.head_weight_VC
     jobs = [(torch.randn(n_rows, p.shape[1]).to(p), p) for p in model.model.layers.parameters() if p.dim() == 2]
     jobs.append((torch.randn(n_logits, head_VC.shape[1]).to(head_VC), head_VC))
+    reordered = [onednn.reorder(weight_MC) for _, weight_MC in jobs]
 
-    def multiply(product: Callable[[Tensor, Tensor], Tensor]) -> None:
-        for x_BC, weight_MC in jobs:
-            product(x_BC, weight_MC)
+    def multiply(is_reordered: bool) -> None:
+        for (x_BC, weight_MC), copy in zip(jobs, reordered, strict=True):
+            onednn.linear(x_BC, copy) if is_reordered and copy is not None else F.linear(x_BC, weight_MC)
 
-    ways = (F.linear, linear) * repeats
-    return min(seconds(partial(multiply, product), head_VC.device) for product in ways)
+    return min(seconds(partial(multiply, way), head_VC.device) for way in (False, True) * repeats)
 
 
 def weight_bytes(model: Transformer) -> int:
