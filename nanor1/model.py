@@ -54,7 +54,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _LeanRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32 inside
+
+
+class _LeanRMSNorm(torch.autograd.Function):
+    """F.rms_norm, of which autograd keeps several fp32 copies of x on a CPU, and this x alone.
+
+    With n = x r, r = (mean(x^2) + eps)^-1/2 and y = n w:  dw = sum dy n,  dx = r (dy w - n mean(dy w n)).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight_C)
+        ctx.eps = eps
+        return F.rms_norm(x, weight_C.shape, weight_C, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_C = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square().div(x.shape[-1]).add(ctx.eps).rsqrt()
+        normed, grad = x * r, grad.to(wide)
+        grad_weight_C = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight_C
+        share = torch.linalg.vecdot(grad, normed)[..., None] / x.shape[-1]
+        return torch.addcmul(grad, normed, share, value=-1).mul_(r).to(x.dtype), grad_weight_C.to(weight_C.dtype), None
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -114,7 +140,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.down_proj(checkpoint(self.gated, gate, up, use_reentrant=False, preserve_rng_state=False))
+        return self.down_proj(self.gated(gate, up))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate) * up
 
 
 class Block(nn.Module):

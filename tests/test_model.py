@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import nanor1.model
 from nanor1 import onednn
-from nanor1.model import KVCache, ModelConfig, Transformer, rope_frequencies
+from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.parallel import replica
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
@@ -695,6 +696,45 @@ def test_weights_are_not_reordered_where_they_do_not_fit_twice(monkeypatch):
     monkeypatch.setattr("nanor1.model.free_memory", lambda device: 2 * n_bytes - 1)
     model.reorder_weights()
     assert model.reordered_head is None
+
+
+# what a CPU keeps for the gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lean_norm_is_torchs_in_value_and_gradient(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 48), (48,), (5, 48)))
+    results = []
+    for norm, wide in ((RMSNorm.forward, dtype), (lambda m, x: F.rms_norm(x, (48,), m.weight, m.eps), torch.float64)):
+        module, leaf = RMSNorm(48, eps=1e-3).to(wide), x.clone().to(wide).requires_grad_()
+        module.weight.data.copy_(weight)
+        out = norm(module, leaf)
+        out.backward(grad.to(wide))
+        results.append([out.double(), leaf.grad.double(), module.weight.grad.double()])
+    for mine, wanted in zip(*results, strict=True):
+        assert (mine - wanted).norm() <= (4e-3 if dtype == torch.bfloat16 else 1e-6) * wanted.norm()
+
+
+def test_the_lean_norms_gradient_is_the_numerical_one():
+    module = RMSNorm(5, eps=1e-3).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(module.weight)
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(module, {"weight": weight}, x), (x, module.weight)
+    )
+
+
+def test_a_forward_keeps_neither_fp32_copies_nor_what_is_quickly_made_again():
+    config = dataclasses.replace(config_from_hf(LLAMA), num_hidden_layers=6)
+    model = random_model(config).bfloat16()
+    ids, cu = pack(random_sequences([70, 70]))
+    C, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    KD, HD = config.num_key_value_heads * config.head_dim, heads * config.head_dim
+    # both norms' inputs and results, q, k, v, attention's result, gate, up and their product
+    numbers = 4 * C + HD + 2 * KD + HD + 3 * inner
+    _, n_bytes = saved_bytes(model, ids, cu)
+    assert n_bytes <= 1.25 * 2 * len(ids) * (6 * numbers + 2 * C)  # 1.9 with torch's own norm and product
 
 
 # activation checkpointing and torch.compile
