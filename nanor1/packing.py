@@ -20,8 +20,11 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+# None of these is frozen: torch 2.11 guards on every field of a frozen dataclass that compiled code passes on, so a
+# block would be compiled anew for shared prompts, even where attention lies outside the graph.
 
-@dataclass(frozen=True)
+
+@dataclass
 class SharedKeys:
     """How the keys and values of N tokens become the M of all sequences: each one's prompt, then its own."""
 
@@ -33,7 +36,7 @@ class SharedKeys:
     copies_RG: Tensor  # the keys that are copies of such a token; M where there are fewer than G
 
 
-@dataclass(frozen=True)
+@dataclass
 class CachedKeys:
     """Where in a cache the M keys of all sequences stand: what it held of each, then its own."""
 
@@ -43,7 +46,7 @@ class CachedKeys:
     position_M: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
     """What a forward over packed sequences has to know; tensors are int64 on the ids' device."""
 
