@@ -19,7 +19,7 @@ so that with g = d loss / d logp, error = p - 1[target] and s = -g / temperature
 
     d loss / d hidden = s * (error @ weight)                  d loss / d weight = error^T @ (s * hidden)
 
-Only logp, lse and entropy, one number a token, outlive a chunk. Departures from computing it plainly: everything is
+Only logp and entropy, one number a token, outlive a chunk. Departures from computing it plainly: everything is
 fp32 for weights of bf16 too (a bf16 logit between 16 and 32 is a multiple of 0.125, which would part the trainer from
 the sampler), and so is the sum of the weight's gradient over the chunks (a bf16 sum loses addends 256 times smaller).
 
@@ -28,6 +28,7 @@ Letters: N tokens, C width, V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -73,10 +74,8 @@ def chunked_loss(
     logp_N, entropy_N = hidden_NC.new_empty(2, len(hidden_NC), dtype=_wide(hidden_NC.dtype))
 
     def loss_of_chunk(logits: Tensor, at: slice, error: Tensor | None) -> tuple[Tensor, Tensor]:
-        logp_N[at], lse, entropy_N[at] = _statistics(logits, targets_N[at])
+        logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at], error)
         loss, grad_logp = _loss_and_gradient(loss_fn, logp_N[at], at)
-        if error is not None:
-            _error(logits, targets_N[at], logp_N[at], lse, error)
         return loss, grad_logp / -temperature
 
     return loss_of_logits(hidden_NC, weight_VC, loss_of_chunk, temperature, vocab_size), logp_N, entropy_N
@@ -118,11 +117,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NC, weight_VC, targets_N, temperature, vocab_size):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-        logp_N, lse_N, entropy_N = hidden.new_empty(3, len(hidden), dtype=_wide(hidden.dtype))
+        logp_N, entropy_N = hidden.new_empty(2, len(hidden), dtype=_wide(hidden.dtype))
         for at, buffer in _chunks(hidden, weight):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            logp_N[at], lse_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
-        ctx.save_for_backward(hidden_NC, weight_VC, targets_N, logp_N, lse_N)
+            logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
+        ctx.save_for_backward(hidden_NC, weight_VC, targets_N)
         ctx.settings = temperature, vocab_size
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
@@ -130,14 +129,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp_N, _):
-        hidden_NC, weight_VC, targets_N, logp_N, lse_N = ctx.saved_tensors
+        hidden_NC, weight_VC, targets_N = ctx.saved_tensors
         temperature, vocab_size = ctx.settings
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
         gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
         scale_N = grad_logp_N / -temperature
         for at, buffer in _chunks(hidden, weight):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            error = _error(logits, targets_N[at], logp_N[at], lse_N[at], _room_for_error(logits, hidden.dtype))
+            error = _room_for_error(logits, hidden.dtype)
+            _statistics(logits, targets_N[at], error)
             _add_gradients(gradients, at, error, scale_N[at], hidden[at], weight)
             del error  # before the next one is made
         return *_in_dtype(gradients, hidden_NC.dtype), None, None, None
@@ -227,33 +227,38 @@ def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, 
     return logits
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logp of the targets, lse and entropy, a block of rows at a time; the logits stay as they are."""
+def _statistics(logits: Tensor, targets: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logp of the targets and entropy, a block of rows at a time; p - 1[target] is written to `error`.
+
+    That may be the logits' own memory. Without it the logits stay as they are.
+    """
     N, V = logits.shape
+    logit = logits.gather(1, targets[:, None]).squeeze(1)
     rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
-    buffers = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
-    parts = [_lse_and_entropy(block, *buffers[:, : len(block)]) for block in logits.split(rows)]
+    rooms = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
+    errors = repeat(None) if error is None else error.split(rows)
+    parts = [_softmax(*pair, *rooms[:, : len(pair[0])]) for pair in zip(logits.split(rows), errors, strict=False)]
     lse, entropy = map(torch.cat, zip(*parts, strict=True))
-    return logits.gather(1, targets[:, None]).squeeze(1) - lse, lse, entropy
+    logp = logit - lse
+    if error is not None:
+        error.scatter_(1, targets[:, None], logp.expm1().to(error.dtype)[:, None])
+    return logp, entropy
 
 
-def _lse_and_entropy(logits: Tensor, shifted: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, p: Tensor | None, shifted: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
+    """lse and entropy of each row; its probabilities are written to `p`. The other two are room to work in."""
     highest = logits.amax(1, keepdim=True)
     torch.exp(torch.sub(logits, highest, out=shifted), out=exp)
     total = exp.sum(1)
-    mean_shifted = torch.bmm(exp[:, None], shifted[:, :, None]).flatten() / total
+    if p is not None:
+        torch.div(exp, total[:, None], out=p)
+    mean_shifted = shifted.mul_(exp).sum(1) / total  # a bmm of one row and one column is ten times slower
     return highest.squeeze(1) + total.log(), total.log() - mean_shifted
 
 
 def _room_for_error(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """The logits' own memory where it is of `dtype`."""
     return logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-
-
-def _error(logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, error: Tensor) -> Tensor:
-    """p - 1[target], written to `error`; the logits are used up."""
-    torch.exp(logits.sub_(lse[:, None]), out=error)
-    return error.scatter_(1, targets[:, None], logp.expm1().to(error.dtype)[:, None])
 
 
 def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:
