@@ -19,15 +19,17 @@ so that with g = d loss / d logp, error = p - 1[target] and s = -g / temperature
 
     d loss / d hidden = s * (error @ weight)                  d loss / d weight = error^T @ (s * hidden)
 
-Only logp and entropy, one number a token, outlive a chunk. Departures from computing it plainly: everything is
-fp32 for weights of bf16 too (a bf16 logit between 16 and 32 is a multiple of 0.125, which would part the trainer from
-the sampler), and so is the sum of the weight's gradient over the chunks (a bf16 sum loses addends 256 times smaller).
+Only logp and entropy, one number a token, outlive a chunk. Departures from computing it plainly: logits, statistics and
+sums are fp32 for weights of bf16 too. A bf16 logit between 16 and 32 is a multiple of 0.125, which would part the
+trainer from the sampler; a bf16 sum of the weight's gradient over the chunks loses addends 256 times smaller. The error
+is rounded to bf16 where that is multiplied faster.
 
 Letters: N tokens, C width, V vocabulary.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import repeat
 
 import torch
@@ -36,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = defaultdict(lambda: 2**27, cuda=2**31)  # logits; small chunks read weight and its gradient too often
 BLOCK_BYTES = defaultdict(lambda: 2**21, cuda=2**28)  # of these, what is exponentiated at a time: fits a CPU's cache
+SUM_ROWS = defaultdict(lambda: 2**12, cuda=2**30)  # of a rounded weight gradient added at a time: as above
 ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes, as tensor cores want
 
 
@@ -109,7 +112,7 @@ def logit_chunks(
     """
     vocab_size = vocab_size or len(weight_VC)
     hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-    for at, buffer in _chunks(hidden, weight):
+    for at, buffer, _ in _chunks(hidden, weight):
         yield at, _logits(buffer, hidden[at], weight, temperature, vocab_size)
 
 
@@ -118,7 +121,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_NC, weight_VC, targets_N, temperature, vocab_size):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
         logp_N, entropy_N = hidden.new_empty(2, len(hidden), dtype=_wide(hidden.dtype))
-        for at, buffer in _chunks(hidden, weight):
+        for at, buffer, _ in _chunks(hidden, weight):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
             logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
         ctx.save_for_backward(hidden_NC, weight_VC, targets_N)
@@ -134,12 +137,11 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
         gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
         scale_N = grad_logp_N / -temperature
-        for at, buffer in _chunks(hidden, weight):
+        factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
+        for at, buffer, error in _chunks(hidden, weight, factors[0].dtype):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            error = _room_for_error(logits, hidden.dtype)
             _statistics(logits, targets_N[at], error)
-            _add_gradients(gradients, at, error, scale_N[at], hidden[at], weight)
-            del error  # before the next one is made
+            _add_gradients(gradients, at, error, scale_N[at], *factors)
         return *_in_dtype(gradients, hidden_NC.dtype), None, None, None
 
 
@@ -149,14 +151,14 @@ class _LossOfLogits(torch.autograd.Function):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
         gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
         loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        for at, buffer in _chunks(hidden, weight):
+        factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
+        has_gradient = any(ctx.needs_input_grad)
+        for at, buffer, error in _chunks(hidden, weight, factors[0].dtype if has_gradient else None):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            error = _room_for_error(logits, hidden.dtype) if any(ctx.needs_input_grad) else None
-            chunk_loss, scale = loss_fn(logits, at, error)
+            chunk_loss, scale = loss_fn(logits, at, error if has_gradient else None)
             loss += chunk_loss
-            if error is not None:
-                _add_gradients(gradients, at, error, scale, hidden[at], weight)
-            del error  # before the next one is made
+            if has_gradient:
+                _add_gradients(gradients, at, error, scale, *factors)
         ctx.gradients = _in_dtype(gradients, hidden_NC.dtype)
         return loss
 
@@ -183,10 +185,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """What the matrix products multiply: the vocabulary's rows alone, and bf16 only where a product of it is fp32.
+    """What the logits are a product of: the vocabulary's rows alone, and bf16 only where a product of it is fp32.
 
     That is on CUDA (torch.mm with out_dtype, torch >= 2.8). Elsewhere bf16 is converted, once a call: a product of bf16
-    would round the logits, and on a CPU without bf16 instructions takes five times as long (measured, Zen 3).
+    would round the logits.
     """
     weight = weight_VC[: _aligned(vocab_size)]
     if hidden_NC.is_cuda:
@@ -194,29 +196,52 @@ def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Te
     return hidden_NC.to(_wide(hidden_NC.dtype)), weight.to(_wide(weight.dtype))
 
 
+def _gradient_operands(hidden_NC: Tensor, weight_VC: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What the error is multiplied with, and whose dtype it has: those of the logits, or bf16 also on a CPU.
+
+    There the products are twice as fast in bf16 with its instructions (Zen 4), and take five times as long without
+    (Zen 3). A product comes rounded; each chunk's is added to an fp32 sum.
+    """
+    if hidden_NC.dtype == torch.bfloat16 and hidden_NC.device.type == "cpu" and _cpu_multiplies_bf16():
+        return hidden_NC, weight_VC[: len(weight)]
+    return hidden, weight
+
+
+@cache
+def _cpu_multiplies_bf16() -> bool:
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def _aligned(n_rows: int) -> int:
     return -(-n_rows // ALIGNMENT) * ALIGNMENT
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into `out`, summed and returned in its dtype whatever that of a and b."""
+    """a @ b into `out`, summed in its dtype whatever that of a and b; on a CPU it comes rounded to theirs."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b))
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the tokens, each with room for its logits: always the same, as new memory pages cost more than exp.
+def _chunks(
+    hidden: Tensor, weight: Tensor, error_dtype: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of the tokens, each with room for its logits, and for an error in the same memory if its dtype allows.
 
-    The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary have the same.
+    The room is always the same, as new memory pages cost more than exp. The slices depend on the vocabulary and not on
+    how many rows pad it: two models of one vocabulary have the same.
     """
     N, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
     n = max(1, CHUNK_BYTES[hidden.device.type] // (_aligned(V) * dtype.itemsize))
     buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
+    room = buffer if error_dtype in (None, dtype) else torch.empty_like(buffer, dtype=error_dtype)
     for start in range(0, N, n):
         at = slice(start, min(start + n, N))
-        yield at, buffer[: at.stop - start]
+        logits = buffer[: at.stop - start]
+        yield at, logits, logits if room is buffer else room[: len(logits)]
 
 
 def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int) -> Tensor:
@@ -249,16 +274,12 @@ def _softmax(logits: Tensor, p: Tensor | None, shifted: Tensor, exp: Tensor) -> 
     """lse and entropy of each row; its probabilities are written to `p`. The other two are room to work in."""
     highest = logits.amax(1, keepdim=True)
     torch.exp(torch.sub(logits, highest, out=shifted), out=exp)
-    total = exp.sum(1)
+    total = exp.sum(1, keepdim=True)
+    exp.div_(total)
     if p is not None:
-        torch.div(exp, total[:, None], out=p)
-    mean_shifted = shifted.mul_(exp).sum(1) / total  # a bmm of one row and one column is ten times slower
-    return highest.squeeze(1) + total.log(), total.log() - mean_shifted
-
-
-def _room_for_error(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits' own memory where it is of `dtype`."""
-    return logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+        p.copy_(exp)
+    lse, log_total = (highest + total.log()).squeeze(1), total.log().squeeze(1)
+    return lse, log_total - shifted.mul_(exp).sum(1)  # a bmm of one row and one column is ten times slower
 
 
 def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:
@@ -266,17 +287,19 @@ def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool
     return [torch.zeros_like(x, dtype=_wide(x.dtype)) if is_wanted else None for x, is_wanted in wanted]
 
 
-def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden: Tensor, weight: Tensor) -> None:
+def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC: Tensor, weight: Tensor) -> None:
     """Add a chunk's part to both gradients; `scale` is multiplied into the small matrices, not into the error."""
     grad_hidden_NC, grad_weight_VC = gradients
     if grad_hidden_NC is not None:
         _product(error, weight, out=grad_hidden_NC[at]).mul_(scale[:, None])
     if grad_weight_VC is not None:
-        scaled, total = (hidden * scale[:, None]).to(hidden.dtype), grad_weight_VC[: len(weight)]
+        scaled, total = (hidden_NC[at] * scale[:, None]).to(error.dtype), grad_weight_VC[: len(weight)]
         if total.dtype == error.dtype:
             total.addmm_(error.T, scaled)
-        else:
-            total += _product(error.T, scaled, out=torch.empty_like(total))
+            return
+        rows = SUM_ROWS[error.device.type]
+        for part, columns in zip(total.split(rows), error.split(rows, dim=1), strict=True):
+            part += _product(columns.T, scaled, out=torch.empty_like(part))
 
 
 def _in_dtype(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

@@ -45,6 +45,19 @@ def bf16_products(monkeypatch):
     monkeypatch.setattr(logprobs, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
 
 
+@pytest.fixture
+def products(request, monkeypatch):
+    """How the gradient's products of bf16 weights are made; returns the number of roundings before each sum."""
+    if request.param == "cuda":
+        request.getfixturevalue("bf16_products")
+    monkeypatch.setattr(logprobs, "_cpu_multiplies_bf16", lambda: request.param == "cpu")
+    monkeypatch.setitem(logprobs.SUM_ROWS, "cpu", 10)  # of 24: a ragged last part
+    return 0 if request.param == "fp32" else 1
+
+
+PRODUCTS = pytest.mark.parametrize("products", ["fp32", "cpu", "cuda"], indirect=True)
+
+
 def clipped_loss(old, advantage, weight, ref):
     """A policy loss with everything: ratio and clip, k3 penalty, a detached importance weight."""
 
@@ -248,13 +261,9 @@ def check_within_rounding(mine, expected, terms, n_roundings):
 
 
 @pytest.mark.parametrize("rows", [8, 64, 1000])
-@pytest.mark.parametrize("use_bf16_products", [False, True])
-def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(
-    request, rows_a_chunk, rows, use_bf16_products
-):
+@PRODUCTS
+def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(rows_a_chunk, rows, products):
     """bf16 products round the error, and hidden times its factor, before they are multiplied; fp32 ones nothing."""
-    if use_bf16_products:
-        request.getfixturevalue("bf16_products")
     rows_a_chunk(rows)
     hidden, weight, targets = bf16_example()
     hidden_fp32, weight_fp32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
@@ -266,17 +275,13 @@ def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(
         terms = size @ weight_fp32.abs(), size.T @ hidden_fp32.abs()
     for loss in both_losses(targets):
         grads = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-        check_within_rounding(grads[0], expected[0], terms[0], 1 if use_bf16_products else 0)
-        check_within_rounding(grads[1], expected[1], terms[1], 2 if use_bf16_products else 0)
+        check_within_rounding(grads[0], expected[0], terms[0], products)
+        check_within_rounding(grads[1], expected[1], terms[1], 2 * products)
 
 
-@pytest.mark.parametrize("use_bf16_products", [False, True])
-def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks(
-    request, rows_a_chunk, use_bf16_products
-):
+@PRODUCTS
+def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks(rows_a_chunk, products):
     """One chunk of size 1 and 512 of 2^-9: the sum is 2; added in bf16, each of the 512 would vanish."""
-    if use_bf16_products:
-        request.getfixturevalue("bf16_products")
     rows_a_chunk(1)
     factor = torch.full((513,), 2.0**-9)
     factor[0] = 1.0
