@@ -30,6 +30,7 @@ Letters: N tokens, C width, V vocabulary.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from itertools import repeat
 
 import torch
@@ -240,8 +241,9 @@ def _chunks(
     room = buffer if error_dtype in (None, dtype) else torch.empty_like(buffer, dtype=error_dtype)
     for start in range(0, N, n):
         at = slice(start, min(start + n, N))
-        logits = buffer[: at.stop - start]
-        yield at, logits, logits if room is buffer else room[: len(logits)]
+        # data: torch.compile would make another program for a view of a larger tensor than for all of it
+        logits = buffer[: at.stop - start].data
+        yield at, logits, logits if room is buffer else room[: at.stop - start].data
 
 
 def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int) -> Tensor:
@@ -253,33 +255,48 @@ def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, 
 
 
 def _statistics(logits: Tensor, targets: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logp of the targets and entropy, a block of rows at a time; p - 1[target] is written to `error`.
+    """logp of the targets and entropy; p - 1[target] is written to `error`, which may be the logits' own memory.
 
-    That may be the logits' own memory. Without it the logits stay as they are.
+    Without it the logits stay as they are. On a CPU a block of rows at a time, on CUDA in compiled passes over all.
     """
-    N, V = logits.shape
     logit = logits.gather(1, targets[:, None]).squeeze(1)
-    rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
-    rooms = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
-    errors = repeat(None) if error is None else error.split(rows)
-    parts = [_softmax(*pair, *rooms[:, : len(pair[0])]) for pair in zip(logits.split(rows), errors, strict=False)]
-    lse, entropy = map(torch.cat, zip(*parts, strict=True))
+    if _is_compiled(logits.device):
+        lse, entropy = _compiled_softmax()(logits, error)
+    else:
+        N, V = logits.shape
+        rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
+        rooms = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
+        errors = repeat(None) if error is None else error.split(rows)
+        parts = [_softmax(*pair, *rooms[:, : len(pair[0])]) for pair in zip(logits.split(rows), errors, strict=False)]
+        lse, entropy = map(torch.cat, zip(*parts, strict=True))
     logp = logit - lse
     if error is not None:
         error.scatter_(1, targets[:, None], logp.expm1().to(error.dtype)[:, None])
     return logp, entropy
 
 
-def _softmax(logits: Tensor, p: Tensor | None, shifted: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
+def _is_compiled(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+@cache
+def _compiled_softmax() -> Callable:
+    """`_softmax` in four passes over the logits instead of nine, for any number of rows and without room."""
+    return torch.compile(_softmax, dynamic=True)
+
+
+def _softmax(
+    logits: Tensor, p: Tensor | None, shifted: Tensor | None = None, exp: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """lse and entropy of each row; its probabilities are written to `p`. The other two are room to work in."""
     highest = logits.amax(1, keepdim=True)
-    torch.exp(torch.sub(logits, highest, out=shifted), out=exp)
-    total = exp.sum(1, keepdim=True)
-    exp.div_(total)
+    shifted = torch.sub(logits, highest, out=shifted)
+    exp = torch.exp(shifted, out=exp)
+    total = exp.sum(1)
+    mean_shifted = shifted.mul_(exp).sum(1) / total  # a bmm of one row and one column is ten times slower
     if p is not None:
-        p.copy_(exp)
-    lse, log_total = (highest + total.log()).squeeze(1), total.log().squeeze(1)
-    return lse, log_total - shifted.mul_(exp).sum(1)  # a bmm of one row and one column is ten times slower
+        p.copy_(exp.div_(total[:, None]))
+    return highest.squeeze(1) + total.log(), total.log() - mean_shifted
 
 
 def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:

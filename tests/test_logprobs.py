@@ -297,6 +297,32 @@ def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks
         assert weight.grad[1].item() == pytest.approx(-2 / V, rel=2**-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_passes_give_the_same_in_one_program_for_all_numbers_of_rows(monkeypatch, dtype):
+    programs = []
+
+    def count(graph, _):
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(logprobs._softmax, dynamic=True, backend=count)
+    monkeypatch.setattr(logprobs, "_cpu_multiplies_bf16", lambda: True)  # as on CUDA, the error has room of its own
+    hidden, weight, targets = bf16_example()
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    for rows in (64, 200, 33):
+        monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", rows * V * 4)
+        results = []
+        for is_compiled in (False, True):
+            monkeypatch.setattr(logprobs, "_is_compiled", lambda device, answer=is_compiled: answer)
+            monkeypatch.setattr(logprobs, "_compiled_softmax", lambda: compiled)
+            loss, *values = chunked_loss(hidden, weight, targets, lambda logp, at: logp.square().sum(), 0.7)
+            grads = torch.autograd.grad(loss, (hidden, weight))
+            results.append((loss, *values, *grads, *token_logprobs(hidden, weight, targets)))
+        for mine, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(mine, expected)
+    assert len(programs) == 2  # with an error to write, and without
+
+
 @pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.5, USED)])
 @pytest.mark.parametrize("rows", [4, N])
 def test_the_entropy_is_that_of_the_distribution_sampled_from(rows_a_chunk, rows, temperature, vocab_size):
