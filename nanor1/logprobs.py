@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = defaultdict(lambda: 2**27, cuda=2**31)  # logits; small chunks read weight and its gradient too often
+CHUNK_ROWS = defaultdict(lambda: 1, cuda=128)  # their number is a multiple of it: whole tiles of a matrix product
 BLOCK_BYTES = defaultdict(lambda: 2**21, cuda=2**28)  # of these, what is exponentiated at a time: fits a CPU's cache
 SUM_ROWS = defaultdict(lambda: 2**12, cuda=2**30)  # of a rounded weight gradient added at a time: as above
 ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes, as tensor cores want
@@ -237,6 +238,8 @@ def _chunks(
     N, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
     n = max(1, CHUNK_BYTES[hidden.device.type] // (_aligned(V) * dtype.itemsize))
+    if n >= (multiple := CHUNK_ROWS[hidden.device.type]):
+        n -= n % multiple
     buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
     room = buffer if error_dtype in (None, dtype) else torch.empty_like(buffer, dtype=error_dtype)
     for start in range(0, N, n):

@@ -297,6 +297,15 @@ def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks
         assert weight.grad[1].item() == pytest.approx(-2 / V, rel=2**-8)
 
 
+@pytest.mark.parametrize(("fits", "taken"), [(3, 3), (4, 4), (7, 4), (11, 8)])
+def test_a_chunk_is_a_whole_number_of_tiles_where_one_fits(rows_a_chunk, monkeypatch, fits, taken):
+    rows_a_chunk(fits)
+    monkeypatch.setitem(logprobs.CHUNK_ROWS, "cpu", 4)
+    hidden, weight, _ = example()
+    chunks = [(at.start, len(logits)) for at, logits in logprobs.logit_chunks(hidden, weight)]
+    assert chunks == [(start, min(taken, N - start)) for start in range(0, N, taken)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_passes_give_the_same_in_one_program_for_all_numbers_of_rows(monkeypatch, dtype):
     programs = []
