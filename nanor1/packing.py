@@ -10,15 +10,18 @@ Left out: continuations of continuations.
 Letters: N packed tokens, M packed keys (N and the copies), B sequences, G continuations of a sequence at most.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Item = TypeVar("Item")
+NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,16 @@ def in_batches(
         batches[-1].append(item)
         n_tokens += n_more
     return batches
+
+
+def end_to_end(lists: Sequence[Sequence[float]], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers of all lists in one tensor on the CPU.
+
+    >>> end_to_end([[7, 8], [], [9]]).tolist()
+    [7, 8, 9]
+    """
+    flat = np.fromiter(chain.from_iterable(lists), NUMPY[dtype], sum(map(len, lists)))
+    return torch.from_numpy(flat)
 
 
 def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.model import Transformer
-from nanor1.packing import attended_pairs, in_batches
+from nanor1.packing import attended_pairs, end_to_end, in_batches
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.rewards import after_thinking
@@ -208,7 +208,7 @@ def pack(answered: list[Answered]) -> PackedAnswers:
     starts = list(accumulate(map(len, sequences), initial=0))
     last = {i: end - 1 for i, end in zip(order, starts[len(prompts) + 1 :], strict=True)}
     return PackedAnswers(
-        torch.tensor([token for sequence in sequences for token in sequence]),
+        end_to_end(sequences),
         torch.tensor(starts),
         torch.tensor([-1] * len(prompts) + [parents[i] for i in order]),
         torch.tensor([last[i] for i in range(len(answered))]),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
-from nanor1.packing import in_batches
+from nanor1.packing import end_to_end, in_batches
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
@@ -335,17 +335,14 @@ def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[Te
 
 def _pack_one(examples: list[Example], weight: float) -> TextBatch:
     starts = list(accumulate((len(example.ids) - 1 for example in examples), initial=0))
-    predictor, target = [], []
-    for start, example in zip(starts, examples, strict=False):
-        learned = [t for t, is_target in enumerate(example.is_target) if is_target]
-        predictor += [start + t - 1 for t in learned]
-        target += [example.ids[t] for t in learned]
+    is_next_target_N = end_to_end([example.is_target[1:] for example in examples], torch.bool)
+    predictor_M = is_next_target_N.nonzero().squeeze(1)
     return TextBatch(
-        torch.tensor([token for example in examples for token in example.ids[:-1]]),
+        end_to_end([example.ids[:-1] for example in examples]),
         torch.tensor(starts),
-        torch.tensor(predictor),
-        torch.tensor(target),
-        torch.full((len(target),), weight),
+        predictor_M,
+        end_to_end([example.ids[1:] for example in examples])[predictor_M],
+        torch.full((len(predictor_M),), weight),
     )
 
 
