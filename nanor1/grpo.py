@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss, token_logprobs
-from nanor1.packing import attended_pairs, end_to_end, in_batches
+from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 
 Advantage = float | list[float]  # of a completion, or of each of its tokens
@@ -63,7 +63,7 @@ class PackedBatch:
     weight_M: Tensor  # in the step's loss: sums to 1 over all batches of a step (see `token_weights`)
 
     def to(self, device) -> "PackedBatch":
-        return PackedBatch(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mean") -> list[list[float | None]]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.model import Transformer
-from nanor1.packing import attended_pairs, end_to_end, in_batches
+from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.rewards import after_thinking
@@ -194,7 +194,7 @@ class PackedAnswers:
     last_M: Tensor  # the packed token at which each answer's score is read
 
     def to(self, device: torch.device) -> "PackedAnswers":
-        return PackedAnswers(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 def pack(answered: list[Answered]) -> PackedAnswers:

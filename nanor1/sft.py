@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
-from nanor1.packing import end_to_end, in_batches
+from nanor1.packing import MAKES_LAYOUT, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class TextBatch:
     weight_M: Tensor  # fp32; sums to 1 over all batches of an update
 
     def to(self, device) -> "TextBatch":
-        return TextBatch(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 # ---- examples from JSON lines
