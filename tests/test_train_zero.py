@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -694,6 +695,29 @@ def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, worl
     world.setattr(train_zero, "rewards", one_equal_group)
     _, advantages_PG = train_zero.act(make_actor(resample=5), None, 0)
     assert rounds == [4, 1] and sum(map(any, advantages_PG)) == 4
+
+
+def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, world):
+    world.setattr(train_zero, "rewards", lambda groups, *_: [[1.0] * len(group) for group in groups])
+
+    def answers(step, **fields):
+        """What act() samples for the same four problems, round by round."""
+        actor = make_actor(resample=1, **fields)
+        problems = actor.task.sample(4, 0, 0)
+        always = SimpleNamespace(sample=lambda n, seed, index: problems)
+        rollouts_PG, _ = train_zero.act(dataclasses.replace(actor, task=always), None, step)
+        ids = [[tuple(rollout.completion.ids) for rollout in group] for group in rollouts_PG]
+        return [ids[:4], ids[4:]]
+
+    first = answers(step=0)
+    assert answers(step=0) == first
+    sampled = [*first, *answers(step=1), *answers(step=0, seed=1)]
+    assert all(one != other for i, one in enumerate(sampled) for other in sampled[:i])
+
+
+def test_no_step_of_any_seed_shares_its_noise_with_another_or_with_evaluations():
+    seeds = [train_zero.request_seed(seed, index) for seed in range(20) for index in range(1000)]
+    assert len(set(seeds)) == 20_000 and 0 not in seeds
 
 
 def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0):
