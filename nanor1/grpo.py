@@ -260,6 +260,7 @@ class LossSettings:
     importance_cap: float = 0.0
     kl_coef: float = 0.0
     kl: str = "k2"
+    loss_scale: float = 1.0  # the gradient is multiplied by it (see nanor1/optim.py), what is reported is not
 
 
 def add_gradient(
@@ -272,6 +273,7 @@ def add_gradient(
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(lengths, settings.aggregate, settings.constant_length)
+    weights = [weight * settings.loss_scale for weight in weights]  # at the root: all of the backward is in its range
     batches = pack(rollouts, advantages, weights, settings.tokens_per_batch)
     terms = workers.map(lambda model, batch: _backward(model, reference, batch, settings), batches)
     workers.gather_gradients()
@@ -296,7 +298,7 @@ def _backward(model, reference, batch: PackedBatch, settings: LossSettings) -> "
     loss.backward()
     _, is_clipped_M = loss_of(logp_M, slice(None))
     gap_M = (logp_M - batch.sampler_logp_M).abs()
-    sums = [loss.detach(), entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
+    sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
     if reference is not None:
         sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
     flops = model.training_flops(len(batch.ids_N), n_pairs, len(batch.target_M))

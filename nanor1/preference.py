@@ -291,12 +291,17 @@ class PairTerms:
         return self.n_right / self.n
 
 
-def add_gradient(workers: Workers, pairs: list[Pair], tokens_per_batch: int, center_coef: float = 0.0) -> PairTerms:
-    """Add the gradient of one update, of the mean loss over `pairs`, to the parameters, however they are split."""
+def add_gradient(
+    workers: Workers, pairs: list[Pair], tokens_per_batch: int, center_coef: float = 0.0, loss_scale: float = 1.0
+) -> PairTerms:
+    """Add the gradient of one update, of the mean loss over `pairs`, to the parameters, however they are split.
+
+    It is multiplied by `loss_scale` (see nanor1/optim.py).
+    """
 
     def backward(model: RewardModel, batch: list[Pair]) -> list[float]:
         loss, sums = _loss_and_sums(model, batch, center_coef)
-        (loss / len(pairs)).backward()
+        (loss_scale * loss / len(pairs)).backward()
         return sums
 
     sums = workers.map(backward, _batches(pairs, tokens_per_batch))

@@ -321,13 +321,13 @@ def split(
 # ---- packing and the loss
 
 
-def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[TextBatch]:
+def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[TextBatch]:
     """Lay the examples of an update end to end, in batches of at most `tokens_per_batch` tokens (or of one example).
 
-    The weights are those of the mean over all their target tokens. The longest come first: the first batch is then
-    the most demanding, so that a run that does not fit in memory fails at once.
+    The weights are those of the mean over all their target tokens, times `loss_scale`. The longest come first: the
+    first batch is then the most demanding, so that a run that does not fit in memory fails at once.
     """
-    weight = 1 / sum(sum(example.is_target) for example in examples)
+    weight = loss_scale / sum(sum(example.is_target) for example in examples)
     by_length = sorted(examples, key=lambda example: -len(example.ids))
     batches = in_batches(by_length, lambda example, _: len(example.ids) - 1, tokens_per_batch)
     return [_pack_one(batch, weight) for batch in batches]
@@ -352,11 +352,16 @@ def text_states(model, batch: TextBatch) -> Tensor:
 
 
 def add_gradient(
-    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
+    workers: Workers,
+    examples: Sequence[Example],
+    tokens_per_batch: int,
+    vocab_size: int | None = None,
+    loss_scale: float = 1.0,
 ) -> float:
     """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
 
-    Ids at or above `vocab_size` are never sampled, and here have no probability either.
+    Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
+    `loss_scale` (see nanor1/optim.py).
     """
 
     def backward(model, batch: TextBatch) -> Tensor:
@@ -364,9 +369,9 @@ def add_gradient(
         loss.backward()
         return loss.detach()
 
-    losses = workers.map(backward, pack_examples(examples, tokens_per_batch))
+    losses = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
     workers.gather_gradients()
-    return torch.stack(losses).sum().item()
+    return torch.stack(losses).sum().item() / loss_scale
 
 
 def mean_loss(

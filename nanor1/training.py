@@ -124,15 +124,20 @@ def longest_example(max_tokens: int, folder: Path | str) -> int:
 
 
 def update(optimizer: MasterAdamW, guard: NonFiniteGuard, config, step: int, n_steps: int) -> dict[str, float]:
-    """Follow the gradient at the schedule's rate of update `step` (from 0); returns `lr` and `grad_norm`.
+    """Follow the gradient at the schedule's rate of update `step` (from 0); returns `lr`, `grad_norm`, fp16's scale.
 
     A gradient that is not finite is skipped; ValueError after several in a row.
     """
     lr = learning_rate(step, n_steps, config.lr, config.warmup, config.decay)
     grad_norm = optimizer.step(lr, config.max_grad_norm)
     is_made = math.isfinite(grad_norm)
-    guard.check(n_skipped=int(not is_made), n_made=int(is_made))
-    return {"lr": lr, "grad_norm": grad_norm}
+    guard.check(n_skipped=int(not is_made), n_made=int(is_made), loss_scale=optimizer.loss_scale)
+    return {"lr": lr, "grad_norm": grad_norm} | scale_metric(optimizer)
+
+
+def scale_metric(optimizer: MasterAdamW) -> dict[str, float]:
+    """What the loss of the next update is multiplied by, where weights are fp16."""
+    return {"loss_scale": optimizer.loss_scale} if optimizer.is_scaled else {}
 
 
 def eval_metrics(measured: dict) -> dict:

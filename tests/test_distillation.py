@@ -450,6 +450,13 @@ def test_the_loss_of_held_out_texts_is_the_same_and_no_gradient_is_formed(monkey
     assert mean_loss(Workers(model, n_workers), teacher, examples, 15, settings) == pytest.approx(means, rel=1e-5)
 
 
+def test_a_scaled_loss_scales_the_gradient_and_no_metric(teacher, examples):
+    model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, hard_weight=0.25)
+    means, plain = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
+    scaled_means, scaled = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings, 2.0**16))
+    assert scaled_means == means and torch.equal(scaled, plain * 2**16)
+
+
 def test_the_hard_loss_alone_is_supervised_fine_tuning(teacher, examples):
     model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, temperature=2.0, hard_weight=1.0)
     means, gradient = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))

@@ -578,6 +578,27 @@ def test_the_importance_cap_scales_the_gradient_by_the_samplers_error(sampled):
     torch.testing.assert_close(gradient(model, off, advantages, importance_cap=2.0), 2 * once, atol=1e-5, rtol=1e-4)
 
 
+def test_a_scaled_loss_scales_the_gradient_and_no_metric(sampled):
+    settings = dict(reference=random_model(1), kl_coef=0.1, tokens_per_batch=50)
+    results = []
+    for scale in (1.0, 2.0**16):
+        model = random_model()
+        metrics = add_up(model, *sampled, loss_scale=scale, **settings)
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (metrics, plain), (scaled_metrics, scaled) = results
+    assert scaled_metrics == metrics and torch.equal(scaled, plain * 2**16) and plain.any()
+
+
+def test_a_gradient_too_small_for_fp16_is_that_of_fp32_by_its_scale(sampled):
+    rollouts, advantages = sampled
+    small = [1e-6 * advantage for advantage in advantages]
+    model, exact = random_model().half(), random_model()
+    exact.load_state_dict(model.state_dict())
+    lost, wanted = gradient(model, rollouts, small), gradient(exact, rollouts, small)
+    found = gradient(model, rollouts, small, loss_scale=2.0**16).float() / 2**16
+    assert (lost - wanted).norm() > 0.1 * wanted.norm() > 10 * (found - wanted).norm()
+
+
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_the_kl_term_pulls_towards_the_reference_and_is_nothing_at_the_reference(sampled, kl):
     rollouts = sampled[0]

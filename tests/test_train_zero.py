@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanor1 import training
+from nanor1 import optim, training
 from nanor1.checkpoint import latest_checkpoint
 from nanor1.grpo import Rollout
 from nanor1.miniature import MINIATURES, base_model
@@ -802,6 +802,24 @@ def test_a_compiled_run_learns_saves_and_keeps_a_reference(train, world):
         assert [line[key] for key in ("loss", "entropy", "kl")] == pytest.approx(
             [other[key] for key in ("loss", "entropy", "kl")], abs=1e-3
         )
+
+
+def test_a_float16_run_scales_its_loss_and_goes_on_as_if_never_stopped(train, run, world):
+    """As on CUDA; torch computes it on a CPU too, slowly. The first scale is such that updates overflow."""
+    world.setattr(training, "choose_device", lambda *_: (torch.device("cpu"), torch.float16))
+    world.setattr(optim, "FIRST_SCALE", 2.0**22)
+    flags = "--minibatches 1 --save-every 3 --max-new-tokens 8"
+    whole, folder = train(f"{flags} --steps 6", "whole"), train(f"{flags} --steps 3")
+    code, _, err = run("--resume", str(folder), "--steps", "6")
+    assert code == 0, err
+    lines = step_lines(whole)
+    assert lines[0]["skipped_updates"] == 1 and lines[-1]["updates"] == 1 and lines[-1]["loss_scale"] < 2.0**22
+    assert [line["loss_scale"] for line in step_lines(folder)] == [line["loss_scale"] for line in lines]
+    checkpoints = [f / "checkpoints/step_000006" for f in (folder, whole)]
+    assert_same_weights(*checkpoints)
+    assert next(iter(weights(whole / "checkpoints/step_000006").values())).dtype == torch.float16
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert len({(checkpoint / name).read_bytes() for checkpoint in checkpoints}) == 1
 
 
 def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(train, run):
