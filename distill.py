@@ -54,6 +54,7 @@ from nanor1.training import (
     resumed,
     save_run,
     update,
+    warn_of_gap,
 )
 
 
@@ -234,6 +235,7 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
         if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
             metrics |= eval_metrics(run_evaluation(run).to_dict())
         run.log.metrics(progress.step, metrics)
+        warn_of_gap(run.log, metrics, run.workers.model.head_weight_VC.dtype)
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
         is_last = progress.step == run.n_steps or run.interrupt.is_asked

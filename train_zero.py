@@ -66,6 +66,7 @@ from nanor1.training import (
     save_run,
     scale_metric,
     to_preference,
+    warn_of_gap,
 )
 
 
@@ -284,6 +285,7 @@ def train(run: Run) -> None:
             metrics |= evaluate_during(run)
         metrics["step_s"] = time.monotonic() - step_start_s
         run.log.metrics(progress.step, metrics)
+        warn_of_gap(run.log, metrics, run.actor.workers.model.head_weight_VC.dtype, ", or --importance-cap 2")
         run.log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s

@@ -435,6 +435,14 @@ def test_sampler_and_trainer_agree_on_log_probabilities(uninterrupted):
     assert max(gaps) < 1e-5
 
 
+def test_a_gap_beyond_rounding_is_said_once_with_the_flags_to_look_at(train, world, uninterrupted):
+    assert "logp_gap_mean" not in (uninterrupted("plain")[0] / "log.txt").read_text()
+    world.setitem(training.NORMAL_GAP, torch.bfloat16, 0.0)
+    said = (train("--steps 2 --dtype bfloat16") / "log.txt").read_text()
+    assert said.count("warning: logp_gap_mean is") == 1
+    assert all(flag in said for flag in ("--dtype float16", "float32", "--importance-cap 2"))
+
+
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(uninterrupted, train):
     again = train(f"{VARIANTS['plain']} --steps 2", "again")
     other = train(f"{VARIANTS['plain']} --steps 2 --seed 1", "other")
