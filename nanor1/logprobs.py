@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = defaultdict(lambda: 2**27, cuda=2**31)  # logits; small chunks read weight and its gradient too often
 CHUNK_ROWS = defaultdict(lambda: 1, cuda=128)  # their number is a multiple of it: whole tiles of a matrix product
 BLOCK_BYTES = defaultdict(lambda: 2**21, cuda=2**28)  # of these, what is exponentiated at a time: fits a CPU's cache
-SUM_ROWS = defaultdict(lambda: 2**12, cuda=2**30)  # of a rounded weight gradient added at a time: as above
+PART_ROWS = 2**12  # of the output matrix that a CPU multiplies in bf16 at a time
 ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes, as tensor cores want
 
 
@@ -140,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
         gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
         scale_N = grad_logp_N / -temperature
         factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
-        for at, buffer, error in _chunks(hidden, weight, factors[0].dtype):
+        for at, buffer, error in _chunks(hidden, weight, has_error=True):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
             _statistics(logits, targets_N[at], error)
             _add_gradients(gradients, at, error, scale_N[at], *factors)
@@ -155,7 +155,7 @@ class _LossOfLogits(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
         has_gradient = any(ctx.needs_input_grad)
-        for at, buffer, error in _chunks(hidden, weight, factors[0].dtype if has_gradient else None):
+        for at, buffer, error in _chunks(hidden, weight, has_gradient):
             logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
             chunk_loss, scale = loss_fn(logits, at, error if has_gradient else None)
             loss += chunk_loss
@@ -199,10 +199,9 @@ def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Te
 
 
 def _gradient_operands(hidden_NC: Tensor, weight_VC: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What the error is multiplied with, and whose dtype it has: those of the logits, or bf16 also on a CPU.
+    """What the error is multiplied with: the operands of the logits, but bf16 also on a CPU with instructions for it.
 
-    There the products are twice as fast in bf16 with its instructions (Zen 4), and take five times as long without
-    (Zen 3). A product comes rounded; each chunk's is added to an fp32 sum.
+    The products are then twice as fast (Zen 4); without, they take five times as long (Zen 3).
     """
     if hidden_NC.dtype == torch.bfloat16 and hidden_NC.device.type == "cpu" and _cpu_multiplies_bf16():
         return hidden_NC, weight_VC[: len(weight)]
@@ -219,21 +218,18 @@ def _aligned(n_rows: int) -> int:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into `out`, summed in its dtype whatever that of a and b; on a CPU it comes rounded to theirs."""
+    """a @ b into `out`, summed and returned in its dtype whatever that of a and b."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(torch.mm(a, b))
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, error_dtype: torch.dtype | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the tokens, each with room for its logits, and for an error in the same memory if its dtype allows.
+def _chunks(hidden: Tensor, weight: Tensor, has_error: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of the tokens, each with room for its logits, and for an error of the operands' dtype.
 
-    The room is always the same, as new memory pages cost more than exp. The slices depend on the vocabulary and not on
-    how many rows pad it: two models of one vocabulary have the same.
+    That is the same memory where their dtypes are the same. The room is that of all chunks, as new memory pages cost
+    more than exp. The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary
+    have the same.
     """
     N, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
@@ -241,7 +237,7 @@ def _chunks(
     if n >= (multiple := CHUNK_ROWS[hidden.device.type]):
         n -= n % multiple
     buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
-    room = buffer if error_dtype in (None, dtype) else torch.empty_like(buffer, dtype=error_dtype)
+    room = torch.empty_like(buffer, dtype=hidden.dtype) if has_error and hidden.dtype != dtype else buffer
     for start in range(0, N, n):
         at = slice(start, min(start + n, N))
         # data: torch.compile would make another program for a view of a larger tensor than for all of it
@@ -309,6 +305,8 @@ def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool
 
 def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC: Tensor, weight: Tensor) -> None:
     """Add a chunk's part to both gradients; `scale` is multiplied into the small matrices, not into the error."""
+    if error.dtype != weight.dtype:
+        return _add_rounded(gradients, at, error, scale, hidden_NC, weight)
     grad_hidden_NC, grad_weight_VC = gradients
     if grad_hidden_NC is not None:
         _product(error, weight, out=grad_hidden_NC[at]).mul_(scale[:, None])
@@ -316,10 +314,26 @@ def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC
         scaled, total = (hidden_NC[at] * scale[:, None]).to(error.dtype), grad_weight_VC[: len(weight)]
         if total.dtype == error.dtype:
             total.addmm_(error.T, scaled)
-            return
-        rows = SUM_ROWS[error.device.type]
-        for part, columns in zip(total.split(rows), error.split(rows, dim=1), strict=True):
-            part += _product(columns.T, scaled, out=torch.empty_like(part))
+        else:
+            total += _product(error.T, scaled, out=torch.empty_like(total))
+
+
+def _add_rounded(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC: Tensor, weight: Tensor) -> None:
+    """The same where the error is fp32 and the others bf16, to which a CPU rounds products as well.
+
+    A part of the vocabulary at a time: the rounded error and the products are small, and their sums are fp32.
+    """
+    grad_hidden_NC, grad_weight_VC = gradients
+    scaled = (hidden_NC[at] * scale[:, None]).to(weight.dtype)
+    for start in range(0, len(weight), PART_ROWS):
+        part = slice(start, min(start + PART_ROWS, len(weight)))
+        rounded = error[:, part].to(weight.dtype)
+        if grad_hidden_NC is not None:
+            grad_hidden_NC[at] += rounded @ weight[part]
+        if grad_weight_VC is not None:
+            grad_weight_VC[part] += rounded.T @ scaled
+    if grad_hidden_NC is not None:
+        grad_hidden_NC[at] *= scale[:, None]
 
 
 def _in_dtype(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
