@@ -331,6 +331,40 @@ def test_compiled_passes_give_the_same_in_one_program_for_all_numbers_of_rows(mo
     assert len(programs) == 2  # with an error to write, and without
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled passes and fp32 products of bf16 need CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_cuda_values_are_those_of_fp64_and_no_more_memory_is_taken_than_a_chunk_and_its_error(monkeypatch, dtype):
+    n, width, size = 3000, 64, 16_384
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cuda", 1024 * size * 4)
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(m, width, generator=generator, device="cuda").to(dtype) for m in (n, size))
+    hidden, weight = hidden.requires_grad_(), (weight / 2).requires_grad_()
+    targets = torch.randint(0, size - 5, (n,), generator=generator, device="cuda")
+
+    def loss_fn(logp, at):
+        return logp.square().sum() / n
+
+    chunked_loss(hidden, weight, targets, loss_fn, 0.7, size - 5)[0].backward()  # compiles
+    hidden.grad = weight.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, logp, entropy = chunked_loss(hidden, weight, targets, loss_fn, 0.7, size - 5)
+    loss.backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1024 * size * (4 if dtype == torch.float32 else 6) * 1.25
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = plain_logprobs(*exact, targets, 0.7, size - 5)
+    (expected.square().sum() / n).backward()
+    p = (exact[0] @ exact[1][: size - 5].T / 0.7).softmax(-1).detach()
+    torch.testing.assert_close(logp.double(), expected.detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), -torch.special.xlogy(p, p).sum(1), atol=1e-4, rtol=1e-5)
+    for mine, theirs in zip((hidden, weight), exact, strict=True):
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.01}[dtype]
+
+
 @pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.5, USED)])
 @pytest.mark.parametrize("rows", [4, N])
 def test_the_entropy_is_that_of_the_distribution_sampled_from(rows_a_chunk, rows, temperature, vocab_size):
