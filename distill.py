@@ -54,6 +54,7 @@ from nanor1.training import (
     resumed,
     save_run,
     update,
+    warn_of_gap,
 )
 
 
@@ -110,8 +111,9 @@ class Config:
     keep_last: int = option(2, "checkpoints kept")
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, and on CPUs where it is measured to be faster"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "of the weights; auto: bfloat16 on cuda, and on CPUs that are measured to be faster; float16: cuda only",
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the student's blocks; auto: on cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice")
@@ -233,6 +235,7 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
         if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
             metrics |= eval_metrics(run_evaluation(run).to_dict())
         run.log.metrics(progress.step, metrics)
+        warn_of_gap(run.log, metrics, run.workers.model.head_weight_VC.dtype)
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
         is_last = progress.step == run.n_steps or run.interrupt.is_asked
@@ -247,7 +250,8 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
 
 def learn_traces(run: Run, step: int) -> dict:
     examples = next_examples(run, step)
-    loss = sft.add_gradient(run.workers, examples, run.tokens_per_batch, run.tokenizer.vocab_size)
+    vocab_size, loss_scale = run.tokenizer.vocab_size, run.optimizer.loss_scale
+    loss = sft.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)
     return {"loss": loss, "tokens": n_tokens(examples)}
 
 
@@ -256,7 +260,9 @@ def learn_logits(run: Run, step: int) -> dict:
     settings = distillation.DivergenceSettings(
         run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
     )
-    metrics = distillation.add_gradient(run.workers, run.teacher.model, examples, run.tokens_per_batch, settings)
+    metrics = distillation.add_gradient(
+        run.workers, run.teacher.model, examples, run.tokens_per_batch, settings, run.optimizer.loss_scale
+    )
     return metrics | {"tokens": n_tokens(examples)}
 
 
@@ -286,7 +292,7 @@ def learn_on_policy(run: Run, step: int) -> dict:
     advantages = distillation.teacher_advantages(
         run.teacher.model, rollouts, config.temperature, vocab_size, run.tokens_per_batch
     )
-    settings = LossSettings(config.temperature, vocab_size, run.tokens_per_batch)
+    settings = LossSettings(config.temperature, vocab_size, run.tokens_per_batch, loss_scale=run.optimizer.loss_scale)
     learned = step_metrics([add_policy_gradient(run.workers, None, rollouts, advantages, settings)])
     return {
         "reverse_kl": distillation.reverse_kl(advantages),

@@ -147,8 +147,8 @@ class Config:
     max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled")
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda and on a CPU that is clearly faster with it, else float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the weights; auto: bfloat16 on cuda and on a CPU that is clearly faster with it; float16: cuda only"
     )
     threads: int = option(0, "CPU threads; 0: torch's choice")
 

@@ -89,8 +89,9 @@ class Config:
     keep_last: int = option(2, "checkpoints kept")
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, and on CPUs where it is measured to be faster"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "of the weights; auto: bfloat16 on cuda, and on CPUs that are measured to be faster; float16: cuda only",
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice")
@@ -138,7 +139,7 @@ class Objective:
 
     read: Callable  # (path, tokenizer, max_tokens) -> (items, what they are and what was left out)
     load: Callable  # (folder, dtype, device) -> model
-    learn: Callable  # (workers, items, tokens_per_batch) -> metrics; the gradient of their mean loss is added
+    learn: Callable  # (workers, items, tokens_per_batch, loss_scale) -> metrics; adds the mean loss's gradient
     measure: Callable  # the same without a gradient
 
 
@@ -192,7 +193,7 @@ def train(run: Run) -> None:
     while progress.step < run.n_steps and not run.interrupt.is_asked:
         step_start_s = time.monotonic()
         items = sft.sample_examples(run.sources, config.examples, config.seed, progress.step)
-        metrics = run.objective.learn(run.workers, items, run.tokens_per_batch)
+        metrics = run.objective.learn(run.workers, items, run.tokens_per_batch, loss_scale=run.optimizer.loss_scale)
         metrics |= update(run.optimizer, guard, config, progress.step, run.n_steps)
         progress.step += 1
 
@@ -270,8 +271,10 @@ def counted(*counts: tuple[int, str]) -> str:
     return ", ".join(f"{n:,} {what}" for n, what in counts if n)
 
 
-def learn_examples(workers: Workers, examples: list[sft.Example], tokens_per_batch: int, vocab_size: int) -> dict:
-    loss = sft.add_gradient(workers, examples, tokens_per_batch, vocab_size)
+def learn_examples(
+    workers: Workers, examples: list[sft.Example], tokens_per_batch: int, vocab_size: int, loss_scale: float
+) -> dict:
+    loss = sft.add_gradient(workers, examples, tokens_per_batch, vocab_size, loss_scale)
     lengths = [len(example.ids) - 1 for example in examples]
     n_targets = sum(sum(example.is_target) for example in examples)
     flops = workers.model.training_flops(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), n_targets)
@@ -282,8 +285,10 @@ def measure_examples(workers: Workers, examples: list[sft.Example], tokens_per_b
     return {"loss": sft.mean_loss(workers, examples, tokens_per_batch, vocab_size), "n": len(examples)}
 
 
-def learn_pairs(centring: float, workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int) -> dict:
-    terms = preference.add_gradient(workers, pairs, tokens_per_batch, centring)
+def learn_pairs(
+    centring: float, workers: Workers, pairs: list[preference.Pair], tokens_per_batch: int, loss_scale: float
+) -> dict:
+    terms = preference.add_gradient(workers, pairs, tokens_per_batch, centring, loss_scale)
     return pair_metrics(terms) | {"tokens": terms.n_tokens, "flops": terms.flops}
 
 

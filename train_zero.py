@@ -64,7 +64,9 @@ from nanor1.training import (
     prepare,
     resumed,
     save_run,
+    scale_metric,
     to_preference,
+    warn_of_gap,
 )
 
 
@@ -131,8 +133,9 @@ class Config:
     keep_last: int = option(2, "checkpoints kept, besides the best")
 
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, and on CPUs where it is measured to be faster"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "of the weights; auto: bfloat16 on cuda, and on CPUs that are measured to be faster; float16: cuda only",
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice")
@@ -271,7 +274,7 @@ def train(run: Run) -> None:
         rollout_s = time.monotonic() - step_start_s
         report_unjudged(run.log, rollouts_PG)
         learned = learn(run.actor, run.reference, run.optimizer, rollouts_PG, advantages_PG, progress.step)
-        guard.check(learned["skipped_updates"], learned["updates"])
+        guard.check(learned["skipped_updates"], learned["updates"], run.optimizer.loss_scale)
         progress.step += 1
         if run.reference and is_due(config.reference_every, progress.step):
             run.reference.load_state_dict(run.actor.workers.model.state_dict())
@@ -282,6 +285,7 @@ def train(run: Run) -> None:
             metrics |= evaluate_during(run)
         metrics["step_s"] = time.monotonic() - step_start_s
         run.log.metrics(progress.step, metrics)
+        warn_of_gap(run.log, metrics, run.actor.workers.model.head_weight_VC.dtype, ", or --importance-cap 2")
         run.log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
@@ -480,10 +484,11 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
     for i in range(min(config.minibatches, len(chosen))):
         share = sorted(order[i :: config.minibatches])  # those of one prompt lie side by side and share it
         rollouts, advantages = map(list, zip(*(chosen[j] for j in share), strict=True))
-        updates.append(add_gradient(actor.workers, reference, rollouts, advantages, settings))
+        scaled = replace(settings, loss_scale=optimizer.loss_scale)
+        updates.append(add_gradient(actor.workers, reference, rollouts, advantages, scaled))
         grad_norms.append(optimizer.step(lr, config.max_grad_norm))
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    learn_s, metrics = time.monotonic() - start_s, step_metrics(updates)
+    learn_s, metrics = time.monotonic() - start_s, step_metrics(updates) | scale_metric(optimizer)
     return metrics | {
         "grad_norm": mean(finite),
         "updates": len(finite),

@@ -158,11 +158,17 @@ DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jsd": _jensen_shannon}
 
 
 def add_gradient(
-    workers: Workers, teacher, examples: Sequence[Example], tokens_per_batch: int, settings: DivergenceSettings
+    workers: Workers,
+    teacher,
+    examples: Sequence[Example],
+    tokens_per_batch: int,
+    settings: DivergenceSettings,
+    loss_scale: float = 1.0,
 ) -> dict[str, float]:
     """Add the gradient of one update to the parameters; returns `loss`, `divergence` and `nll`, means a target token.
 
-    All workers read the one teacher, which sees the very batches of the student.
+    The gradient is multiplied by `loss_scale` (see nanor1/optim.py). All workers read the one teacher, which sees the
+    very batches of the student.
     """
 
     def backward(model, batch: TextBatch) -> Tensor:
@@ -170,9 +176,9 @@ def add_gradient(
         loss.backward()
         return means
 
-    means = workers.map(backward, pack_examples(examples, tokens_per_batch))
+    means = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
     workers.gather_gradients()
-    return _sum(means)
+    return {name: scaled / loss_scale for name, scaled in _sum(means).items()}
 
 
 def mean_loss(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss, token_logprobs
-from nanor1.packing import attended_pairs, in_batches
+from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 
 Advantage = float | list[float]  # of a completion, or of each of its tokens
@@ -63,7 +63,7 @@ class PackedBatch:
     weight_M: Tensor  # in the step's loss: sums to 1 over all batches of a step (see `token_weights`)
 
     def to(self, device) -> "PackedBatch":
-        return PackedBatch(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mean") -> list[list[float | None]]:
@@ -151,25 +151,23 @@ def _pack_one(
     starts = list(accumulate(map(len, sequences), initial=0))
     start_of = dict(zip(shared, starts[len(groups) :], strict=False))
 
-    predictor, target, logp, rollout, advantage = [], [], [], [], []
-    for i in chosen:
-        completion, prompt_end = rollouts[i].completion, starts[row[i]] + len(rollouts[i].prompt_ids)
-        start = start_of.get(i, prompt_end)
-        predictor += [prompt_end - 1, *range(start, start + len(completion.ids) - 1)]
-        target += completion.ids
-        logp += completion.logprobs
-        rollout += [i] * len(completion.ids)
-        advantage += _of_tokens(advantages[i], len(completion.ids))
-    rollout_M = torch.tensor(rollout)
+    completions = [rollouts[i].completion for i in chosen]
+    n_tokens = torch.tensor([len(completion.ids) for completion in completions])
+    prompt_end = [starts[row[i]] + len(rollouts[i].prompt_ids) for i in chosen]
+    start = [start_of.get(i, end) for i, end in zip(chosen, prompt_end, strict=True)]
+    first = n_tokens.cumsum(0) - n_tokens
+    predictor_M = torch.arange(int(n_tokens.sum())) + (torch.tensor(start) - 1 - first).repeat_interleave(n_tokens)
+    predictor_M[first] = torch.tensor(prompt_end) - 1
+    rollout_M = torch.tensor(chosen).repeat_interleave(n_tokens)
     return PackedBatch(
-        torch.tensor([token for sequence in sequences for token in sequence]),
+        end_to_end(sequences),
         torch.tensor(starts),
         torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
-        torch.tensor(predictor),
-        torch.tensor(target),
+        predictor_M,
+        end_to_end([completion.ids for completion in completions]),
         rollout_M,
-        torch.tensor(advantage, dtype=torch.float32),
-        torch.tensor(logp),
+        end_to_end([_of_tokens(advantages[i], len(rollouts[i].completion.ids)) for i in chosen], torch.float32),
+        end_to_end([completion.logprobs for completion in completions], torch.float32),
         torch.tensor(weights)[rollout_M],
     )
 
@@ -262,6 +260,7 @@ class LossSettings:
     importance_cap: float = 0.0
     kl_coef: float = 0.0
     kl: str = "k2"
+    loss_scale: float = 1.0  # the gradient is multiplied by it (see nanor1/optim.py), what is reported is not
 
 
 def add_gradient(
@@ -274,6 +273,7 @@ def add_gradient(
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(lengths, settings.aggregate, settings.constant_length)
+    weights = [weight * settings.loss_scale for weight in weights]  # at the root: all of the backward is in its range
     batches = pack(rollouts, advantages, weights, settings.tokens_per_batch)
     terms = workers.map(lambda model, batch: _backward(model, reference, batch, settings), batches)
     workers.gather_gradients()
@@ -298,7 +298,7 @@ def _backward(model, reference, batch: PackedBatch, settings: LossSettings) -> "
     loss.backward()
     _, is_clipped_M = loss_of(logp_M, slice(None))
     gap_M = (logp_M - batch.sampler_logp_M).abs()
-    sums = [loss.detach(), entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
+    sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
     if reference is not None:
         sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
     flops = model.training_flops(len(batch.ids_N), n_pairs, len(batch.target_M))

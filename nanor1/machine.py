@@ -40,7 +40,7 @@ def choose_device(
     """The device and the dtype of the weights, from "auto" or by name; `say` hears the choice with its reason.
 
     `width` is that of the model, if it is known: a small one gets fp32 on the CPU. Raises ValueError for a device that
-    torch does not know or does not find.
+    torch does not know or does not find, and for float16 elsewhere than on CUDA.
     """
     name, reason = device, "asked for"
     if name == "auto":
@@ -51,6 +51,8 @@ def choose_device(
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not to be had here ({why}); leave it out, or use cpu") from error
+    if dtype == "float16" and chosen.type != "cuda":
+        raise ValueError(f"--dtype float16 is for CUDA, and the device is {name}; use float32, bfloat16 or auto")
     dtype_name, dtype_reason = _choose_dtype(chosen, width) if dtype == "auto" else (dtype, "asked for")
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     say(f"device: {name} ({reason}){threads}; dtype: {dtype_name} ({dtype_reason})")

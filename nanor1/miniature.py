@@ -31,6 +31,7 @@ from nanor1.checkpoint import model_folder
 from nanor1.logprobs import chunked_loss
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
+from nanor1.packing import end_to_end
 from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
 from nanor1.tasks import Problem, Task, make_task
@@ -359,7 +360,7 @@ def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> lis
 
 def backward(model: Transformer, documents: list[list[int]], n_targets: int) -> float:
     """Add the gradient of the documents' part of the mean negative log-likelihood; returns that part."""
-    ids_N = torch.tensor([token for ids in documents for token in ids])
+    ids_N = end_to_end(documents)
     cu_seqlens_B1 = F.pad(torch.tensor([len(ids) for ids in documents]).cumsum(0), (1, 0))
     is_target_N = torch.ones_like(ids_N, dtype=torch.bool)
     is_target_N[cu_seqlens_B1[:-1]] = False  # nothing comes before a document's first token

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from nanor1 import onednn
 from nanor1.attention import attention, cached_attention, decode_attention
 from nanor1.machine import free_memory
-from nanor1.packing import Layout, layout, spread
+from nanor1.packing import Layout, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
 
 ACTIVATIONS = {
@@ -345,9 +345,10 @@ class Transformer(nn.Module):
 
         With a cache, the keys and values of sequence b are also written to its row b (prefill). With `parent_B` [B],
         sequence b continues the earlier sequence parent_B[b] (-1: none) and attends to that one, too. With `past_B` [B]
-        it continues the past_B[b] tokens that row b of the cache holds already.
+        it continues the past_B[b] tokens that row b of the cache holds already. These three are best on the CPU,
+        wherever the model is: see `layout`.
         """
-        where = layout(cu_seqlens_B1, parent_B, past_B)
+        where = to_device(layout(cu_seqlens_B1, parent_B, past_B), ids_N.device)
         caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
         contexts = ((where, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
         return self._run(ids_N, where.position_N, self.attend_packed, contexts)

@@ -10,15 +10,19 @@ Left out: continuations of continuations.
 Letters: N packed tokens, M packed keys (N and the copies), B sequences, G continuations of a sequence at most.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Item = TypeVar("Item")
+MAKES_LAYOUT = ("cu_seqlens_B1", "parent_B")  # fields of a batch that stay on the CPU
+NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 
 # None of these is frozen: torch 2.11 guards on every field of a frozen dataclass that compiled code passes on, so a
 # block would be compiled anew for shared prompts, even where attention lies outside the graph.
@@ -48,7 +52,7 @@ class CachedKeys:
 
 @dataclass
 class Layout:
-    """What a forward over packed sequences has to know; tensors are int64 on the ids' device."""
+    """What a forward over packed sequences has to know; tensors are int64 where those that it is made of are."""
 
     cu_seqlens_B1: Tensor
     max_len: int
@@ -63,6 +67,8 @@ def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor
 
     With `past_B` sequence b lies behind so many tokens, whose keys and values a cache holds. ValueError for both, and
     where a parent does not come before its continuation or continues another one itself.
+
+    Best of tensors on the CPU, and then moved (`to_device`): each length that is asked for makes a GPU finish its work.
     """
     lengths_B = cu_seqlens_B1.diff()
     row_N = _rows(lengths_B)
@@ -81,6 +87,19 @@ def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor
     position_N = column_N + prefix_B[row_N]
     shared = _share(cu_seqlens_B1, parent_B, prefix_B, row_N, column_N)
     return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, shared)
+
+
+def to_device(x: Any, device: torch.device | str, stays: Collection[str] = ()) -> Any:
+    """A tensor, or a dataclass with its tensors but for the fields that stay, on the device; the rest as it is.
+
+    Nothing waits for CUDA: a copy from memory that is not pinned would.
+    """
+    if isinstance(x, Tensor):
+        is_copied = torch.device(device).type == "cuda" and not x.is_cuda
+        return x.pin_memory().to(device, non_blocking=True) if is_copied else x.to(device)
+    if not is_dataclass(x):
+        return x
+    return replace(x, **{name: to_device(value, device) for name, value in vars(x).items() if name not in stays})
 
 
 def in_batches(
@@ -102,6 +121,16 @@ def in_batches(
         batches[-1].append(item)
         n_tokens += n_more
     return batches
+
+
+def end_to_end(lists: Sequence[Sequence[float]], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers of all lists in one tensor on the CPU.
+
+    >>> end_to_end([[7, 8], [], [9]]).tolist()
+    [7, 8, 9]
+    """
+    flat = np.fromiter(chain.from_iterable(lists), NUMPY[dtype], sum(map(len, lists)))
+    return torch.from_numpy(flat)
 
 
 def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.model import Transformer
-from nanor1.packing import attended_pairs, in_batches
+from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.rewards import after_thinking
@@ -194,7 +194,7 @@ class PackedAnswers:
     last_M: Tensor  # the packed token at which each answer's score is read
 
     def to(self, device: torch.device) -> "PackedAnswers":
-        return PackedAnswers(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 def pack(answered: list[Answered]) -> PackedAnswers:
@@ -208,7 +208,7 @@ def pack(answered: list[Answered]) -> PackedAnswers:
     starts = list(accumulate(map(len, sequences), initial=0))
     last = {i: end - 1 for i, end in zip(order, starts[len(prompts) + 1 :], strict=True)}
     return PackedAnswers(
-        torch.tensor([token for sequence in sequences for token in sequence]),
+        end_to_end(sequences),
         torch.tensor(starts),
         torch.tensor([-1] * len(prompts) + [parents[i] for i in order]),
         torch.tensor([last[i] for i in range(len(answered))]),
@@ -291,12 +291,17 @@ class PairTerms:
         return self.n_right / self.n
 
 
-def add_gradient(workers: Workers, pairs: list[Pair], tokens_per_batch: int, center_coef: float = 0.0) -> PairTerms:
-    """Add the gradient of one update, of the mean loss over `pairs`, to the parameters, however they are split."""
+def add_gradient(
+    workers: Workers, pairs: list[Pair], tokens_per_batch: int, center_coef: float = 0.0, loss_scale: float = 1.0
+) -> PairTerms:
+    """Add the gradient of one update, of the mean loss over `pairs`, to the parameters, however they are split.
+
+    It is multiplied by `loss_scale` (see nanor1/optim.py).
+    """
 
     def backward(model: RewardModel, batch: list[Pair]) -> list[float]:
         loss, sums = _loss_and_sums(model, batch, center_coef)
-        (loss / len(pairs)).backward()
+        (loss_scale * loss / len(pairs)).backward()
         return sums
 
     sums = workers.map(backward, _batches(pairs, tokens_per_batch))

@@ -9,12 +9,13 @@ Letters: B prompts, N packed tokens, C hidden width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.model import KVCache, Transformer
+from nanor1.packing import end_to_end, to_device
 
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
 
@@ -54,12 +55,12 @@ def prefill(
     Returns a cache with a row a prompt, and the hidden state of the last token of each, [B, C].
     """
     cache, past = take_over(model, prompts, behind)
-    index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=cache.k[0].device)  # noqa: E731
+    device = cache.k[0].device
     new = [prompt[n:] for prompt, n in zip(prompts, past, strict=True)]
-    cu_seqlens_B1 = F.pad(index(map(len, new)).cumsum(0), (1, 0))
-    past_B = index(past) if any(past) else None
-    hidden_NC = model(index(token for ids in new for token in ids), cu_seqlens_B1, cache, past_B=past_B)
-    return cache, hidden_NC[cu_seqlens_B1[1:] - 1]
+    cu_seqlens_B1 = torch.tensor([0, *accumulate(map(len, new))])
+    past_B = torch.tensor(past) if any(past) else None
+    hidden_NC = model(to_device(end_to_end(new), device), cu_seqlens_B1, cache, past_B=past_B)
+    return cache, hidden_NC[to_device(cu_seqlens_B1[1:] - 1, device)]
 
 
 def read_beginning(model: Transformer, prompts: Sequence[Sequence[int]]) -> Kept | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
-from nanor1.packing import in_batches
+from nanor1.packing import MAKES_LAYOUT, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class TextBatch:
     weight_M: Tensor  # fp32; sums to 1 over all batches of an update
 
     def to(self, device) -> "TextBatch":
-        return TextBatch(*(x.to(device) for x in vars(self).values()))
+        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 # ---- examples from JSON lines
@@ -321,13 +321,13 @@ def split(
 # ---- packing and the loss
 
 
-def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[TextBatch]:
+def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[TextBatch]:
     """Lay the examples of an update end to end, in batches of at most `tokens_per_batch` tokens (or of one example).
 
-    The weights are those of the mean over all their target tokens. The longest come first: the first batch is then
-    the most demanding, so that a run that does not fit in memory fails at once.
+    The weights are those of the mean over all their target tokens, times `loss_scale`. The longest come first: the
+    first batch is then the most demanding, so that a run that does not fit in memory fails at once.
     """
-    weight = 1 / sum(sum(example.is_target) for example in examples)
+    weight = loss_scale / sum(sum(example.is_target) for example in examples)
     by_length = sorted(examples, key=lambda example: -len(example.ids))
     batches = in_batches(by_length, lambda example, _: len(example.ids) - 1, tokens_per_batch)
     return [_pack_one(batch, weight) for batch in batches]
@@ -335,17 +335,14 @@ def pack_examples(examples: Sequence[Example], tokens_per_batch: int) -> list[Te
 
 def _pack_one(examples: list[Example], weight: float) -> TextBatch:
     starts = list(accumulate((len(example.ids) - 1 for example in examples), initial=0))
-    predictor, target = [], []
-    for start, example in zip(starts, examples, strict=False):
-        learned = [t for t, is_target in enumerate(example.is_target) if is_target]
-        predictor += [start + t - 1 for t in learned]
-        target += [example.ids[t] for t in learned]
+    is_next_target_N = end_to_end([example.is_target[1:] for example in examples], torch.bool)
+    predictor_M = is_next_target_N.nonzero().squeeze(1)
     return TextBatch(
-        torch.tensor([token for example in examples for token in example.ids[:-1]]),
+        end_to_end([example.ids[:-1] for example in examples]),
         torch.tensor(starts),
-        torch.tensor(predictor),
-        torch.tensor(target),
-        torch.full((len(target),), weight),
+        predictor_M,
+        end_to_end([example.ids[1:] for example in examples])[predictor_M],
+        torch.full((len(predictor_M),), weight),
     )
 
 
@@ -355,11 +352,16 @@ def text_states(model, batch: TextBatch) -> Tensor:
 
 
 def add_gradient(
-    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
+    workers: Workers,
+    examples: Sequence[Example],
+    tokens_per_batch: int,
+    vocab_size: int | None = None,
+    loss_scale: float = 1.0,
 ) -> float:
     """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
 
-    Ids at or above `vocab_size` are never sampled, and here have no probability either.
+    Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
+    `loss_scale` (see nanor1/optim.py).
     """
 
     def backward(model, batch: TextBatch) -> Tensor:
@@ -367,9 +369,9 @@ def add_gradient(
         loss.backward()
         return loss.detach()
 
-    losses = workers.map(backward, pack_examples(examples, tokens_per_batch))
+    losses = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
     workers.gather_gradients()
-    return torch.stack(losses).sum().item()
+    return torch.stack(losses).sum().item() / loss_scale
 
 
 def mean_loss(

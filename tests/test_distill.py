@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from running import (
     Killed,
     assert_refused,
@@ -24,7 +25,7 @@ from running import (
     write_lines,
 )
 
-from nanor1 import traces
+from nanor1 import traces, training
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task, new_model
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
@@ -228,6 +229,12 @@ def test_evaluations_meet_no_problem_that_is_trained_on(process, whole, train):
     train("--method on-policy --steps 2 --eval-every 1")
     assert len(asked) > 5 and len(set(sampled)) == 8 and not (asked | set(sampled)) & held_out
     assert len(evaluated) == 3 and set(evaluated[0]) <= held_out and evaluated[0] == evaluated[1] == evaluated[2]
+
+
+def test_a_gap_beyond_rounding_is_said_once_on_policy(process, train):
+    process.setitem(training.NORMAL_GAP, torch.float32, 0.0)
+    said = (train("--method on-policy --steps 2") / "log.txt").read_text()
+    assert said.count("warning: logp_gap_mean is") == 1 and "--importance-cap" not in said
 
 
 def test_each_step_on_policy_asks_other_problems_with_other_random_numbers(process, train):

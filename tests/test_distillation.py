@@ -293,12 +293,13 @@ def test_rows_that_pad_either_vocabulary_have_probability_zero_and_no_gradient(
 
 
 @pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("use_bf16_products", [False, True])
+@pytest.mark.parametrize("products", ["fp32", "cpu", "cuda"])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_bf16_models_are_compared_in_fp32(monkeypatch, rows_a_chunk, kind, use_bf16_products, teacher_dtype):
-    """With bf16 products, as on CUDA, the error is rounded before it is multiplied; the loss is not."""
+def test_bf16_models_are_compared_in_fp32(monkeypatch, rows_a_chunk, kind, products, teacher_dtype):
+    """With bf16 products the error is rounded before it is multiplied; the loss is not."""
     rows_a_chunk(4, itemsize=4)
-    if use_bf16_products:
+    monkeypatch.setattr(logprobs, "_cpu_multiplies_bf16", lambda: products == "cpu")
+    if products == "cuda":
         monkeypatch.setattr(logprobs, "_operands", lambda hidden, weight, vocab_size: (hidden, weight))
         monkeypatch.setattr(logprobs, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
     arguments, settings = list(example(dtype=torch.bfloat16)), DivergenceSettings(V, kind, hard_weight=0.3)
@@ -310,7 +311,7 @@ def test_bf16_models_are_compared_in_fp32(monkeypatch, rows_a_chunk, kind, use_b
         torch.testing.assert_close(value.double(), wanted, atol=1e-5, rtol=1e-5)
     for gradient, wanted in zip(grads(mine[0], arguments), grads(expected[0], exact), strict=True):
         assert gradient.dtype == torch.bfloat16
-        n_roundings = 3 if use_bf16_products else 1  # of 2^-8 each at most: error, its factor, result
+        n_roundings = 1 if products == "fp32" else 3  # of 2^-8 each at most: error, its factor, result
         torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=n_roundings * 2**-8 * wanted.abs().max())
 
 
@@ -447,6 +448,13 @@ def test_the_loss_of_held_out_texts_is_the_same_and_no_gradient_is_formed(monkey
     means, _ = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
     monkeypatch.setattr(logprobs, "_add_gradients", lambda *args: pytest.fail("a gradient is formed"))
     assert mean_loss(Workers(model, n_workers), teacher, examples, 15, settings) == pytest.approx(means, rel=1e-5)
+
+
+def test_a_scaled_loss_scales_the_gradient_and_no_metric(teacher, examples):
+    model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, hard_weight=0.25)
+    means, plain = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
+    scaled_means, scaled = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings, 2.0**16))
+    assert scaled_means == means and torch.equal(scaled, plain * 2**16)
 
 
 def test_the_hard_loss_alone_is_supervised_fine_tuning(teacher, examples):

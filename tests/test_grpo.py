@@ -360,6 +360,42 @@ def test_every_token_is_trained_once_and_only_a_lone_rollout_exceeds_the_limit(s
     assert longest[:1] == [max(p + max(c) for p, c in sizes)] if sizes else not batches
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.randoms(use_true_random=False),
+)
+def test_packing_is_that_of_a_loop_token_by_token(sizes, tokens_per_batch, rng):
+    numbers, items, advantages = iter(range(10**6)), [], []
+    for p, lengths in sizes:
+        prompt = [next(numbers) for _ in range(p)]
+        for c in lengths:
+            items.append(rollout(prompt, [next(numbers) for _ in range(c)], [-rng.random() for _ in range(c)]))
+            advantages.append(rng.choice([rng.random(), [rng.random() for _ in range(c)]]))
+    weights = [rng.random() for _ in items]
+    for batch in pack(items, advantages, weights, tokens_per_batch):
+        ids, at = batch.ids_N.tolist(), 0
+        chosen = list(dict.fromkeys(batch.rollout_M.tolist()))
+        for i in chosen:
+            item, before = items[i], None
+            for t, token in enumerate(item.completion.ids):
+                before = item.prompt_ids[-1] if t == 0 else before  # every id is another one: it says where it lies
+                advantage = advantages[i] if isinstance(advantages[i], float) else advantages[i][t]
+                numbers_here = torch.tensor([advantage, item.completion.logprobs[t], weights[i]])
+                assert batch.rollout_M[at] == i and batch.target_M[at] == token
+                assert batch.predictor_M[at] == ids.index(before)
+                assert [batch.advantage_M[at], batch.sampler_logp_M[at], batch.weight_M[at]] == numbers_here.tolist()
+                before, at = token, at + 1
+        assert at == len(batch.target_M)
+        kept = {token for i in chosen for token in items[i].prompt_ids + items[i].completion.ids[:-1]}
+        assert sorted(ids) == sorted(kept)
+        bounds = batch.cu_seqlens_B1.tolist()
+        for start, end, parent in zip(bounds, bounds[1:], batch.parent_B.tolist(), strict=False):
+            before = [] if parent < 0 else ids[bounds[parent] : bounds[parent + 1]]
+            assert any((i.prompt_ids + i.completion.ids)[: len(before) + end - start] == before + ids[start:end]
+                       for i in (items[j] for j in chosen))  # fmt: skip
+
+
 def test_what_has_no_token_to_train_never_enters():
     assert pack([], [], [], 10) == []
     items = [rollout([1, 2], []), rollout([1, 2], []), rollout([3], [STOP]), rollout([4, 5], [])]
@@ -540,6 +576,27 @@ def test_the_importance_cap_scales_the_gradient_by_the_samplers_error(sampled):
         gradient(model, off, advantages, importance_cap=9.0), math.e * once, atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(gradient(model, off, advantages, importance_cap=2.0), 2 * once, atol=1e-5, rtol=1e-4)
+
+
+def test_a_scaled_loss_scales_the_gradient_and_no_metric(sampled):
+    settings = dict(reference=random_model(1), kl_coef=0.1, tokens_per_batch=50)
+    results = []
+    for scale in (1.0, 2.0**16):
+        model = random_model()
+        metrics = add_up(model, *sampled, loss_scale=scale, **settings)
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (metrics, plain), (scaled_metrics, scaled) = results
+    assert scaled_metrics == metrics and torch.equal(scaled, plain * 2**16) and plain.any()
+
+
+def test_a_gradient_too_small_for_fp16_is_that_of_fp32_by_its_scale(sampled):
+    rollouts, advantages = sampled
+    small = [1e-6 * advantage for advantage in advantages]
+    model, exact = random_model().half(), random_model()
+    exact.load_state_dict(model.state_dict())
+    lost, wanted = gradient(model, rollouts, small), gradient(exact, rollouts, small)
+    found = gradient(model, rollouts, small, loss_scale=2.0**16).float() / 2**16
+    assert (lost - wanted).norm() > 0.1 * wanted.norm() > 10 * (found - wanted).norm()
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3"])

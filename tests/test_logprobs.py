@@ -45,6 +45,19 @@ def bf16_products(monkeypatch):
     monkeypatch.setattr(logprobs, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
 
 
+@pytest.fixture
+def products(request, monkeypatch):
+    """How the gradient's products of bf16 weights are made; returns the number of roundings before each sum."""
+    if request.param == "cuda":
+        request.getfixturevalue("bf16_products")
+    monkeypatch.setattr(logprobs, "_cpu_multiplies_bf16", lambda: request.param == "cpu")
+    monkeypatch.setattr(logprobs, "PART_ROWS", 10)  # of 24: a ragged last part
+    return 0 if request.param == "fp32" else 1
+
+
+PRODUCTS = pytest.mark.parametrize("products", ["fp32", "cpu", "cuda"], indirect=True)
+
+
 def clipped_loss(old, advantage, weight, ref):
     """A policy loss with everything: ratio and clip, k3 penalty, a detached importance weight."""
 
@@ -194,7 +207,7 @@ def test_no_logits_are_kept_for_the_backward(rows_a_chunk):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         token_logprobs(hidden, weight, targets)
-    assert sorted(x.numel() for x in kept) == sorted([N, N, N, N * C, V * C])
+    assert sorted(x.numel() for x in kept) == sorted([N, N * C, V * C])
 
 
 class TiedModel(nn.Module):
@@ -248,13 +261,9 @@ def check_within_rounding(mine, expected, terms, n_roundings):
 
 
 @pytest.mark.parametrize("rows", [8, 64, 1000])
-@pytest.mark.parametrize("use_bf16_products", [False, True])
-def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(
-    request, rows_a_chunk, rows, use_bf16_products
-):
+@PRODUCTS
+def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(rows_a_chunk, rows, products):
     """bf16 products round the error, and hidden times its factor, before they are multiplied; fp32 ones nothing."""
-    if use_bf16_products:
-        request.getfixturevalue("bf16_products")
     rows_a_chunk(rows)
     hidden, weight, targets = bf16_example()
     hidden_fp32, weight_fp32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
@@ -266,17 +275,13 @@ def test_gradients_of_bf16_weights_are_off_by_the_rounding_of_their_terms_only(
         terms = size @ weight_fp32.abs(), size.T @ hidden_fp32.abs()
     for loss in both_losses(targets):
         grads = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-        check_within_rounding(grads[0], expected[0], terms[0], 1 if use_bf16_products else 0)
-        check_within_rounding(grads[1], expected[1], terms[1], 2 if use_bf16_products else 0)
+        check_within_rounding(grads[0], expected[0], terms[0], products)
+        check_within_rounding(grads[1], expected[1], terms[1], 2 * products)
 
 
-@pytest.mark.parametrize("use_bf16_products", [False, True])
-def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks(
-    request, rows_a_chunk, use_bf16_products
-):
+@PRODUCTS
+def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks(rows_a_chunk, products):
     """One chunk of size 1 and 512 of 2^-9: the sum is 2; added in bf16, each of the 512 would vanish."""
-    if use_bf16_products:
-        request.getfixturevalue("bf16_products")
     rows_a_chunk(1)
     factor = torch.full((513,), 2.0**-9)
     factor[0] = 1.0
@@ -290,6 +295,74 @@ def test_the_weights_gradient_in_bf16_loses_no_small_contribution_of_many_chunks
         loss_of_factor(weight).backward()
         assert weight.grad[0].item() == pytest.approx(2 * (1 - 1 / V), rel=2**-8)
         assert weight.grad[1].item() == pytest.approx(-2 / V, rel=2**-8)
+
+
+@pytest.mark.parametrize(("fits", "taken"), [(3, 3), (4, 4), (7, 4), (11, 8)])
+def test_a_chunk_is_a_whole_number_of_tiles_where_one_fits(rows_a_chunk, monkeypatch, fits, taken):
+    rows_a_chunk(fits)
+    monkeypatch.setitem(logprobs.CHUNK_ROWS, "cpu", 4)
+    hidden, weight, _ = example()
+    chunks = [(at.start, len(logits)) for at, logits in logprobs.logit_chunks(hidden, weight)]
+    assert chunks == [(start, min(taken, N - start)) for start in range(0, N, taken)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_passes_give_the_same_in_one_program_for_all_numbers_of_rows(monkeypatch, bf16_products, dtype):
+    programs = []
+
+    def count(graph, _):
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(logprobs._softmax, dynamic=True, backend=count)
+    hidden, weight, targets = bf16_example()
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    for rows in (64, 200, 33):
+        monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", rows * V * 4)
+        results = []
+        for is_compiled in (False, True):
+            monkeypatch.setattr(logprobs, "_is_compiled", lambda device, answer=is_compiled: answer)
+            monkeypatch.setattr(logprobs, "_compiled_softmax", lambda: compiled)
+            loss, *values = chunked_loss(hidden, weight, targets, lambda logp, at: logp.square().sum(), 0.7)
+            grads = torch.autograd.grad(loss, (hidden, weight))
+            results.append((loss, *values, *grads, *token_logprobs(hidden, weight, targets)))
+        for mine, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(mine, expected)
+    assert len(programs) == 2  # with an error to write, and without
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled passes and fp32 products of bf16 need CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_cuda_values_are_those_of_fp64_and_no_more_memory_is_taken_than_a_chunk_and_its_error(monkeypatch, dtype):
+    n, width, size = 3000, 64, 16_384
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cuda", 1024 * size * 4)
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(m, width, generator=generator, device="cuda").to(dtype) for m in (n, size))
+    hidden, weight = hidden.requires_grad_(), (weight / 2).requires_grad_()
+    targets = torch.randint(0, size - 5, (n,), generator=generator, device="cuda")
+
+    def loss_fn(logp, at):
+        return logp.square().sum() / n
+
+    chunked_loss(hidden, weight, targets, loss_fn, 0.7, size - 5)[0].backward()  # compiles
+    hidden.grad = weight.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, logp, entropy = chunked_loss(hidden, weight, targets, loss_fn, 0.7, size - 5)
+    loss.backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1024 * size * (4 if dtype == torch.float32 else 6) * 1.25
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = plain_logprobs(*exact, targets, 0.7, size - 5)
+    (expected.square().sum() / n).backward()
+    p = (exact[0] @ exact[1][: size - 5].T / 0.7).softmax(-1).detach()
+    torch.testing.assert_close(logp.double(), expected.detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), -torch.special.xlogy(p, p).sum(1), atol=1e-4, rtol=1e-5)
+    for mine, theirs in zip((hidden, weight), exact, strict=True):
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.01}[dtype]
 
 
 @pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.5, USED)])

@@ -69,6 +69,11 @@ def test_a_device_that_is_not_there_is_refused_with_what_to_do():
         choose("tpu", "auto")
 
 
+def test_float16_is_refused_where_it_is_not_computed_fast():
+    with pytest.raises(ValueError, match="--dtype float16 is for CUDA, and the device is cpu; use float32"):
+        choose("cpu", "float16")
+
+
 def test_the_matrix_rate_is_that_of_products_timed_outside_and_cheap_to_measure():
     x, w = torch.randn(128, 768), torch.randn(4 * 768, 768)
     seconds = []

@@ -622,6 +622,20 @@ def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradie
     torch.testing.assert_close(mine, theirs, atol=2e-5 * theirs.abs().max().item(), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "goes_on", [dict(parent_B=torch.tensor([-1, -1, 0, 0])), dict(past_B=torch.tensor([2, 0, 1, 3]))]
+)
+def test_with_lengths_on_the_cpu_a_forward_asks_its_device_for_nothing(monkeypatch, goes_on):
+    """On the meta device there is no number to be had: whoever asks for one, as on a GPU would wait, fails."""
+    monkeypatch.setattr(nanor1.model, "attention", lambda q, *_: q)
+    with torch.device("meta"):
+        model = Transformer(config_from_hf(CONFIGS["llama"]))
+        cache, ids_N = KVCache.of(model, 4, 16), torch.zeros(10, dtype=torch.int64)
+    cu_seqlens_B1 = torch.tensor([0, 3, 5, 9, 10])
+    hidden = model(ids_N, cu_seqlens_B1, cache, **goes_on)
+    assert hidden.is_meta and hidden.shape == (10, 32)
+
+
 # matrices laid out for sampling on a CPU
 
 

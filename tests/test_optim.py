@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nanor1 import optim
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 
 LR = 1e-3
@@ -33,7 +34,7 @@ class Tied(nn.Module):
 
 def train(model, optimizer, steps, lr=LR, max_grad_norm=1.0):
     for step in steps:
-        model.loss(step).backward()
+        (model.loss(step) * optimizer.loss_scale).backward()
         optimizer.step(lr, max_grad_norm)
 
 
@@ -157,10 +158,80 @@ def test_only_skips_in_a_row_end_a_run():
         guard.check(1, 0)
 
 
-# ---- saving and resuming
+# ---- fp16 and its scaled loss
+
+
+def test_gradients_too_small_for_fp16_survive_by_the_scale_and_its_norm_is_that_of_the_loss():
+    """The loss is so small that its gradients, below 3e-8, are 0 in fp16; the update is that of fp32."""
+    small, models = 1e-7, [Tied(torch.float16), Tied()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MasterAdamW(model) for model in models]
+    (small * models[0].loss(0)).backward()
+    assert not models[0].embedding.weight.grad.any()
+    models[0].zero_grad()
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            (small * model.loss(step) * optimizer.loss_scale).backward()
+        norms = [optimizer.step(LR, 1e-8) for optimizer in optimizers]
+        assert norms[0] == pytest.approx(norms[1], rel=0.01) and norms[1] > 2e-8  # it was clipped
+    for name, master in optimizers[0].masters.items():
+        moved = (master - models[1].get_parameter(name)).abs().max().item()
+        assert moved < 0.05 * 3 * LR, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights_have_no_scale(dtype):
+    optimizer = MasterAdamW(Tied(dtype))
+    assert optimizer.loss_scale == 1.0 and "loss_scale" not in optimizer.state_tensors()
+
+
+def test_an_overflow_halves_the_scale_down_to_1_and_many_good_updates_double_it(monkeypatch):
+    monkeypatch.setattr(optim, "DOUBLE_AFTER", 3)
+    model = Tied(torch.float16)
+    optimizer, before, scales = MasterAdamW(model), weights(model), []
+
+    def step(gradient):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step(LR, 1.0)
+        scales.append(optimizer.loss_scale)
+
+    for _ in range(18):
+        step(math.inf)
+    assert scales == [*(2.0**k for k in range(15, -1, -1)), 1.0, 1.0]
+    assert_same(weights(model), before)
+    scales.clear()
+    for gradient in [1.0, 1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]:
+        step(gradient)
+    assert scales == [1, 1, 1, 1, 1, 2, 2, 2, 4]  # after three in a row
+
+
+def test_skips_that_lower_the_scale_do_not_end_a_run():
+    guard = NonFiniteGuard()
+    for loss_scale in (8.0, 4.0, 2.0, 8.0, 1.0, 1.0):
+        guard.check(1, 0, loss_scale)
+    with pytest.raises(ValueError, match="3 updates in a row"):
+        guard.check(1, 0, 1.0)
+
+
+def test_a_resumed_run_keeps_its_scale_and_how_long_it_has_held():
+    model = Tied(torch.float16)
+    optimizer = MasterAdamW(model)
+    model.scale.grad = torch.full_like(model.scale, math.inf)
+    optimizer.step(LR, 1.0)
+    train(model, optimizer, range(2))
+    resumed = MasterAdamW(model)
+    resumed.load_state_tensors(optimizer.state_tensors())
+    assert (resumed.loss_scale, resumed.n_since_change) == (2.0**15, 2)
+    other = MasterAdamW(Tied(torch.bfloat16))
+    other.load_state_tensors(optimizer.state_tensors())
+    assert other.loss_scale == 1.0
+
+
+# ---- saving and resuming
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(dtype, tmp_path):
     model = Tied(dtype)
     optimizer = MasterAdamW(model, weight_decay=0.1)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.packing import attended_pairs, layout, spread
+from nanor1.packing import attended_pairs, layout, spread, to_device
+from nanor1.sft import TextBatch
 
 
 def starts(lengths):
@@ -51,6 +52,16 @@ def test_keys_of_a_cache_are_those_it_held_and_then_the_new_ones():
     assert where.cached.row_M.tolist() == [0, 0, 0, 1, 2, 2, 2] and where.cached.max_len == 3
     assert where.cached.position_M.tolist() == [0, 1, 2, 0, 0, 1, 2]
     assert where.cached.cu_seqlens_B1.tolist() == [0, 3, 4, 7]
+
+
+def test_a_layout_is_moved_with_all_its_tensors_and_a_batch_but_for_those_that_its_layout_is_made_of():
+    where = layout(starts([2, 1, 3, 1]), torch.tensor([-1, -1, 0, 0]))
+    moved = to_device(where, "meta")
+    assert moved.shared.max_len == 5 and moved.cached is None
+    tensors = [x for part in (moved, moved.shared) for x in vars(part).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) >= 8 and all(x.is_meta for x in tensors)
+    batch = TextBatch(*torch.arange(5)[:, None]).to("meta")
+    assert {name for name, x in vars(batch).items() if not x.is_meta} == {"cu_seqlens_B1"}
 
 
 SHARED = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=4)

@@ -86,10 +86,15 @@ def lone_score(model, prompt_ids, answer_ids):
     return (model(sequence, torch.tensor([0, len(sequence)]))[-1] @ model.score.weight[0]).item()
 
 
-def gradient(model, pairs, tokens_per_batch=ALL_IN_ONE, center_coef=0.3, n_workers=1):
+def gradient(model, pairs, tokens_per_batch=ALL_IN_ONE, center_coef=0.3, n_workers=1, loss_scale=1.0):
     model.zero_grad()
-    terms = add_gradient(Workers(model, n_workers), pairs, tokens_per_batch, center_coef)
+    terms = add_gradient(Workers(model, n_workers), pairs, tokens_per_batch, center_coef, loss_scale)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), terms
+
+
+def test_a_scaled_loss_scales_the_gradient_and_no_metric():
+    (plain, terms), (scaled, scaled_terms) = (gradient(random_scorer(), PAIRS, 20, loss_scale=s) for s in (1, 2**16))
+    assert scaled_terms == terms and torch.equal(scaled, plain * 2**16)
 
 
 # ---- the loss

@@ -380,6 +380,13 @@ def test_the_order_of_the_examples_and_the_workers_change_nothing():
         torch.testing.assert_close(gradients(model), found, rtol=1e-6, atol=1e-6)
 
 
+def test_a_scaled_loss_scales_the_gradient_and_is_reported_as_it_is():
+    model, examples = random_model(), random_examples()
+    loss, plain = add_gradient(Workers(model), examples, 20), gradients(model)
+    assert add_gradient(Workers(model), examples, 20, loss_scale=2.0**16) == loss
+    assert all(torch.equal(g, p * 2**16) for g, p in zip(gradients(model), plain, strict=True))
+
+
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_the_mean_loss_is_that_of_an_update_and_leaves_no_gradient(n_workers):
     model, examples = random_model(), random_examples()

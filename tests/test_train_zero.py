@@ -16,12 +16,13 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanor1 import training
+from nanor1 import optim, training
 from nanor1.checkpoint import latest_checkpoint
 from nanor1.grpo import Rollout
 from nanor1.miniature import MINIATURES, base_model
@@ -434,6 +435,14 @@ def test_sampler_and_trainer_agree_on_log_probabilities(uninterrupted):
     assert max(gaps) < 1e-5
 
 
+def test_a_gap_beyond_rounding_is_said_once_with_the_flags_to_look_at(train, world, uninterrupted):
+    assert "logp_gap_mean" not in (uninterrupted("plain")[0] / "log.txt").read_text()
+    world.setitem(training.NORMAL_GAP, torch.bfloat16, 0.0)
+    said = (train("--steps 2 --dtype bfloat16") / "log.txt").read_text()
+    assert said.count("warning: logp_gap_mean is") == 1
+    assert all(flag in said for flag in ("--dtype float16", "float32", "--importance-cap 2"))
+
+
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(uninterrupted, train):
     again = train(f"{VARIANTS['plain']} --steps 2", "again")
     other = train(f"{VARIANTS['plain']} --steps 2 --seed 1", "other")
@@ -696,6 +705,29 @@ def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, worl
     assert rounds == [4, 1] and sum(map(any, advantages_PG)) == 4
 
 
+def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, world):
+    world.setattr(train_zero, "rewards", lambda groups, *_: [[1.0] * len(group) for group in groups])
+
+    def answers(step, **fields):
+        """What act() samples for the same four problems, round by round."""
+        actor = make_actor(resample=1, **fields)
+        problems = actor.task.sample(4, 0, 0)
+        always = SimpleNamespace(sample=lambda n, seed, index: problems)
+        rollouts_PG, _ = train_zero.act(dataclasses.replace(actor, task=always), None, step)
+        ids = [[tuple(rollout.completion.ids) for rollout in group] for group in rollouts_PG]
+        return [ids[:4], ids[4:]]
+
+    first = answers(step=0)
+    assert answers(step=0) == first
+    sampled = [*first, *answers(step=1), *answers(step=0, seed=1)]
+    assert all(one != other for i, one in enumerate(sampled) for other in sampled[:i])
+
+
+def test_no_step_of_any_seed_shares_its_noise_with_another_or_with_evaluations():
+    seeds = [train_zero.request_seed(seed, index) for seed in range(20) for index in range(1000)]
+    assert len(set(seeds)) == 20_000 and 0 not in seeds
+
+
 def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0):
     ids = random.Random(seed).choices(range(5), k=n_tokens)
     completion = Completion(ids, [logprob] * n_tokens, "stop")
@@ -778,6 +810,24 @@ def test_a_compiled_run_learns_saves_and_keeps_a_reference(train, world):
         assert [line[key] for key in ("loss", "entropy", "kl")] == pytest.approx(
             [other[key] for key in ("loss", "entropy", "kl")], abs=1e-3
         )
+
+
+def test_a_float16_run_scales_its_loss_and_goes_on_as_if_never_stopped(train, run, world):
+    """As on CUDA; torch computes it on a CPU too, slowly. The first scale is such that updates overflow."""
+    world.setattr(training, "choose_device", lambda *_: (torch.device("cpu"), torch.float16))
+    world.setattr(optim, "FIRST_SCALE", 2.0**22)
+    flags = "--minibatches 1 --save-every 3 --max-new-tokens 8"
+    whole, folder = train(f"{flags} --steps 6", "whole"), train(f"{flags} --steps 3")
+    code, _, err = run("--resume", str(folder), "--steps", "6")
+    assert code == 0, err
+    lines = step_lines(whole)
+    assert lines[0]["skipped_updates"] == 1 and lines[-1]["updates"] == 1 and lines[-1]["loss_scale"] < 2.0**22
+    assert [line["loss_scale"] for line in step_lines(folder)] == [line["loss_scale"] for line in lines]
+    checkpoints = [f / "checkpoints/step_000006" for f in (folder, whole)]
+    assert_same_weights(*checkpoints)
+    assert next(iter(weights(whole / "checkpoints/step_000006").values())).dtype == torch.float16
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert len({(checkpoint / name).read_bytes() for checkpoint in checkpoints}) == 1
 
 
 def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(train, run):

@@ -241,3 +241,27 @@ def test_batches_are_small_on_a_cpu_unless_asked_for():
     assert [training.compiles(way, device) for way in ("auto", "on", "off") for device in (cpu, gpu)] == [
         False, True, True, True, False, False,
     ]  # fmt: skip
+
+
+# ---- the gap between sampler and trainer
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "said"),
+    [
+        (torch.float32, 5e-7, None),
+        (torch.float32, 2e-4, "the two compute different things, which is a bug"),
+        (torch.float16, 0.0041, None),
+        (torch.float16, 0.034, "try --dtype float32, or --flag"),
+        (torch.bfloat16, 0.034, None),
+        (torch.bfloat16, 0.07, "try --dtype float16 (on cuda) or float32, or --flag"),
+    ],
+)
+def test_a_gap_is_warned_of_once_beyond_what_rounding_explains(tmp_path, dtype, gap, said):
+    with RunLog.create(tmp_path / "run", {}, []) as log:
+        training.warn_of_gap(log, {}, dtype)  # a step without updates has none
+        for _ in range(2):
+            training.warn_of_gap(log, {"logp_gap_mean": gap}, dtype, ", or --flag")
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count("logp_gap_mean") == (0 if said is None else 1)
+    assert said is None or (said in text and f"{gap:.2g}" in text)
