@@ -18,7 +18,9 @@ from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
-GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
+# Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
+# for one row, and one for all other numbers.
+GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prefill import n_common
 from nanor1.sampler import Prompt, Sampler, generate
-from nanor1.slots import slots_that_fit
+from nanor1.slots import Sampling, slots_that_fit
 
 VOCAB = 61
 LLAMA = ModelConfig("llama", VOCAB, 32, 40, 2, 4, 2, 8, 256)
@@ -183,6 +183,16 @@ def test_steps_over_slots_give_what_moved_rows_give(max_rows):
     assert ids_of(stepwise) == ids_of(moved)
     assert [[c.finish for c in group] for group in stepwise] == [[c.finish for c in group] for group in moved]
     torch.testing.assert_close(sampled_logprobs(stepwise), sampled_logprobs(moved), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("n_slots", "sizes"), [(1, {1}), (2, {2}), (3, {2, 3}), (6, {2, 4, 6})])
+def test_only_a_single_slot_has_steps_of_one_row(n_slots, sizes):
+    """torch.compile makes a program of its own for one row, which the last of many requests is not worth."""
+    pool = Sampler(random_model(), n_slots, is_stepwise=True).pool
+    pool.reserve(n_slots, 4, 4)
+    steps = [pool.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
+    assert {len(step.slot_B) for step in steps} == sizes
+    assert all(len(step.slot_B) >= n_rows for n_rows, step in enumerate(steps, 1))
 
 
 def test_a_stepwise_sampler_hears_tokens_and_stop_texts_after_each_step():
