@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
-from nanor1.machine import free_memory
+from nanor1.machine import free_memory, index_tensor
 from nanor1.model import KVCache, Transformer
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
@@ -135,7 +135,7 @@ class Step:
 
     def __init__(self, model: Transformer, slots: Slots, n_rows: int, sampling: Sampling):
         self.slot_B = torch.full((n_rows,), slots.n_slots, device=slots.token.device)
-        self.n_slots, self.graph = slots.n_slots, None
+        self.spare, self.graph, self.listed = slots.n_slots, None, None
         self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling)
         if self.slot_B.device.type == "cuda":
             self.capture(slots)
@@ -152,9 +152,11 @@ class Step:
             with torch.cuda.graph(self.graph, pool=slots.graph_pool):
                 self.run()
 
-    def __call__(self, slot_B: Tensor, n_steps: int) -> None:
-        self.slot_B.fill_(self.n_slots)
-        self.slot_B[: len(slot_B)] = slot_B
+    def __call__(self, slots: list[int], n_steps: int) -> None:
+        if slots != self.listed:  # most looks find that nothing has ended
+            idle = [self.spare] * (len(self.slot_B) - len(slots))
+            self.slot_B.copy_(index_tensor(slots + idle, self.slot_B.device))
+            self.listed = slots
         for _ in range(n_steps):
             self.graph.replay() if self.graph else self.run()
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
+import nanor1.slots
 from nanor1 import batching, draw
+from nanor1.batching import Batch
 from nanor1.draw import PART, hash_uniform, request_key, sample_by_parts, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
@@ -38,6 +40,11 @@ def random_model(config=LLAMA, seed=0):
         is_scale = parameter.dim() == 1 and bool((parameter == 1).all())
         parameter.data.copy_(1 + noise if is_scale else noise)
     return model
+
+
+def gpu_model():
+    """One whose attention runs in the Triton kernels."""
+    return random_model(ModelConfig("llama", VOCAB, 128, 160, 2, 4, 2, 64, 256)).to("cuda", torch.bfloat16)
 
 
 def bigram_model(logits_VV, context=64):
@@ -193,6 +200,36 @@ def test_only_a_single_slot_has_steps_of_one_row(n_slots, sizes):
     steps = [pool.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
     assert {len(step.slot_B) for step in steps} == sizes
     assert all(len(step.slot_B) >= n_rows for n_rows, step in enumerate(steps, 1))
+
+
+def test_the_list_of_slots_is_copied_to_the_device_only_when_other_slots_run(monkeypatch):
+    copied, index_tensor = [], nanor1.slots.index_tensor
+    monkeypatch.setattr("nanor1.slots.index_tensor", lambda *rest: (copied.append(rest[0]), index_tensor(*rest))[1])
+    limits = [90, 40]
+    Sampler(counting_model(context=128), 2, is_stepwise=True).generate([[1], [2]], max_new_tokens=limits)
+    assert copied == [[0, 1], [0, 2]]  # slot 2 is the spare one
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device_while_it_steps_but_the_read_of_a_look():
+    """Requests of one length twice through the slots: admitted, stepped, looked at, retired."""
+    prompt = Prompt([1, 2, 3], 32, 40, seed=0)
+    batch = Batch(
+        Sampler(gpu_model(), 16).pool, Sampling(1.0, 0, 1.0, (), None), keep=False, stop_texts=[], decode=None,
+        on_progress=None,
+    )  # fmt: skip
+    with torch.inference_mode():
+        batch.prepare([prompt])
+        batch.add([prompt])
+        for _ in range(3):  # prefill, compile, capture
+            batch.advance()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while batch.is_busy:
+                batch.advance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [len(completion.ids) for completion in batch.collect().values()] == [40] * 32
 
 
 def test_a_stepwise_sampler_hears_tokens_and_stop_texts_after_each_step():
