@@ -23,7 +23,7 @@ from nanor1.prefill import Kept, prefill, read_beginning, take_over
 from nanor1.slots import Look, Sampling, SlotPool, padded
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
-STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
+STEPS_A_LOOK = 4  # on a GPU: decode steps between looks at which requests have finished; it reads the one before
 
 
 @dataclass(frozen=True)
