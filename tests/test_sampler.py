@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanor1.slots
 from nanor1 import batching, draw
@@ -671,6 +672,55 @@ def test_of_equal_probabilities_no_more_are_drawn_than_the_set_has_room_for():
     assert sum(share > 0 for share in drawn([0.25] * 4, top_p=0.5)) == 2
     assert sum(share > 0 for share in drawn([0.25] * 4, top_p=0.51)) == 3
     assert sum(share > 0 for share in drawn([0.25] * 4, top_p=1e-9)) == 1
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "wanted"),
+    [  # of the four 0.2 and the two 0.1, how many are drawn, all alike
+        (4, 0.6, 3),  # 0.48 of 0.8: three
+        (4, 0.7, 3),  # 0.56
+        (4, 0.8, 4),  # 0.64
+        (3, 0.6, 2),  # 0.36 of 0.6
+        (2, 0.3, 1),
+        (6, 0.5, 3),  # top-k leaves all: 0.5 of 1
+        (9, 0.5, 3),
+        (0, 0.5, 3),
+    ],
+)
+def test_of_equal_probabilities_top_p_keeps_as_many_of_the_k_as_hold_its_share(top_k, top_p, wanted):
+    shares = drawn([0.1, 0.2, 0.2, 0.2, 0.2, 0.1], top_k=top_k, top_p=top_p)
+    assert sorted(shares)[-wanted:] == pytest.approx([1 / wanted] * wanted, abs=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.integers(0, 6), min_size=1, max_size=12), top_k=st.integers(0, 13), eighths=st.integers(1, 8)
+)
+def test_narrowing_keeps_the_weights_that_a_walk_down_the_sorted_list_keeps(weights, top_k, eighths):
+    weights[0] += 1  # not all of them 0
+    candidates, wanted = sorted(weights, reverse=True)[: top_k or None], []
+    for weight in candidates:
+        if not wanted or sum(wanted) < eighths / 8 * sum(candidates):
+            wanted.append(weight)
+    kept = draw.narrow(torch.tensor([weights]).float(), top_k, eighths / 8)[0].tolist()
+    assert sorted(filter(None, kept)) == sorted(filter(None, wanted))
+    assert all(after in (0, before) for before, after in zip(weights, kept, strict=True))
+
+
+@pytest.mark.parametrize(("top_k", "widths"), [(7, []), (0, [500])])
+def test_top_p_sorts_the_vocabulary_only_where_top_k_has_not_ordered_a_few(top_k, widths):
+    """A sort of 512 x 152,000 takes a GPU as long as several steps of a small model."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "sort" in str(function):
+                found.append(args[0].shape[-1])
+            return function(*args, **kwargs or {})
+
+    with Watch():
+        draw.narrow(torch.rand(2, 500), top_k, 0.9)
+    assert found == widths
 
 
 @settings(max_examples=60, deadline=None)
