@@ -66,7 +66,9 @@ class Slots:
         self.confidence = torch.zeros_like(self.logp)
         is_cuda = weight.device.type == "cuda"
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_by_parts
+        self.sample_tokens = sample_tokens if is_cuda else sample_by_parts
+        # in a step, where it would be some 50 small kernels; not bound to this object, which would outlive its use
+        self.record_step = torch.compile(Slots.record, dynamic=True) if is_cuda else Slots.record
 
     def start(self, slot_B: Tensor, token_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
         self.token[slot_B], self.position[slot_B] = token_B, position_B
@@ -97,7 +99,7 @@ class Slots:
         slot_B = slots if isinstance(slots, Tensor) else None
         hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B)
         self.position[slots] = position_B + running_B
-        self.record(slots, model.logits(hidden_BC), sampling)
+        self.record_step(self, slots, model.logits(hidden_BC), sampling)
 
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""

@@ -718,16 +718,6 @@ def attention_op():
     return define_attention_op()
 
 
-@pytest.fixture
-def fresh_dynamo():
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    yield counters
-    torch._dynamo.reset()
-
-
 TINY = ModelConfig("llama", 61, 24, 40, 3, 4, 2, 6, 2048)
 WARM_UP = [([5, 9], None), ([10, 3, 12, 2], [-1, -1, 0, 0])]
 LENGTHS = [  # one sequence and many, few tokens and many, groups of one and more

@@ -17,7 +17,7 @@ from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prefill import n_common
 from nanor1.sampler import Prompt, Sampler, generate
-from nanor1.slots import Sampling, slots_that_fit
+from nanor1.slots import Sampling, Slots, slots_that_fit
 
 VOCAB = 61
 LLAMA = ModelConfig("llama", VOCAB, 32, 40, 2, 4, 2, 8, 256)
@@ -45,7 +45,7 @@ def random_model(config=LLAMA, seed=0):
 
 def gpu_model():
     """One whose attention runs in the Triton kernels."""
-    return random_model(ModelConfig("llama", VOCAB, 128, 160, 2, 4, 2, 64, 256)).to("cuda", torch.bfloat16)
+    return random_model(ModelConfig("llama", VOCAB, 128, 160, 2, 4, 2, 64, 256)).to("cuda", torch.float16)
 
 
 def bigram_model(logits_VV, context=64):
@@ -285,6 +285,79 @@ def test_each_prompt_may_have_its_own_limit():
     limits = [5, 1, 17, 30]
     completions = generate(counting_model(V=61), [[1], [2], [3], [4]], n=2, max_new_tokens=limits)
     assert [[len(c.ids) for c in group] for group in completions] == [[limit] * 2 for limit in limits]
+
+
+def ready_slots(model, n_slots, seed=0):
+    """Slots in the middle of things: some run, some of those are about to reach their limit; the spare one is idle."""
+    slots, generator = Slots(model, n_slots, 64, 8), torch.Generator().manual_seed(seed)
+    draw_ints = partial(torch.randint, size=(n_slots + 1,), generator=generator)
+    slots.key[:], slots.n_new[:], slots.limit[:] = draw_ints(-(2**62), 2**62), draw_ints(0, 5), draw_ints(1, 7)
+    slots.is_running[:] = draw_ints(0, 5) > 0
+    slots.is_running[-1] = False
+    slots.sample_tokens = sample_tokens  # as on a GPU
+    return slots
+
+
+def slots_hold(slots):
+    """The state of all slots but the spare one, without the column that takes what idle rows write."""
+    tensors = {name: x[:-1] for name, x in vars(slots).items() if torch.is_tensor(x)}
+    return {name: x[:, :-1] if x.dim() == 2 else x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("backend", "sampling"),
+    [
+        ("aot_eager", Sampling(0.6, 20, 0.9, (3, 7), 50, confidence_k=4)),
+        pytest.param("inductor", Sampling(0.6, 20, 0.9, (3, 7), 50, confidence_k=4), marks=pytest.mark.slow),
+        pytest.param("inductor", Sampling(1.0, 0, 1.0, (), None), marks=pytest.mark.slow),
+        pytest.param("inductor", Sampling(0.0, 0, 1.0, (3, 7), None), marks=pytest.mark.slow),
+        pytest.param("inductor", Sampling(0.7, 5, 1.0, (3,), 50), marks=pytest.mark.slow),
+        pytest.param("inductor", Sampling(0.6, 0, 0.9, (3,), None), marks=pytest.mark.slow),
+    ],
+)
+def test_recording_compiled_changes_slots_as_uncompiled_in_one_program_for_all_rows(fresh_dynamo, backend, sampling):
+    model, record = random_model(), torch.compile(Slots.record, backend=backend, dynamic=True, fullgraph=True)
+    with torch.inference_mode():
+        for n_rows, n_slots in ((6, 9), (3, 9), (17, 40), (2, 2)):
+            theirs, ours = ready_slots(model, n_slots), ready_slots(model, n_slots)
+            slot_B = torch.randperm(n_slots + 1, generator=torch.Generator().manual_seed(0))[:n_rows]
+            slot_B[1:] = slot_B[1:].where(theirs.is_running[slot_B[1:]], n_slots)  # the spare one several times
+            for seed in range(3):
+                logits_BV = torch.randn(n_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+                theirs.record(slot_B, logits_BV, sampling)
+                record(ours, slot_B, logits_BV, sampling)
+            assert slots_hold(ours).keys() >= {"ids", "logp", "n_new", "is_running"}
+            torch.testing.assert_close(slots_hold(ours), slots_hold(theirs))
+    assert fresh_dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_one_program_records_draws_of_other_temperatures_too(fresh_dynamo):
+    model, record = random_model(), torch.compile(Slots.record, backend="eager", dynamic=True, fullgraph=True)
+    for temperature in (0.7, 0.9, 1.3):
+        record(ready_slots(model, 3), torch.arange(3), torch.randn(3, VOCAB), Sampling(temperature, 0, 1.0, (), None))
+    assert fresh_dynamo["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_rows", [1, 7, 20])
+@pytest.mark.parametrize(
+    "sampling", [dict(temperature=0), dict(confidence_k=3), dict(top_p=0.9), dict(top_k=8, top_p=0.9)]
+)
+def test_captured_steps_give_what_compiled_ones_give_and_those_what_plain_ones_give(sampling, max_rows, monkeypatch):
+    """To the last bit, and but for a few draws that fall between the roundings of two programs."""
+    arguments = dict(n=3, max_new_tokens=30, stop_ids=[7, 8, 9, 10], seed=5) | sampling
+    model, made = gpu_model(), []
+    made.append(sum(Sampler(model, max_rows).generate(RAGGED, **arguments), []))
+    monkeypatch.setattr(nanor1.slots.Step, "capture", lambda self, slots: None)
+    made.append(sum(Sampler(model, max_rows).generate(RAGGED, **arguments), []))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    made.append(sum(Sampler(model, max_rows).generate(RAGGED, **arguments), []))
+    captured, compiled, plain = made
+    assert captured == compiled
+    same = [(ours, theirs) for ours, theirs in zip(captured, plain, strict=True) if ours.ids == theirs.ids]
+    assert len(same) >= 0.8 * len(plain)
+    for ours, theirs in same:
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=0.05) and ours.finish == theirs.finish
 
 
 # ---- memory
