@@ -245,6 +245,9 @@ class Transformer(nn.Module):
         on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
         Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
         """
+        # All models' blocks are one function to torch, which else runs it uncompiled from the ninth program on; each
+        # model has up to five: with a gradient, behind shared prompts, in its backward again, decoding, and of one row.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         if self.head_weight_VC.device.type == "cpu":
             self.attend_packed = torch.compiler.disable(_attend_packed)
         for block in self.model.layers:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nanor1.model
+from nanor1.attention import decode_attention
 from nanor1.model import LARGE, TRANSPOSED_ROWS, KVCache, ModelConfig, Transformer, linear, rope_frequencies
 from nanor1.parallel import replica
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
@@ -767,6 +768,28 @@ def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, atten
     assert fresh_dynamo["stats"]["unique_graphs"] == 2  # without and with shared prompts
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_like_eager(model, eager, WARM_UP + LENGTHS)
+
+
+def cached_attention_unasked(q, k_SKTD, v_SKTD, slot_B, length_B, max_len):
+    """As on a GPU, where no value is asked for."""
+    mask_BT = torch.arange(max_len) < length_B[:, None]
+    return decode_attention(q, k_SKTD[slot_B, :, :max_len], v_SKTD[slot_B, :, :max_len], mask_BT)
+
+
+def test_the_programs_of_two_models_all_stay_compiled(fresh_dynamo, monkeypatch):
+    """A policy and a teacher share the code of a block, of which torch makes 8 programs by itself: here 2."""
+    monkeypatch.setattr(nanor1.model, "cached_attention", cached_attention_unasked)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for config in (TINY, dataclasses.replace(TINY, qkv_bias=True)):
+        model = random_model(dataclasses.replace(config, num_hidden_layers=1))
+        model.compile_blocks(backend="eager")
+        cache = KVCache.of(model, 4, 16)
+        with torch.no_grad():
+            for slots in ([2, 0], [1]):
+                slot_B = torch.tensor(slots)
+                model.decode(slot_B + 5, torch.full_like(slot_B, 3), cache, 16, slot_B, slot_B < 4)
+    assert fresh_dynamo["stats"]["unique_graphs"] == 2 * 2  # of two rows and of one
+    assert not fresh_dynamo["unimplemented"]
 
 
 def test_a_compiled_model_keeps_its_names_is_saved_and_copied_and_samples_uncompiled(fresh_dynamo, tmp_path):
