@@ -47,6 +47,10 @@ def linear(x_NC: Tensor, weight_MC: Tensor, bias_M: Tensor | None = None) -> Ten
     side, 1.2 to 1.8 times as fast where the rows are a multiple of 8, and slower where they are not (LOG.md). The
     result is then a transposed view. Not in compiled code, which would be compiled anew for each such number.
     """
+    if bias_M is not None and torch.compiler.is_compiling() and len(x_NC) == 1:
+        return (
+            F.linear(x_NC, weight_MC) + bias_M
+        )  # inductor makes one kernel of this, but calls BLAS where they are one
     is_plain = x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or torch.compiler.is_compiling()
     if is_plain or weight_MC.numel() < LARGE or len(x_NC) not in TRANSPOSED_ROWS:
         return F.linear(x_NC, weight_MC, bias_M)
@@ -304,11 +308,13 @@ class Transformer(nn.Module):
         max_len: int,
         slot_B: Tensor | None = None,
         is_running_B: Tensor | None = None,
+        run_block: Callable | None = None,
     ) -> Tensor:
         """Hidden states [B, C] of one further token, at position_B of cache rows slot_B (None: 0..B-1).
 
         The cache is extended. `max_len` is at least position_B.max() + 1: how much of the cache is looked at. With
-        slots, rows that are not running attend to nothing; their hidden states mean nothing.
+        slots, rows that are not running attend to nothing; their hidden states mean nothing. `run_block` stands in for
+        calling a block, which is its first argument.
         """
         if slot_B is None:
             mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
@@ -317,21 +323,27 @@ class Transformer(nn.Module):
             length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
             attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)
         contexts = ((k_SKTD, v_SKTD, *place) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
-        return self._run(ids_B, position_B, attend, contexts)
+        return self._run(ids_B, position_B, attend, contexts, run_block)
 
-    def _run(self, ids_N: Tensor, position_N: Tensor, attend: Callable, contexts: Iterable[tuple]) -> Tensor:
+    def _run(
+        self,
+        ids_N: Tensor,
+        position_N: Tensor,
+        attend: Callable,
+        contexts: Iterable[tuple],
+        run_block: Callable | None = None,
+    ) -> Tensor:
         x = self.model.embed_tokens(ids_N)
         if self.config.rope_theta is None:
             x, rope = x + self.model.embed_positions(position_N), None
         else:
             rope = self.rope_angles(position_N)
+        if run_block is None:  # a prefill is never compiled: it would need programs of its own
+            run_block = Block.__call__ if torch.is_grad_enabled() or attend is _attend_slots else Block.forward
+        if torch.is_grad_enabled() and self.checkpoints_activations:
+            run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
-            if torch.is_grad_enabled() and self.checkpoints_activations:
-                x = checkpoint(block, x, rope, attend, *context, use_reentrant=False)
-            elif torch.is_grad_enabled() or attend is _attend_slots:
-                x = block(x, rope, attend, *context)
-            else:
-                x = block.forward(x, rope, attend, *context)  # not compiled: a prefill would need programs of its own
+            x = run_block(block, x, rope, attend, *context)
         return self.model.norm(x)
 
     def rope_angles(self, position_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
 from nanor1.machine import free_memory, index_tensor
-from nanor1.model import KVCache, Transformer
+from nanor1.model import Block, KVCache, Transformer
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
 # Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
 # for one row, and one for all other numbers.
 GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
+# this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
+# such a step runs as all others do.
+ONE_ROW_OPTIONS: dict | None = {"coordinate_descent_tuning": True}
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ class Slots:
         self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
         self.n_new[slots] = n_new_B
 
-    def decode(self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling) -> None:
+    def decode(
+        self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling, run_block=None
+    ) -> None:
         """Advance slots by a token: those of a list, or the first ones, as a slice; idle ones cost as much."""
         token_B, position_B, running_B = self.token[slots], self.position[slots], self.is_running[slots]
         slot_B = slots if isinstance(slots, Tensor) else None
-        hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B)
+        hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B, run_block)
         self.position[slots] = position_B + running_B
         self.record_step(self, slots, model.logits(hidden_BC), sampling)
 
@@ -138,8 +144,12 @@ class Step:
     def __init__(self, model: Transformer, slots: Slots, n_rows: int, sampling: Sampling):
         self.slot_B = torch.full((n_rows,), slots.n_slots, device=slots.token.device)
         self.spare, self.graph, self.listed = slots.n_slots, None, None
-        self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling)
-        if self.slot_B.device.type == "cuda":
+        is_cuda = self.slot_B.device.type == "cuda"
+        run_block = None
+        if is_cuda and n_rows == 1 and ONE_ROW_OPTIONS:  # dynamic: the cache may grow; a 1 is taken for a constant
+            run_block = torch.compile(Block.forward, dynamic=True, options=ONE_ROW_OPTIONS)
+        self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling, run_block)
+        if is_cuda:
             self.capture(slots)
 
     def capture(self, slots: Slots) -> None:
