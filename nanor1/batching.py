@@ -8,20 +8,22 @@ Letters: P prompts, B rows of a step, F finished rows, L new tokens.
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanor1.draw import request_key
+from nanor1.machine import index_tensor
 from nanor1.model import KVCache, Transformer
 from nanor1.prefill import Kept, prefill, read_beginning, take_over
 from nanor1.slots import Look, Sampling, SlotPool, padded
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
-STEPS_A_LOOK = 16  # on a GPU: decode steps between looks at which requests have finished
+STEPS_A_LOOK = 4  # on a GPU: decode steps between looks at which requests have finished; it reads the one before
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Batch:
         on_token=None,
     ):
         self.pool, self.model, self.device, self.sampling = pool, pool.model, pool.device, sampling
+        self.index = partial(index_tensor, device=pool.device)
         self.keep, self.stop_texts, self.decode_text = keep, stop_texts, decode
         self.on_token, self.on_progress = on_token, on_progress
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
@@ -149,17 +152,17 @@ class Batch:
         requests = range(self.n_admitted, min(self.n_admitted + self.n_free, self.prefilled.stop))
         free = (slot for slot in range(self.n_slots) if slot not in self.request_of)
         placed, numbers = dict(zip(free, requests, strict=False)), [self.prompt_of[request] for request in requests]
-        prompts, slot_B = [self.prompts[p] for p in numbers], self._index(placed)
+        prompts, slot_B = [self.prompts[p] for p in numbers], self.index(placed)
         keys = [request_key(p.seed, r - self.first_P[i]) for r, i, p in zip(requests, numbers, prompts, strict=True)]
-        source_B = self._index(p - self.prompt_of[self.prefilled.start] for p in numbers)
+        source_B = self.index(p - self.prompt_of[self.prefilled.start] for p in numbers)
         self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
         is_read = self.prefilled_logits is not None
         self.slots.start(
             slot_B,
-            self._index(prompt.ids[-1] for prompt in prompts),
-            self._index(len(prompt.ids) - (not is_read) for prompt in prompts),
-            self._index(n_new_tokens(self.model, prompt) for prompt in prompts),
-            self._index(keys),
+            self.index(prompt.ids[-1] for prompt in prompts),
+            self.index(len(prompt.ids) - (not is_read) for prompt in prompts),
+            self.index(n_new_tokens(self.model, prompt) for prompt in prompts),
+            self.index(keys),
         )
         self.request_of |= placed
         self.n_admitted = requests.stop
@@ -203,7 +206,7 @@ class Batch:
         """Advance every active slot by a token, or by several where nobody looks in between."""
         n_rows = len(self.request_of)
         if self.pool.is_stepwise:
-            self.pool.step(n_rows, self.sampling)(self._index(self.request_of), self.steps_a_look)
+            self.pool.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
         else:
             max_len = int(self.slots.position[:n_rows].max()) + 1
             n_rows = min(padded(n_rows), self.slots.n_slots + 1)
@@ -213,18 +216,18 @@ class Batch:
     def _hear(self, request_of: dict[int, int]) -> None:
         """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
         if self.on_token:
-            tokens = self.slots.token[self._index(request_of)].tolist()
+            tokens = self.slots.token[self.index(request_of)].tolist()
             for request, token in zip(request_of.values(), tokens, strict=True):
                 prompt = self.prompt_of[request]
                 self.on_token(prompt, request - self.first_P[prompt], token)
         if self.stop_texts:
-            slot_F = self._index(self._slots_with_text(list(request_of)))
+            slot_F = self.index(self._slots_with_text(list(request_of)))
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
 
     def _slots_with_text(self, slots: list[int]) -> list[int]:
         """Those whose last tokens, as many as a text can be made of, hold one of the texts."""
         n_tail = max(len(text.encode()) for text in self.stop_texts) + 4  # a byte a token or more; 4: a cut character
-        slot_B1 = self._index(slots)[:, None]
+        slot_B1 = self.index(slots)[:, None]
         column_BT = self.slots.n_new[slot_B1] - n_tail + torch.arange(n_tail, device=self.device)
         ids_BT, n_before_B = self.slots.ids[slot_B1, column_BT.clamp(min=0)], (column_BT < 0).sum(-1)
         tails = (self.decode_text(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
@@ -247,12 +250,12 @@ class Batch:
 
     def retire(self, finished: dict[int, int]) -> None:
         """Keep what finished slots have made, and free them."""
-        slot_F, slots = self._index(finished), self.slots
+        slot_F, slots = self.index(finished), self.slots
         cache = None
         if self.keep:
             length = int(slots.position[slot_F].max())
             cache = KVCache.of(self.model, len(finished), length)
-            cache.copy_rows(slots.cache, slot_F, self._index(range(len(finished))), length)
+            cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
         columns_F = [slots.ids[slot_F, :-1], slots.logp[slot_F, :-1], slots.n_new[slot_F], slots.is_stopped[slot_F]]
         if self.sampling.confidence_k:
             columns_F.append(slots.confidence[slot_F, :-1])
@@ -268,7 +271,7 @@ class Batch:
         holes = [slot for slot in range(n_active) if slot not in self.request_of]
         movers = [slot for slot in self.request_of if slot >= n_active]
         if holes:
-            self.slots.move(self._index(movers), self._index(holes))
+            self.slots.move(self.index(movers), self.index(holes))
         for hole, mover in zip(holes, movers, strict=True):
             self.request_of[hole] = self.request_of.pop(mover)
         self.request_of = dict(sorted(self.request_of.items()))
@@ -294,17 +297,12 @@ class Batch:
             made[request] = Completion(ids, logp, finish, confidences, kept)
         return made
 
-    def _index(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-
 
 class Harvest(NamedTuple):
     """What some requests have generated, still on the device."""
 
     requests: list[int]
-    columns_F: list[
-        Tensor
-    ]  # ids [F, L], log-probabilities, lengths, whether a stop ended them; confidences if asked for
+    columns_F: list[Tensor]  # ids [F, L], log-probabilities, lengths, is_stopped; confidences if asked for
     cache: KVCache | None
 
 

@@ -61,18 +61,20 @@ def token_confidence(logits_BV: Tensor, token_B: Tensor, logp_B: Tensor, tempera
 def narrow(weight_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Zero the weights outside the k largest, and outside the fewest that hold top_p of the rest.
 
-    Of equal ones at the border as many are kept as there is room for, so top_k leaves k whatever the ties.
+    Of equal ones at the border as many are kept as there is room for, so top_k leaves k whatever the ties. top_p alone
+    sorts the vocabulary: how many tokens it keeps is known only afterwards, and a captured step cannot ask.
     """
     if 0 < top_k < weight_BV.shape[-1]:
-        kept_BK, index_BK = weight_BV.topk(top_k)
-        weight_BV = torch.zeros_like(weight_BV).scatter(-1, index_BK, kept_BK)
+        kept_BK, index_BK = weight_BV.topk(top_k)  # in order
+    elif top_p < 1.0:
+        kept_BK, index_BK = weight_BV.sort(dim=-1, descending=True, stable=True)
+    else:
+        return weight_BV
     if top_p < 1.0:
-        sorted_BV, index_BV = weight_BV.sort(dim=-1, descending=True, stable=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        before_BV[:, 0] = -1.0  # the largest is kept whatever is rounded
-        kept_BV = torch.where(before_BV < top_p * sorted_BV.sum(-1, keepdim=True), sorted_BV, 0.0)
-        weight_BV = torch.zeros_like(weight_BV).scatter(-1, index_BV, kept_BV)
-    return weight_BV
+        before_BK = kept_BK.cumsum(-1) - kept_BK
+        before_BK[:, 0] = -1.0  # the largest is kept whatever is rounded
+        kept_BK = torch.where(before_BK < top_p * kept_BK.sum(-1, keepdim=True), kept_BK, 0.0)
+    return torch.zeros_like(weight_BV).scatter(-1, index_BK, kept_BK)
 
 
 def _block_sums(weight_BV: Tensor) -> Tensor:

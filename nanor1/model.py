@@ -42,9 +42,11 @@ class Linear(nn.Linear):
     reordered: Tensor | None = None  # the same matrix for sampling on a CPU: see Transformer.reorder_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reordered is None or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        return onednn.linear(x, self.reordered, self.bias)
+        if self.reordered is not None and not torch.is_grad_enabled():
+            return onednn.linear(x, self.reordered, self.bias)
+        if self.bias is not None and torch.compiler.is_compiling() and len(x) == 1:
+            return F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -273,6 +275,9 @@ class Transformer(nn.Module):
         on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
         Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
         """
+        # All models' blocks are one function to torch, which else runs it uncompiled from the ninth program on; each
+        # model has up to five: with a gradient, behind shared prompts, in its backward again, decoding, and of one row.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         if self.head_weight_VC.device.type == "cpu":
             self.attend_packed = torch.compiler.disable(_attend_packed)
         for block in self.model.layers:
@@ -361,11 +366,13 @@ class Transformer(nn.Module):
         max_len: int,
         slot_B: Tensor | None = None,
         is_running_B: Tensor | None = None,
+        run_block: Callable | None = None,
     ) -> Tensor:
         """Hidden states [B, C] of one further token, at position_B of cache rows slot_B (None: 0..B-1).
 
         The cache is extended. `max_len` is at least position_B.max() + 1: how much of the cache is looked at. With
-        slots, rows that are not running attend to nothing; their hidden states mean nothing.
+        slots, rows that are not running attend to nothing; their hidden states mean nothing. `run_block` stands in for
+        calling a block, which is its first argument.
         """
         if slot_B is None:
             mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
@@ -374,9 +381,16 @@ class Transformer(nn.Module):
             length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
             attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)
         contexts = ((k_SKTD, v_SKTD, *place) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
-        return self._run(ids_B, position_B, attend, contexts)
+        return self._run(ids_B, position_B, attend, contexts, run_block)
 
-    def _run(self, ids_N: Tensor, position_N: Tensor, attend: Callable, contexts: Iterable[tuple]) -> Tensor:
+    def _run(
+        self,
+        ids_N: Tensor,
+        position_N: Tensor,
+        attend: Callable,
+        contexts: Iterable[tuple],
+        run_block: Callable | None = None,
+    ) -> Tensor:
         if torch.is_grad_enabled():
             self.drop_reordered()
         x = self.model.embed_tokens(ids_N)
@@ -384,13 +398,12 @@ class Transformer(nn.Module):
             x, rope = x + self.model.embed_positions(position_N), None
         else:
             rope = self.rope_angles(position_N)
+        if run_block is None:  # a prefill is never compiled: it would need programs of its own
+            run_block = Block.__call__ if torch.is_grad_enabled() or attend is _attend_slots else Block.forward
+        if torch.is_grad_enabled() and self.checkpoints_activations:
+            run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
-            if torch.is_grad_enabled() and self.checkpoints_activations:
-                x = checkpoint(block, x, rope, attend, *context, use_reentrant=False)
-            elif torch.is_grad_enabled() or attend is _attend_slots:
-                x = block(x, rope, attend, *context)
-            else:
-                x = block.forward(x, rope, attend, *context)  # not compiled: a prefill would need programs of its own
+            x = run_block(block, x, rope, attend, *context)
         return self.model.norm(x)
 
     def rope_angles(self, position_N: Tensor) -> tuple[Tensor, Tensor]:

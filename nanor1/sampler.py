@@ -112,7 +112,7 @@ class Sampler:
         texts = dict(stop_texts=stop_texts, decode=decode)
         batch = Batch(self.pool, sampling, keep=keep, on_progress=on_progress, on_token=on_token, **texts)
         with torch.inference_mode():
-            self.model.reorder_weights()
+            self.pool.reorder_weights()
             batch.prepare(asked)
             requests_P = batch.add(asked)
             while batch.is_busy:
@@ -144,7 +144,7 @@ class Sampler:
         sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
         texts = dict(stop_texts=stop_texts, decode=decode)
         with torch.inference_mode():
-            self.model.reorder_weights()
+            self.pool.reorder_weights()
             return Sessions(sessions, Batch(self.pool, sampling, keep=True, on_progress=on_progress, **texts)).finish()
 
 

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
-from nanor1.machine import free_memory
-from nanor1.model import KVCache, Transformer
+from nanor1.machine import free_memory, index_tensor
+from nanor1.model import Block, KVCache, Transformer
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
-GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # and the number of slots itself
+# Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
+# for one row, and one for all other numbers.
+GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
+# this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
+# such a step runs as all others do.
+ONE_ROW_OPTIONS: dict | None = {"coordinate_descent_tuning": True}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Slots:
         self.confidence = torch.zeros_like(self.logp)
         is_cuda = weight.device.type == "cuda"
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.sample_tokens = torch.compile(sample_tokens, dynamic=True) if is_cuda else sample_by_parts
+        self.sample_tokens = sample_tokens if is_cuda else sample_by_parts
+        # in a step, where it would be some 50 small kernels; not bound to this object, which would outlive its use
+        self.record_step = torch.compile(Slots.record, dynamic=True) if is_cuda else Slots.record
 
     def start(self, slot_B: Tensor, token_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
         self.token[slot_B], self.position[slot_B] = token_B, position_B
@@ -89,13 +97,15 @@ class Slots:
         self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
         self.n_new[slots] = n_new_B
 
-    def decode(self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling) -> None:
+    def decode(
+        self, model: Transformer, slots: slice | Tensor, max_len: int, sampling: Sampling, run_block=None
+    ) -> None:
         """Advance slots by a token: those of a list, or the first ones, as a slice; idle ones cost as much."""
         token_B, position_B, running_B = self.token[slots], self.position[slots], self.is_running[slots]
         slot_B = slots if isinstance(slots, Tensor) else None
-        hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B)
+        hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B, run_block)
         self.position[slots] = position_B + running_B
-        self.record(slots, model.logits(hidden_BC), sampling)
+        self.record_step(self, slots, model.logits(hidden_BC), sampling)
 
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
@@ -133,9 +143,13 @@ class Step:
 
     def __init__(self, model: Transformer, slots: Slots, n_rows: int, sampling: Sampling):
         self.slot_B = torch.full((n_rows,), slots.n_slots, device=slots.token.device)
-        self.n_slots, self.graph = slots.n_slots, None
-        self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling)
-        if self.slot_B.device.type == "cuda":
+        self.spare, self.graph, self.listed = slots.n_slots, None, None
+        is_cuda = self.slot_B.device.type == "cuda"
+        run_block = None
+        if is_cuda and n_rows == 1 and ONE_ROW_OPTIONS:  # dynamic: the cache may grow; a 1 is taken for a constant
+            run_block = torch.compile(Block.forward, dynamic=True, options=ONE_ROW_OPTIONS)
+        self.run = partial(slots.decode, model, self.slot_B, slots.room, sampling, run_block)
+        if is_cuda:
             self.capture(slots)
 
     def capture(self, slots: Slots) -> None:
@@ -150,9 +164,11 @@ class Step:
             with torch.cuda.graph(self.graph, pool=slots.graph_pool):
                 self.run()
 
-    def __call__(self, slot_B: Tensor, n_steps: int) -> None:
-        self.slot_B.fill_(self.n_slots)
-        self.slot_B[: len(slot_B)] = slot_B
+    def __call__(self, slots: list[int], n_steps: int) -> None:
+        if slots != self.listed:  # most looks find that nothing has ended
+            idle = [self.spare] * (len(self.slot_B) - len(slots))
+            self.slot_B.copy_(index_tensor(slots + idle, self.slot_B.device))
+            self.listed = slots
         for _ in range(n_steps):
             self.graph.replay() if self.graph else self.run()
 
@@ -176,6 +192,11 @@ class SlotPool:
         self.n_wanted = 0  # slots that were asked for, when these were made
         self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
         self.steps: dict[tuple[int, Sampling], Step] = {}
+
+    def reorder_weights(self) -> None:
+        """Before rows are decoded at once on a CPU: see the model's; fixed steps are compiled instead."""
+        if not self.is_stepwise:
+            self.model.reorder_weights()
 
     def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
         """Make slots for requests of so many tokens, if those there are do not suffice."""

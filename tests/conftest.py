@@ -34,3 +34,14 @@ def scalars_in_tritons_interpreter():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch_scalars_too
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile's counters, with nothing compiled before."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()

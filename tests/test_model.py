@@ -832,16 +832,6 @@ def attention_op():
     return define_attention_op()
 
 
-@pytest.fixture
-def fresh_dynamo():
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    yield counters
-    torch._dynamo.reset()
-
-
 TINY = ModelConfig("llama", 61, 24, 40, 3, 4, 2, 6, 2048)
 WARM_UP = [([5, 9], None), ([10, 3, 12, 2], [-1, -1, 0, 0])]
 LENGTHS = [  # one sequence and many, few tokens and many, groups of one and more
@@ -891,6 +881,51 @@ def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, atten
     assert fresh_dynamo["stats"]["unique_graphs"] == 2  # without and with shared prompts
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_like_eager(model, eager, WARM_UP + LENGTHS)
+
+
+def cached_attention_unasked(q, k_SKTD, v_SKTD, slot_B, length_B, max_len):
+    """As on a GPU, where no value is asked for."""
+    mask_BT = torch.arange(max_len) < length_B[:, None]
+    out = nanor1.model.decode_attention(q, k_SKTD[slot_B, :, :max_len], v_SKTD[slot_B, :, :max_len], mask_BT)
+    return out.masked_fill(length_B[:, None, None] == 0, 0.0)
+
+
+def test_the_programs_of_two_models_all_stay_compiled(fresh_dynamo, monkeypatch):
+    """A policy and a teacher share the code of a block, of which torch makes 8 programs by itself: here 2."""
+    monkeypatch.setattr(nanor1.model, "cached_attention", cached_attention_unasked)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for config in (TINY, dataclasses.replace(TINY, qkv_bias=True)):
+            model = random_model(dataclasses.replace(config, num_hidden_layers=1))
+            model.compile_blocks(backend="eager")
+            cache = KVCache.of(model, 4, 16)
+            for slots in ([2, 0], [1]):
+                slot_B = torch.tensor(slots)
+                model.decode(slot_B + 5, torch.full_like(slot_B, 3), cache, 16, slot_B, slot_B < 4)
+    assert fresh_dynamo["stats"]["unique_graphs"] == 2 * 2  # of two rows and of one
+    assert not fresh_dynamo["unimplemented"]
+
+
+def test_blocks_compiled_for_one_row_are_one_program_for_all_caches_and_see_new_weights(fresh_dynamo, monkeypatch):
+    monkeypatch.setattr(nanor1.model, "cached_attention", cached_attention_unasked)
+    model, graphs = random_model(dataclasses.replace(TINY, qkv_bias=True)), []
+    run_block = torch.compile(
+        nanor1.model.Block.forward, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph)[1]
+    )
+    for n_slots, room in ((3, 16), (5, 24)):  # as when a conversation grows
+        caches = [KVCache.of(model, n_slots, room) for _ in range(2)]
+        for position in range(2):
+            token_B, position_B = torch.tensor([7 + position]), torch.tensor([position])
+            with torch.inference_mode():
+                wanted, found = (
+                    model.decode(token_B, position_B, cache, room, torch.tensor([1]), torch.tensor([True]), each)
+                    for cache, each in zip(caches, (None, run_block), strict=True)
+                )
+                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+                for parameter in model.parameters():
+                    parameter.mul_(1.05)
+    assert len(graphs) == 1
+    products = [node for node in graphs[0].graph.nodes if node.target is torch.nn.functional.linear]
+    assert len(products) == 7 and not any(len(node.args) > 2 and node.args[2] for node in products)  # biases apart
 
 
 def test_a_compiled_model_keeps_its_names_is_saved_and_copied_and_samples_uncompiled(fresh_dynamo, tmp_path):
