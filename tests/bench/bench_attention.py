@@ -20,21 +20,17 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measure import commit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "7B": (28, 4, 128)}  # H, K, D of Qwen2.5
 PACKED = [(model, mean, is_equal) for mean in (2048, 4096, 8192) for is_equal in (True, False) for model in HEADS]
@@ -105,12 +101,11 @@ def main() -> None:
 
 
 def where(device: str) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     triton = importlib.import_module("triton")
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     dtype = "bfloat16" if device == "cuda" else "float32"
-    return {"device": name, "dtype": dtype, "commit": commit.strip() or "unknown", **versions}
+    return {"device": name, "dtype": dtype, "commit": commit(), **versions}
 
 
 class Clock:
