@@ -184,8 +184,10 @@ def bench_packed(kernels, clock: Clock, shape: tuple, report: dict, args) -> lis
 
 
 def show(row: dict) -> dict:
+    """A line of JSON at once, so that what was measured is there when time runs out."""
     print(
-        "  ", *(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in row.items()), flush=True
+        json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}),
+        flush=True,
     )
     return row
 

@@ -138,7 +138,7 @@ def command_of(name: str, folder: Path) -> list[str]:
             words = ["tests/bench/bench_logprobs.py", "--repeats", "2", *if_tiny("--shape", "64", "32", "512")]
         case "before" | "after":
             words = ["sample.py", "--model", variable("MODEL") if kind == "before" else str(folder / "zero"), *problems]
-            words += ["--data", variable("EVAL_DATA"), "--limit", size("400", "4"), "--out", f"{folder}/{kind}.jsonl"]
+            words += ["--data", variable("EVAL_DATA"), "--limit", size("800", "4"), "--out", f"{folder}/{kind}.jsonl"]
         case "learn":
             words = ["train_zero.py", *learning(), "--out", str(folder / "zero"), *problems]
             words += shlex.split(os.environ.get("TRAIN_ARGS", ""))
@@ -223,7 +223,7 @@ class Report:
         results = [json.dumps({"part": name, "rc": rc, "seconds": round(seconds, 1), "limit_s": round(limit_s)})]
         results += [line for line in text.splitlines() if is_json(line)]
         self.write("results.jsonl", "".join(f"{result}\n" for result in results))
-        said = [line[:200] for line in text.splitlines() if not line.startswith("{")]
+        said = [line[:200] for line in text.splitlines() if len(line) < 400]
         print(line + "\n".join(said[-8:]), flush=True)
 
 
