@@ -60,7 +60,7 @@ def test_what_is_kept_for_later_parts_leaves_time_to_the_others():
 def test_a_part_that_is_not_there_is_refused_with_those_that_are():
     done = run_script("second", "decode", TINY="1")
     assert done.returncode == 2
-    assert "second has no part decode; it has sweep-forward-128, " in done.stderr
+    assert "second has no part decode; it has sweep-128, sweep-64, " in done.stderr
 
 
 def test_without_a_gpu_it_says_so_and_what_can_be_done(tmp_path):

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_attention.py                              # the tables; the last line is JSON
     python tests/bench/bench_attention.py --peers "sdpa cudnn" flex_attention  # beside others than varlen_attn
-    python tests/bench/bench_attention.py --sweep forward --width 128  # times of tile sizes, with registers and spills
+    python tests/bench/bench_attention.py --sweep forward dq --width 128  # tile sizes: times, registers, spills
     python tests/bench/bench_attention.py --device cpu --tiny          # no figures: does everything run? (interpreter)
 
 Packed causal attention counts useful operations only: with P = sum of len (len + 1) / 2 pairs of a query and a key it
@@ -14,6 +14,7 @@ the middle half. Decoding runs from a CUDA graph over enough layers that their c
 """
 
 import argparse
+import copy
 import importlib
 import inspect
 import json
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=["varlen_attn"], help="flex_attention is compiled for each shape"
     )
-    parser.add_argument("--sweep", choices=SWEEP, help="try tile sizes of one kernel instead")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEP, help="try tile sizes of these kernels instead")
     parser.add_argument("--width", type=int, default=128, help="head width of the sweep")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -90,7 +91,11 @@ def main() -> None:
     report = {**where(args.device), **limits(clock, args.tiny)}
     print(json.dumps(report))
     if args.sweep:
-        report["sweep"] = sweep(kernels, clock, args.sweep, args.width, args.tiny)
+        report["sweep"], tiles = {}, copy.deepcopy(kernels.TILES)
+        for name in args.sweep:
+            print(json.dumps({"sweep": name, "width": args.width}))
+            report["sweep"][name] = sweep(kernels, clock, name, args.width, args.tiny)
+            kernels.TILES.update(copy.deepcopy(tiles))  # those of the others stay as they were
     else:
         report["packed"] = [row for shape in PACKED for row in bench_packed(kernels, clock, shape, report, args)]
         report["decode"] = [row for name in DECODE for row in bench_decode(kernels, clock, name, report, args)]

@@ -36,7 +36,7 @@ TINY = bool(os.environ.get("TINY"))
 N_PROCESSES = 8  # that run the kernels' tests
 LEAST_S = 10  # with less time a part does not begin
 SAVE_S = 60  # after which learning that was asked to stop has finished its step and saved, on a slow disk too
-LOG_BYTES, FILE_BYTES = 200_000, 8_000_000  # of a part's log, and of a file, that are kept
+LOG_BYTES = 200_000  # of a part's log that are kept: its end
 
 
 class Part(NamedTuple):
@@ -57,9 +57,8 @@ PLANS = {  # seconds of the whole, and of each part at most
     "second": (
         200,
         [
-            *(Part(f"sweep-{name}", 25) for name in ("forward-128", "dkdv-128", "dq-128", "forward-64", "dkdv-64")),
-            Part("sweep-dq-64", 25), Part("sweep-decode-128", 20), Part("attention", 40, True),
-            Part("profile-decode1", 40, True),
+            Part("sweep-128", 75), Part("sweep-64", 60), Part("attention", 45, True),
+            Part("profile-decode1", 35, True),
         ],
     ),
     "train": (570, [Part("before", 75, True), Part("learn", 480), Part("after", 75, True), Part("compare", 15, True)]),
@@ -124,8 +123,8 @@ def command_of(name: str, folder: Path) -> list[str]:
         case "attention":
             words = ["tests/bench/bench_attention.py", "--only", size("", "1.5B 2048 r"), *rounds]
         case "sweep":
-            kernel, width = what.split("-")
-            words = ["tests/bench/bench_attention.py", "--sweep", kernel, "--width", width, *rounds]
+            kernels = ["forward", "dkdv", "dq", *(["decode"] if what == "128" else [])]  # which is swept at 128 alone
+            words = ["tests/bench/bench_attention.py", "--sweep", *kernels, "--width", what, *rounds]
         case "rollouts":
             words = ["tests/bench/bench_sampler.py", "--parts", kind, "--peers", "--lengths", "ragged", *one_shape]
             words += ["--repeats", "1", "--limit", size("768", "8")]
