@@ -49,7 +49,7 @@ PLANS = {  # seconds of the whole, and of each part at most
     "first": (
         430,
         [
-            Part("kernels", 90), Part("smoke", 80), Part("attention", 60), Part("rollouts", 95), Part("train-1.5b", 75),
+            Part("kernels", 90), Part("smoke", 95), Part("attention", 60), Part("rollouts", 95), Part("train-1.5b", 75),
             Part("train-0.5b", 60), Part("context", 50), Part("decode", 60), Part("profile-train", 50),
             Part("profile-decode256", 45), Part("logprobs", 40),
         ],

@@ -79,6 +79,7 @@ def smoke(args) -> None:
         "captured steps against uncaptured ones": partial(compare_captured, args, model),
         "compiled gradient against eager": partial(compare_gradients, args, model),
     }
+    checks["one row against trainer"] = partial(sample_and_score, args, model, n_rows=1, n_prompts=2)
     if args.device == "cuda":
         checks["sampler against trainer, fp16"] = lambda: sample_and_score(
             args, ready_model(args, "qwen2.5-0.5b", 4, torch.float16)
@@ -92,10 +93,10 @@ def smoke(args) -> None:
         sys.exit(1)
 
 
-def sample_and_score(args, model: Transformer) -> dict:
+def sample_and_score(args, model: Transformer, n_rows: int = 48, n_prompts: int = 24) -> dict:
     """Ragged requests, more of them than slots, twice; the trainer's log-probabilities of what was sampled."""
-    prompts, limits = requests(args, model)
-    generate = partial(Sampler(model, 48).generate, prompts, n=4, max_new_tokens=limits, seed=1)
+    prompts, limits = requests(args, model, n_prompts)
+    generate = partial(Sampler(model, n_rows).generate, prompts, n=4, max_new_tokens=limits, seed=1)
     made: list = []
     times = [seconds(lambda: made.append(generate()), torch.device(args.device)) for _ in range(2)]
     ids = [[completion.ids for group in run for completion in group] for run in made]
@@ -118,11 +119,11 @@ def sample_and_score(args, model: Transformer) -> dict:
     return found | {"is_fine": found["lengths_are_right"] and found["same_ids_again"] == 1 and is_close}
 
 
-def requests(args, model: Transformer) -> tuple[list[list[int]], list[int]]:
+def requests(args, model: Transformer, n_prompts: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of random tokens, and a limit of new ones for each."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator).tolist()  # noqa: E731
-    n_prompts, longest = (4, 20) if args.quick else (24, 120)
+    n_prompts, longest = (min(n_prompts, 4), 20) if args.quick else (n_prompts, 120)
     prompts = [draw(0, model.config.vocab_size, length) for length in draw(3, longest, n_prompts)]
     return prompts, draw(1, longest, n_prompts)
 
@@ -144,19 +145,22 @@ def compare_captured(args, model: Transformer) -> dict:
     made = []
     for is_captured in (True, False):
         slots = Slots(model, n_rows, 128, n_steps)
-        step = Step(model, slots, n_rows, sampling) if is_captured else None
+        step = Step(model, slots, n_rows, sampling)
         slots.start(index_B, index_B + 5, index_B * 0, 1 + index_B % n_steps, index_B + 7)
-        if step:
-            step(index_B, n_steps)
-        else:
-            for _ in range(n_steps):
-                slots.decode(model, index_B, slots.room, sampling)
+        advance(step, index_B, n_steps, is_captured)
         made.append((slots.ids[:n_rows, :-1], slots.logp[:n_rows, :-1], slots.n_new[:n_rows]))
     captured, plain = made
     found = {"n_tokens": int(plain[2].sum()), "same_ids": torch.equal(captured[0], plain[0])}
     found["largest_difference"] = float((captured[1] - plain[1]).abs().max())
     is_whole = found["n_tokens"] == sum(1 + row % n_steps for row in range(n_rows))
     return found | {"is_fine": is_whole and found["same_ids"] and found["largest_difference"] == 0}
+
+
+def advance(step: Step, index_B: torch.Tensor, n_steps: int, is_captured: bool = True) -> None:
+    """Advance slots, by replaying the step's graph where it has one, or by what was recorded."""
+    step.slot_B.copy_(index_B)
+    for _ in range(n_steps):
+        step.graph.replay() if step.graph and is_captured else step.run()
 
 
 def compare_gradients(args, model: Transformer) -> dict:
@@ -213,7 +217,7 @@ def decode_job(args) -> tuple[Callable[[], None], int]:
     slots.position[:n_rows], slots.limit[:n_rows], slots.is_running[:n_rows] = context, n_new, True
     step = Step(model, slots, n_rows, Sampling(1.0, 0, 1.0, (), None))
     index_B = torch.arange(n_rows, device=model.head_weight_VC.device)
-    return lambda: step(index_B, n), n
+    return lambda: advance(step, index_B, n), n
 
 
 def train_job(args) -> tuple[Callable[[], None], int]:
