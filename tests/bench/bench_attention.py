@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
@@ -184,6 +185,8 @@ def bench_packed(kernels, clock: Clock, shape: tuple, report: dict, args) -> lis
             row |= rates(clock, function, x, report["matrix_tflop_per_s"])
         except Exception as error:  # a peer that is missing or fails is part of the result
             row["failed"] = reason(error)
+            if peer == "nanor1":
+                traceback.print_exc()
         rows.append(show(row))
     return rows
 

@@ -193,7 +193,7 @@ def floor_rate(runs: list[Run], floors: list[float]) -> list[float]:
 def measure_decode(args, device: torch.device, dtype: torch.dtype, facts: dict, part: str) -> list[dict]:
     """Time of a decode step, and the share of the copy bandwidth at which it reads weights and cache."""
     measure = partial(decode_steps, args, device, dtype, facts)
-    return [attempt(f"{part} {case}", partial(measure, *case)) for case in cases(args, part)]
+    return [attempt(f"{part} {case}", partial(measure, *case), in_full=True) for case in cases(args, part)]
 
 
 def cases(args, part: str) -> list[tuple]:
@@ -237,7 +237,9 @@ def random_prompts(model: Transformer, lengths: Sequence[int], seed: int = 0) ->
 
 def measure_rollouts(args, device: torch.device, dtype: torch.dtype, facts: dict) -> list[dict]:
     return [
-        attempt(f"rollouts {case} {lengths}", partial(rollouts, args, device, dtype, facts, *case, lengths))
+        attempt(
+            f"rollouts {case} {lengths}", partial(rollouts, args, device, dtype, facts, *case, lengths), in_full=True
+        )
         for case in cases(args, "rollouts")
         for lengths in args.lengths
     ]

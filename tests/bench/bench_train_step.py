@@ -283,7 +283,7 @@ def learning(args, device: torch.device, dtype: torch.dtype, facts: dict) -> lis
         for is_checkpointed in {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
     ]
     measure = partial(measure_learning, args, device, dtype, facts)
-    return [attempt(f"{case[0]} {case[1]}", partial(measure, *case)) for case in cases]
+    return [attempt(f"{case[0]} {case[1]}", partial(measure, *case), in_full=True) for case in cases]
 
 
 def measure_learning(args, device, dtype, facts: dict, shape: str, name: str, is_checkpointed: bool) -> dict:

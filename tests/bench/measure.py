@@ -194,14 +194,19 @@ def commit() -> str:
 GIT = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
 
 
-def attempt(name: str, job: Callable[[], Any]) -> Any:
-    """What the job returns; None where it fails, and why is printed: a peer may be missing or lack what it needs."""
+def attempt(name: str, job: Callable[[], Any], in_full: bool = False) -> Any:
+    """What the job returns; None where it fails, and why is printed: a peer may be missing or lack what it needs.
+
+    `in_full`: with all that was called, as one wants to know it of what is ours.
+    """
     try:
         return job()
     except Exception as error:  # of another project: whatever it is, the rest is still to be measured
         frame = traceback.extract_tb(error.__traceback__)[-1]
         lines = str(error).strip().splitlines() or [""]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
+        if in_full:
+            traceback.print_exc()
         print(f"{name}: not measured: {type(error).__name__}: {lines[0][:200]} ({place})", flush=True)
         return None
 
