@@ -1,7 +1,8 @@
 """Attention kernels against their limits and peers, run by hand on a GPU.
 
     python tests/bench/bench_attention.py                              # the tables; the last line is JSON
-    python tests/bench/bench_attention.py --sweep forward --width 128  # times of tile sizes, with registers and spills
+    python tests/bench/bench_attention.py --peers "sdpa cudnn" flex_attention  # beside others than varlen_attn
+    python tests/bench/bench_attention.py --sweep forward dq --width 128  # tile sizes: times, registers, spills
     python tests/bench/bench_attention.py --device cpu --tiny          # no figures: does everything run? (interpreter)
 
 Packed causal attention counts useful operations only: with P = sum of len (len + 1) / 2 pairs of a query and a key it
@@ -13,27 +14,25 @@ the middle half. Decoding runs from a CUDA graph over enough layers that their c
 """
 
 import argparse
+import copy
 import importlib
 import inspect
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measure import commit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "7B": (28, 4, 128)}  # H, K, D of Qwen2.5
 PACKED = [(model, mean, is_equal) for mean in (2048, 4096, 8192) for is_equal in (True, False) for model in HEADS]
@@ -77,7 +76,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, each thing once")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--sweep", choices=SWEEP, help="try tile sizes of one kernel instead")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=["varlen_attn"], help="flex_attention is compiled for each shape"
+    )
+    parser.add_argument("--sweep", nargs="+", choices=SWEEP, help="try tile sizes of these kernels instead")
     parser.add_argument("--width", type=int, default=128, help="head width of the sweep")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -90,20 +92,26 @@ def main() -> None:
     report = {**where(args.device), **limits(clock, args.tiny)}
     print(json.dumps(report))
     if args.sweep:
-        report["sweep"] = sweep(kernels, clock, args.sweep, args.width, args.tiny)
+        report["sweep"], tiles = {}, copy.deepcopy(kernels.TILES)
+        for name in args.sweep:
+            print(json.dumps({"sweep": name, "width": args.width}))
+            report["sweep"][name] = sweep(kernels, clock, name, args.width, args.tiny)
+            kernels.TILES.update(copy.deepcopy(tiles))  # those of the others stay as they were
     else:
         report["packed"] = [row for shape in PACKED for row in bench_packed(kernels, clock, shape, report, args)]
         report["decode"] = [row for name in DECODE for row in bench_decode(kernels, clock, name, report, args)]
     print(json.dumps(report))
+    ours = [row for table in ("packed", "decode") for row in report.get(table, []) if row["peer"] == "nanor1"]
+    if any("failed" in row for row in ours):
+        sys.exit(1)
 
 
 def where(device: str) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     triton = importlib.import_module("triton")
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     dtype = "bfloat16" if device == "cuda" else "float32"
-    return {"device": name, "dtype": dtype, "commit": commit.strip() or "unknown", **versions}
+    return {"device": name, "dtype": dtype, "commit": commit(), **versions}
 
 
 class Clock:
@@ -169,21 +177,25 @@ def bench_packed(kernels, clock: Clock, shape: tuple, report: dict, args) -> lis
     print(f"\n{name}: {len(x.lengths)} sequences, {len(x.q)} tokens, q {list(x.q.shape)}, k {list(x.k.shape)}")
     wanted = [attend_one_by_one(x), *gradients(lambda: attend_one_by_one(x), x)]
     rows = []
-    for peer, make in PEERS.items():
+    for peer in ["nanor1", *args.peers]:
         row = {"shape": name, "peer": peer}
         try:
-            function = make(x, kernels)
+            function = make_ours(x, kernels) if peer == "nanor1" else PEERS[peer](x, kernels)
             check(function, x, wanted)
             row |= rates(clock, function, x, report["matrix_tflop_per_s"])
         except Exception as error:  # a peer that is missing or fails is part of the result
             row["failed"] = reason(error)
+            if peer == "nanor1":
+                traceback.print_exc()
         rows.append(show(row))
     return rows
 
 
 def show(row: dict) -> dict:
+    """A line of JSON at once, so that what was measured is there when time runs out."""
     print(
-        "  ", *(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in row.items()), flush=True
+        json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}),
+        flush=True,
     )
     return row
 
@@ -277,7 +289,6 @@ def make_flex(x: Packed, kernels):
 
 
 PEERS = {
-    "nanor1": make_ours,
     "varlen_attn": make_varlen,
     "sdpa flash": make_sdpa(SDPBackend.FLASH_ATTENTION),
     "sdpa cudnn": make_sdpa(SDPBackend.CUDNN_ATTENTION),

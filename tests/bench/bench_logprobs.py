@@ -17,16 +17,16 @@ over one run in a process of its own. The last line is JSON.
 
 import argparse
 import json
-import platform
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from measure import commit, processor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -41,17 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("N", "C", "V"))
-    parser.add_argument("--memory-of", choices=VARIANTS, help="one variant, once: print its bytes (CPU)")
     args = parser.parse_args()
     is_cuda = torch.cuda.is_available()
     shapes = args.shape or (CUDA_SHAPES if is_cuda else CPU_SHAPES)
-    if args.memory_of:
-        return print(cpu_bytes(args.memory_of, *shapes[0]))
     where = {
-        "device": torch.cuda.get_device_name() if is_cuda else f"{platform.processor() or platform.machine()} CPU",
+        "device": torch.cuda.get_device_name() if is_cuda else processor(),
         "threads": None if is_cuda else torch.get_num_threads(),
         "dtype": "bfloat16" if is_cuda else "float32",
         "torch": torch.__version__,
+        "commit": commit(),
     }
     print(json.dumps(where | {"results": [measure(is_cuda, args.repeats, *shape) for shape in shapes]}))
 
@@ -109,7 +107,11 @@ VARIANTS = {
 
 def measure(is_cuda: bool, repeats: int, N: int, C: int, V: int) -> dict:
     """Times and memory of every variant at one shape; prints a table."""
-    memory = {name: cuda_bytes(name, N, C, V) if is_cuda else subprocess_bytes(name, N, C, V) for name in VARIANTS}
+    if is_cuda:
+        memory = {name: cuda_bytes(name, N, C, V) for name in VARIANTS}
+    else:
+        with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as processes:
+            memory = {name: processes.apply(cpu_bytes, (name, N, C, V)) for name in VARIANTS}
     seconds = time_in_turns(is_cuda, repeats, N, C, V)
     product_s = statistics.median(seconds.pop("product"))
     limit = 2 * N * C * V / product_s / 1e12
@@ -162,11 +164,6 @@ def cuda_bytes(name: str, N: int, C: int, V: int) -> int:
     torch.cuda.reset_peak_memory_stats()
     VARIANTS[name](*inputs)
     return torch.cuda.max_memory_allocated() - before
-
-
-def subprocess_bytes(name: str, *shape: int) -> int:
-    command = [sys.executable, __file__, "--memory-of", name, "--shape", *map(str, shape)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def cpu_bytes(name: str, N: int, C: int, V: int) -> int:

@@ -3,6 +3,7 @@
     python tests/bench/bench_sampler.py                                       random weights, for a GPU
     python tests/bench/bench_sampler.py --model FOLDER                        real weights, natural stops, for a CPU
     python tests/bench/bench_sampler.py --model FOLDER --prompts-file gsm8k_test.jsonl
+    python tests/bench/bench_sampler.py --parts rollouts --lengths ragged --peers   one thing, without peers
     python tests/bench/bench_sampler.py --quick                               seconds, to see that it runs
 
 Random weights never stop, so lengths are fixed or drawn. Parts: `decode`, one row of a large model, and `context`, many
@@ -37,6 +38,7 @@ from measure import (
     cache_bytes,
     compile_s,
     finish,
+    forget_the_last_case,
     n_compiled,
     products_s,
     random_model,
@@ -55,14 +57,15 @@ from nanor1.sampler import Sampler
 from nanor1.tokenizer import Tokenizer
 
 FAR_BEHIND = 0.8  # of the best peer's rate: slower ones are not measured again
+LENGTHS = ["ragged", "equal"]
 PEERS = [f"{dtype}-{cache}" for dtype in ("float32", "bfloat16") for cache in ("dynamic", "static", "paged")]
 SHORT, LONG = 32, 160  # tokens of the two generations of which a step's time is the difference
-PARTS = {  # what is run with random weights: shapes; decode and context: rows, and context in the middle
+PARTS = {  # what is run with random weights: shapes and rows; decode and context: and context in the middle
     "decode": [("qwen2.5-7b", 1, 512), ("qwen2.5-0.5b", 1, 512), ("qwen2.5-3b", 1, 512)],
     "context": [("qwen2.5-1.5b", 256, 768), ("qwen2.5-0.5b", 512, 768), ("qwen3-0.6b", 256, 768)],
-    "rollouts": ["qwen2.5-0.5b"],
+    "rollouts": [("qwen2.5-0.5b", 512)],
 }
-QUICK_PARTS = {"decode": [("tiny", 1, 128)], "context": [("tiny", 4, 128)], "rollouts": ["tiny"]}
+QUICK_PARTS = {"decode": [("tiny", 1, 128)], "context": [("tiny", 4, 128)], "rollouts": [("tiny", 16)]}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def main() -> None:
     if args.model:
         results = [compare_on_real_weights(args, device, dtype, facts)]
     else:
-        results = [result for part in args.parts for result in RUN_PART[part](args, device, dtype, facts) if result]
+        results = [result for part in args.parts for result in RUN_PART[part](args, device, dtype, facts)]
     finish("sampler", facts, results)
 
 
@@ -114,6 +117,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=None, help="most tokens of a completion: 128; random weights 1024")
     parser.add_argument("--repeats", type=int, default=None, help="turns: 5; --quick 2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="with random weights")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="of the parts, these alone")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS, help="of the rollouts' completions")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="none given: all (random weights: in their dtype)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of our weights")
@@ -188,11 +193,12 @@ def floor_rate(runs: list[Run], floors: list[float]) -> list[float]:
 def measure_decode(args, device: torch.device, dtype: torch.dtype, facts: dict, part: str) -> list[dict]:
     """Time of a decode step, and the share of the copy bandwidth at which it reads weights and cache."""
     measure = partial(decode_steps, args, device, dtype, facts)
-    return [attempt(f"{part} {case}", partial(measure, *case)) for case in parts(args)[part]]
+    return [attempt(f"{part} {case}", partial(measure, *case), in_full=True) for case in cases(args, part)]
 
 
-def parts(args) -> dict:
-    return QUICK_PARTS if args.quick else PARTS
+def cases(args, part: str) -> list[tuple]:
+    """Those of a part whose shape is asked for."""
+    return [case for case in (QUICK_PARTS if args.quick else PARTS)[part] if case[0] in (args.shapes or SHAPES)]
 
 
 def decode_steps(args, device, dtype, facts: dict, shape: str, n_rows: int, context: int) -> dict:
@@ -217,10 +223,7 @@ def decode_steps(args, device, dtype, facts: dict, shape: str, n_rows: int, cont
 
 def ready_model(shape: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A random model, compiled on a GPU; what was compiled and held before is forgotten."""
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget_the_last_case(device)
     model = random_model(SHAPES[shape], device, dtype)
     if device.type == "cuda":
         model.compile_blocks()
@@ -234,16 +237,18 @@ def random_prompts(model: Transformer, lengths: Sequence[int], seed: int = 0) ->
 
 def measure_rollouts(args, device: torch.device, dtype: torch.dtype, facts: dict) -> list[dict]:
     return [
-        attempt(f"rollouts {shape}", partial(rollouts, args, device, dtype, facts, shape, is_ragged))
-        for shape in parts(args)["rollouts"]
-        for is_ragged in (True, False)
+        attempt(
+            f"rollouts {case} {lengths}", partial(rollouts, args, device, dtype, facts, *case, lengths), in_full=True
+        )
+        for case in cases(args, "rollouts")
+        for lengths in args.lengths
     ]
 
 
-def rollouts(args, device, dtype, facts: dict, shape: str, is_ragged: bool) -> dict:
+def rollouts(args, device, dtype, facts: dict, shape: str, rows: int, lengths: str) -> dict:
     """Groups of 8 completions, four times as many requests as slots."""
     model = ready_model(shape, device, dtype)
-    work = rollout_workload(args, model, is_ragged)
+    work = rollout_workload(args, model, rows, lengths == "ragged")
     print(f"\n{shape}: {work.name}")
     ours = our_generate(model, work.rows)
     costs = first_call(model, ours, work, device)
@@ -282,9 +287,8 @@ def roofline(model: Transformer, work: Workload, bandwidth: float) -> float:
     return work.rows * bandwidth / (weight_bytes(model) + cache_bytes(model, work.rows * context))
 
 
-def rollout_workload(args, model: Transformer, is_ragged: bool) -> Workload:
+def rollout_workload(args, model: Transformer, rows: int, is_ragged: bool) -> Workload:
     """Prompts of about 128 tokens; a group's length is drawn from a lognormal distribution, cut at the limit."""
-    rows = 16 if args.quick else 512
     n_prompts, rng = rows * 4 // 8, random.Random(0)
     drawn = [min(args.limit, 1 + int(rng.lognormvariate(math.log(0.3 * args.limit), 0.8))) for _ in range(n_prompts)]
     fixed = [max(1, round(statistics.mean(drawn)))] * n_prompts

@@ -11,9 +11,9 @@ size of the process, which holds torch and the side's libraries, too.
 
 Without: the gradient and the optimizer update over packed batches of 32k tokens, sequences of ragged length, about 1k
 in the mean. "sft": every token is trained; "grpo": 8 completions share a prompt. New lengths at each repeat, so that
-graphs compiled again would show. Model FLOPs utilisation (mfu) is nanor1's: Transformer.training_flops over the
-device's published peak; the share of the matrix rate that is measured in this run stands beside it. The last line is
-JSON.
+graphs compiled again would show. Where the memory should not suffice for the activations of a batch, it is learned in
+halves or less. Model FLOPs utilisation (mfu) is nanor1's: Transformer.training_flops over the device's published peak;
+the share of the matrix rate that is measured in this run stands beside it. The last line is JSON.
 """
 
 import argparse
@@ -26,14 +26,26 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from measure import PROMPTS, ROOT, SHAPES, attempt, finish, n_compiled, random_model, seconds, show, spread, where
+from measure import (
+    PROMPTS,
+    ROOT,
+    SHAPES,
+    attempt,
+    finish,
+    forget_the_last_case,
+    n_compiled,
+    random_model,
+    seconds,
+    show,
+    spread,
+    where,
+)
 
 from nanor1.grpo import LossSettings, Rollout, add_gradient, group_advantages
-from nanor1.machine import choose_device, peak_flops, peak_memory_gib
+from nanor1.machine import choose_device, free_memory, peak_flops, peak_memory_gib
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW
 from nanor1.parallel import start_workers
@@ -79,7 +91,8 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="packed tokens a micro-batch: 1024, as train_zero.py on a CPU; without --model 32768",
     )
-    parser.add_argument("--checkpoint-activations", action="store_true", help="ours, with --model; else both are run")
+    parser.add_argument("--checkpointing", choices=("off", "on", "both"), help="of activations: both; with --model off")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="without --model")
     parser.add_argument("--no-compile", action="store_true", help="without --model")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="without --model: qwen2.5-0.5b, qwen2.5-1.5b")
     parser.add_argument("--device", default="auto")
@@ -92,6 +105,7 @@ def parse_args() -> argparse.Namespace:
     if args.model:
         args.repeats, args.tokens_per_batch = args.repeats or (1 if args.quick else 3), args.tokens_per_batch or 1024
         args.device = "cpu"  # as the peer
+    args.checkpointing = args.checkpointing or ("off" if args.model else "both")
     args.repeats = args.repeats or (2 if args.quick else 5)
     args.tokens_per_batch = args.tokens_per_batch or (512 if args.quick else 32_768)
     args.shapes = args.shapes or (["tiny"] if args.quick else LEARNING)
@@ -130,7 +144,7 @@ def start_side(args, side: str, steps: int) -> dict:
     python = sys.executable if side == "ours" else args.peer_python
     options = ["--side", side, "--model", args.model, "--limit", str(args.limit), "--steps", str(steps)]
     options += ["--tokens-per-batch", str(args.tokens_per_batch), "--dtype", args.dtype]
-    options += ["--checkpoint-activations"] if args.checkpoint_activations else []
+    options += ["--checkpointing", args.checkpointing]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([python, __file__, *options], env=env, capture_output=True, text=True)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["it wrote nothing"]
@@ -182,7 +196,7 @@ def our_steps(args) -> tuple[list[float], list[int]]:
     """Seconds and generated tokens of each step, made as train_zero.py makes one."""
     device, dtype = choose_device(args.device, args.dtype, print)
     model, tokenizer = Transformer.from_pretrained(args.model, dtype, device), Tokenizer.from_pretrained(args.model)
-    model.checkpoints_activations = args.checkpoint_activations
+    model.checkpoints_activations = args.checkpointing == "on"
     optimizer, workers, sampler = MasterAdamW(model), start_workers(model), Sampler(model, memory_share=0.5)
     settings = LossSettings(1.0, tokenizer.vocab_size, args.tokens_per_batch)
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in QUESTIONS]
@@ -260,34 +274,31 @@ def trl_steps(args) -> tuple[list[float], list[int]]:
 # ---- the learning phase alone
 
 
-def learning(args, device: torch.device, dtype: torch.dtype, facts: dict) -> list[dict]:
+def learning(args, device: torch.device, dtype: torch.dtype, facts: dict) -> list[dict | None]:
     facts["peak_tflops"] = peak_flops(device, dtype, print) / 1e12
     cases = [
-        (shape, make, is_checkpointed)
+        (shape, name, is_checkpointed)
         for shape in args.shapes
-        for make in (sft_rollouts, grpo_rollouts)
-        for is_checkpointed in (False, True)
+        for name in args.cases
+        for is_checkpointed in {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
     ]
     measure = partial(measure_learning, args, device, dtype, facts)
-    results = [attempt(f"{case[0]} {case[1].__name__}", partial(measure, *case)) for case in cases]
-    return [result for result in results if result]
+    return [attempt(f"{case[0]} {case[1]}", partial(measure, *case), in_full=True) for case in cases]
 
 
-def measure_learning(args, device, dtype, facts: dict, shape: str, make: Callable, is_checkpointed: bool) -> dict:
+def measure_learning(args, device, dtype, facts: dict, shape: str, name: str, is_checkpointed: bool) -> dict:
     """Updates of one packed batch each: tokens and FLOP a second, memory, graphs compiled."""
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget_the_last_case(device)
     model = random_model(SHAPES[shape], device, dtype)
     model.checkpoints_activations = is_checkpointed
     if not args.no_compile:
         model.compile_blocks()
     workers, optimizer = start_workers(model, 1), MasterAdamW(model)
-    settings = LossSettings(1.0, model.config.vocab_size, args.tokens_per_batch)
+    micro_batch = tokens_that_fit(model, args.tokens_per_batch)
+    settings = LossSettings(1.0, model.config.vocab_size, micro_batch)
 
     def update(seed: int) -> list:
-        rollouts = make(args.tokens_per_batch, model.config.vocab_size, seed)
+        rollouts = CASES[name](args.tokens_per_batch, model.config.vocab_size, seed)
         advantages = [(-1.0) ** i for i in range(len(rollouts))]
         terms: list = []
         times = [
@@ -301,10 +312,28 @@ def measure_learning(args, device, dtype, facts: dict, shape: str, make: Callabl
     compiled = n_compiled()
     updates = [update(seed + 2) for seed in range(args.repeats)]
     recompiled = n_compiled() - compiled
-    name = f"{shape}, {make.__name__}" + (", activation checkpointing" if is_checkpointed else "")
-    case = {"shape": shape, "case": make.__name__, "checkpoints_activations": is_checkpointed}
+    title = f"{shape}, {name}, {micro_batch} tokens a pass" + (", activation checkpointing" if is_checkpointed else "")
+    case = {"shape": shape, "case": name, "checkpoints_activations": is_checkpointed, "micro_batch": micro_batch}
     case |= {"is_compiled": not args.no_compile, "graphs": compiled - before, "recompiles": recompiled}
-    return case | {"first_s": sum(first[0][0])} | report_learning(name, updates, facts, compiled - before, recompiled)
+    return case | {"first_s": sum(first[0][0])} | report_learning(title, updates, facts, compiled - before, recompiled)
+
+
+def tokens_that_fit(model: Transformer, n_tokens: int) -> int:
+    """The tokens of a forward and backward pass: all, or the largest half, quarter, ... that should fit the memory.
+
+    For its backward a compiled block keeps three rows of the inner width, six of the width, and keys and values: 1 MB
+    a token of the 0.5B shape, 2 MB of the 1.5B. Beside them stand the gradients, in the weights' dtype and in fp32, and
+    a chunk of logits with what is made of it.
+    """
+    config, weight = model.config, model.head_weight_VC
+    numbers = 3 * config.intermediate_size + 6 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim
+    n_layers = config.num_hidden_layers
+    kept = numbers + n_layers * config.hidden_size if model.checkpoints_activations else numbers * n_layers
+    n_bytes = sum(p.numel() for p in model.parameters()) * (weight.element_size() + 4) + 6 * 2**30
+    fitting = n_tokens
+    while n_bytes + fitting * kept * weight.element_size() > 0.95 * free_memory(weight.device) and fitting > 1024:
+        fitting //= 2
+    return fitting
 
 
 def report_learning(name: str, updates: list, facts: dict, n_graphs: int, n_recompiled: int) -> dict:
@@ -355,6 +384,9 @@ def lengths(n_tokens: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     parts = [rng.lognormvariate(0, 0.6) for _ in range(32)]
     return [int(n_tokens * part / sum(parts)) for part in parts]
+
+
+CASES = {"sft": sft_rollouts, "grpo": grpo_rollouts}
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ that of matrix products. Shapes are those of the named models' config.json on th
 Letters: B rows, C width, M other side of a matrix.
 """
 
+import gc
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that benchmarks run from anywhere, not installed
 
 from nanor1 import onednn
 from nanor1.machine import matrix_rate
@@ -58,6 +62,15 @@ PROMPTS = [  # their answers differ in length
     "Two friends share ten coins equally. How many does each get? Explain in one or two sentences.",
     "Describe in detail how bread is baked, from the flour to the loaf.",
 ]
+
+
+def forget_the_last_case(device: torch.device) -> None:
+    """Free what the model and the programs of the last case held, and count its peak of memory no more."""
+    torch.compiler.reset()
+    gc.collect()  # models lie in cycles: without it neither of the two lines around it frees anything
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
@@ -181,14 +194,19 @@ def commit() -> str:
 GIT = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
 
 
-def attempt(name: str, job: Callable[[], Any]) -> Any:
-    """What the job returns; None where it fails, and why is printed: a peer may be missing or lack what it needs."""
+def attempt(name: str, job: Callable[[], Any], in_full: bool = False) -> Any:
+    """What the job returns; None where it fails, and why is printed: a peer may be missing or lack what it needs.
+
+    `in_full`: with all that was called, as one wants to know it of what is ours.
+    """
     try:
         return job()
     except Exception as error:  # of another project: whatever it is, the rest is still to be measured
         frame = traceback.extract_tb(error.__traceback__)[-1]
         lines = str(error).strip().splitlines() or [""]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
+        if in_full:
+            traceback.print_exc()
         print(f"{name}: not measured: {type(error).__name__}: {lines[0][:200]} ({place})", flush=True)
         return None
 
@@ -202,6 +220,9 @@ def show(name: str, values: dict[str, float], unit: str) -> None:
     print(f"  {name:34s} {values['median']:9.4g} {unit} ({low:.4g} to {high:.4g}, {values['n']} runs)")
 
 
-def finish(benchmark: str, facts: dict, results: list[dict]) -> None:
-    """The last line, for programs."""
-    print(json.dumps({"benchmark": benchmark} | facts | {"results": results}))
+def finish(benchmark: str, facts: dict, results: Sequence[dict | None]) -> None:
+    """The last line, for programs; the exit code is 1 where a case (None) could not be measured."""
+    measured = [result for result in results if result]
+    print(json.dumps({"benchmark": benchmark} | facts | {"results": measured}))
+    if len(measured) < len(results):
+        sys.exit(1)
