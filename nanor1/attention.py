@@ -67,31 +67,40 @@ def cached_attention(
     if kernels is not None:
         return kernels.flash_decode(q_BHD, k_SKTD, v_SKTD, slot_B, length_B)
     rows = slice(len(q_BHD)) if slot_B is None else slot_B
-    mask_BT = torch.arange(max_len, device=q_BHD.device) < length_B[:, None]
-    out_BHD = decode_attention(q_BHD, k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], mask_BT)
+    bias_BT = hide_behind(length_B, max_len)
+    out_BHD = decode_attention(q_BHD, k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], bias_BT)
     if q_BHD.device.type == "cpu" and bool(length_B.all()):  # asking is quicker than filling, where nothing waits
         return out_BHD
     return out_BHD.masked_fill(length_B[:, None, None] == 0, 0.0)  # a mean of nothing is nan
 
 
-def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+def hide_behind(length_B: Tensor, n_keys: int) -> Tensor:
+    """What is added to the scores of rows that hold so many keys: 0, and -inf behind the last one; fp32 [B, T]."""
+    is_hidden_BT = torch.arange(n_keys, device=length_B.device) >= length_B[:, None]
+    return torch.zeros_like(is_hidden_BT, dtype=torch.float32).masked_fill_(is_hidden_BT, float("-inf"))
+
+
+def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_BT: Tensor | None) -> Tensor:
     """Attention of one query a row to that row's cached keys; returns out_BHD.
 
-    `mask_BT` is True where the cache holds a token of the row; None says every position does.
+    `bias_BT` is that of `hide_behind`; None says every position holds a token of the row.
     """
     B, H, D = q_BHD.shape
-    K = k_BKTD.shape[1]
+    K, T = k_BKTD.shape[1:3]
     q = q_BHD.view(B, K, H // K, D)  # the query heads that share a key/value head read it once, as rows of one product
-    mask = None if mask_BT is None else mask_BT[:, None, None, :]
-    if q.device.type == "cpu" and (q.dtype == torch.float32 or B > FEW_ROWS):  # here, too, plain products are quicker
-        q = q * D**-0.5
-        if q.dtype == torch.float32:
-            scores = torch.matmul(q, k_BKTD.mT)
-        else:  # the larger side first: 2 to 3 times as fast in bf16
-            scores = torch.matmul(k_BKTD, q.mT).mT.to(torch.float32, memory_format=torch.contiguous_format)
-        weights = scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
-        return torch.matmul(weights.softmax(dim=-1).to(q.dtype), v_BKTD).reshape(B, H, D)
-    return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(B, H, D)
+    bias = None if bias_BT is None else bias_BT[:, None, None, :]
+    if q.device.type != "cpu" or (q.dtype != torch.float32 and B <= FEW_ROWS):
+        bias = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=bias).reshape(B, H, D)
+    q = q * D**-0.5  # here, too, plain products are quicker
+    if q.dtype == torch.float32:
+        scores = torch.matmul(q, k_BKTD.mT)
+        scores = scores if bias is None else scores.add_(bias)
+    else:  # the larger side first: 2 to 3 times as fast in bf16
+        scores = torch.matmul(k_BKTD, q.mT).mT
+        out = torch.empty(B, K, H // K, T)
+        scores = out.copy_(scores) if bias is None else torch.add(scores, bias, out=out)
+    return torch.matmul(scores.softmax(dim=-1).to(q.dtype), v_BKTD).reshape(B, H, D)
 
 
 def reference_attention(

@@ -20,7 +20,7 @@ from nanor1.draw import request_key
 from nanor1.machine import index_tensor
 from nanor1.model import KVCache, Transformer
 from nanor1.prefill import Kept, prefill, read_beginning, take_over
-from nanor1.slots import Look, Sampling, SlotPool, padded
+from nanor1.slots import Look, Sampling, SlotPool
 
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
 STEPS_A_LOOK = 4  # on a GPU: decode steps between looks at which requests have finished; it reads the one before
@@ -209,7 +209,6 @@ class Batch:
             self.pool.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
         else:
             max_len = int(self.slots.position[:n_rows].max()) + 1
-            n_rows = min(padded(n_rows), self.slots.n_slots + 1)
             self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
         self._hear(self.request_of)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanor1 import onednn
-from nanor1.attention import attention, cached_attention, decode_attention
+from nanor1.attention import attention, cached_attention, decode_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
@@ -41,12 +41,15 @@ ACTIVATIONS = {
 class Linear(nn.Linear):
     reordered: Tensor | None = None  # the same matrix for sampling on a CPU: see Transformer.reorder_weights
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x W^T + b, and the residual where one is given."""
         if self.reordered is not None and not torch.is_grad_enabled():
-            return onednn.linear(x, self.reordered, self.bias)
+            return onednn.linear(x, self.reordered, self.bias, residual)
         if self.bias is not None and torch.compiler.is_compiling() and len(x) == 1:
-            return F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
-        return F.linear(x, self.weight, self.bias)
+            out = F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
+        else:
+            out = F.linear(x, self.weight, self.bias)
+        return out if residual is None else residual + out
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +97,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2) of x [N, H, D] by each token's angle; cos and sin are [N, 1, D], sin signed."""
     x_fp32 = x.float()
-    return (x_fp32 * cos + x_fp32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    return torch.addcmul(x_fp32 * cos, x_fp32.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -139,13 +142,19 @@ class MLP(nn.Module):
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; choose of {', '.join(ACTIVATIONS)}")
         self.act = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.down_proj(checkpoint(self.gated, gate, up, use_reentrant=False, preserve_rng_state=False))
-        return self.down_proj(self.gated(gate, up))
+            return self.down_proj(self.act(self.up_proj(x)), residual)
+        is_learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.up_proj.reordered is not None and not torch.is_grad_enabled() and self.act is F.silu:
+            gate = onednn.linear(x, self.gate_proj.reordered, self.gate_proj.bias, act="swish")
+            product = onednn.linear(x, self.up_proj.reordered, self.up_proj.bias, factor_NM=gate)
+        elif x.device.type == "cpu" and is_learning:  # keep the two factors alone
+            parts = self.gate_proj(x), self.up_proj(x)
+            product = checkpoint(self.gated, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            product = self.gated(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(product, residual)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.act(gate) * up
@@ -162,8 +171,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope, attend: Callable, *context) -> Tensor:
         """x [N, C] -> [N, C]; `attend(q, k, v, *context)` is attention over whatever the caller attends to."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        x = x + self.self_attn.o_proj(attend(q, k, v, *context).flatten(1))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn.o_proj(attend(q, k, v, *context).flatten(1), residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor | None) -> Tensor:
@@ -180,14 +189,14 @@ def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor
     return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len)
 
 
-def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, mask_BT: Tensor) -> Tensor:
+def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, bias_BT: Tensor) -> Tensor:
     """Attention of one token a row to the first rows of the cache, to which its own key and value are added first."""
-    B, T = mask_BT.shape
+    B, T = bias_BT.shape
     k_BKTD, v_BKTD = k_SKTD[:B, :, :T], v_SKTD[:B, :, :T]
     row_B = torch.arange(B, device=q.device)
     k_BKTD[row_B, :, position_B] = k
     v_BKTD[row_B, :, position_B] = v
-    return decode_attention(q, k_BKTD, v_BKTD, mask_BT)
+    return decode_attention(q, k_BKTD, v_BKTD, bias_BT)
 
 
 def _attend_slots(q, k, v, k_SKTD, v_SKTD, slot_B: Tensor, position_B, length_B, max_len: int) -> Tensor:
@@ -375,8 +384,7 @@ class Transformer(nn.Module):
         calling a block, which is its first argument.
         """
         if slot_B is None:
-            mask_BT = torch.arange(max_len, device=ids_B.device) <= position_B[:, None]
-            attend, place = _attend_rows, (position_B, mask_BT)
+            attend, place = _attend_rows, (position_B, hide_behind(position_B + 1, max_len))
         else:
             length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
             attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)

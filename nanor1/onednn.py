@@ -25,6 +25,20 @@ def reorder(weight_MC: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight_MC.detach(), ROWS)
 
 
-def linear(x_NC: Tensor, reordered: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x W^T + b of x's dtype, [N, M], with what `reorder` made of W; no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, "none", [], "")
+def linear(
+    x_NC: Tensor,
+    reordered: Tensor,
+    bias_M: Tensor | None = None,
+    residual_NM: Tensor | None = None,
+    factor_NM: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """x W^T + b of x's dtype, [N, M], with what `reorder` made of W; no gradient.
+
+    With a residual x W^T + b + residual, with a factor (x W^T + b) * factor, with act="swish" silu(x W^T + b): rounded
+    once, where several operations round, and read, several times. At most one of the three.
+    """
+    if residual_NM is None and factor_NM is None:
+        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, act, [], "")
+    other, name = (residual_NM, "add") if factor_NM is None else (factor_NM, "mul")
+    return torch.ops.mkldnn._linear_pointwise(x_NC, other, reordered, bias_M, name)

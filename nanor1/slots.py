@@ -116,11 +116,6 @@ class Slots:
         self.is_running[to_B], self.is_stopped[to_B] = self.is_running[from_B], self.is_stopped[from_B]
 
 
-def padded(n_rows: int) -> int:
-    """The rows of a CPU's step over so many: a multiple of 8, which matrix products take faster (see model.linear)."""
-    return n_rows if n_rows <= 4 else -(-n_rows // 8) * 8
-
-
 def slots_that_fit(model: Transformer, room: int, wanted: int, budget: int) -> int:
     """How many slots of `room` tokens, at most `wanted`, fit into `budget` bytes; ValueError if not one does."""
     config, weight = model.config, model.head_weight_VC
@@ -202,7 +197,6 @@ class SlotPool:
         """Make slots for requests of so many tokens, if those there are do not suffice."""
         room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
         wanted, slots = min(self.max_rows, n_requests), self.slots
-        wanted = wanted if self.is_stepwise else padded(wanted)
         if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
             return  # also where memory held fewer than were wanted: it would again
         if slots:  # no smaller in any way, so that calls of changing sizes settle

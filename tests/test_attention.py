@@ -3,8 +3,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nanor1.attention import attention, cached_attention, decode_attention, reference_attention
+from nanor1.attention import attention, cached_attention, decode_attention, hide_behind, reference_attention
 
 LENGTHS = {
     "ragged": [5, 1, 9, 3],
@@ -139,9 +140,29 @@ def test_decode_attention_is_the_last_row_of_attention_over_the_cached_tokens(n_
         cache_k[row, :, : end - start] = k[start:end].transpose(0, 1)
         cache_v[row, :, : end - start] = v[start:end].transpose(0, 1)
     last = cu_seqlens_B1[1:] - 1
-    mask_BT = torch.arange(8) < torch.tensor(lengths)[:, None]
-    out = decode_attention(q[last], cache_k, cache_v, mask_BT)
+    bias_BT = hide_behind(torch.tensor(lengths), 8)
+    out = decode_attention(q[last], cache_k, cache_v, bias_BT)
     torch.testing.assert_close(out, reference_attention(q, k, v, cu_seqlens_B1)[last], atol=1e-5, rtol=1e-4)
+
+
+def test_what_lies_behind_a_length_is_hidden():
+    inf = float("inf")
+    assert hide_behind(torch.tensor([1, 3, 0]), 3).tolist() == [[0, -inf, -inf], [0, 0, 0], [-inf, -inf, -inf]]
+
+
+@pytest.mark.parametrize("n_rows", [2, 9])
+def test_decode_attention_in_bf16_is_the_reference_to_rounding_with_few_rows_and_many(n_rows):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((n_rows, 6, 16), *[(n_rows, 2, 20, 16)] * 2)
+    )
+    lengths = [20 - row for row in range(n_rows)]
+    out = decode_attention(q, k, v, hide_behind(torch.tensor(lengths), 20))
+    cu_q, cu_k = torch.arange(n_rows + 1), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    packed_k, packed_v = (torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)]) for x in (k, v))
+    wanted = reference_attention(q.double(), packed_k.double(), packed_v.double(), cu_q, cu_k)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_decode_attention_without_a_mask_looks_at_every_position():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import nanor1.model
 from nanor1 import onednn
+from nanor1.attention import hide_behind
 from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.parallel import replica
@@ -654,6 +655,18 @@ def test_a_product_with_a_reordered_matrix_is_torchs(n_rows, has_bias, dtype):
     torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_residual_factor_and_activation_are_part_of_a_product_with_a_reordered_matrix():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, other = (torch.randn(*shape, generator=generator) for shape in ((6, 50), (70, 50), (70,), (6, 70)))
+    copy, product = onednn.reorder(weight), x @ weight.T + bias
+    if copy is None:
+        pytest.skip("this torch has no oneDNN")
+    close = lambda mine, wanted: torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)  # noqa: E731
+    close(onednn.linear(x, copy, bias, residual_NM=other), product + other)
+    close(onednn.linear(x, copy, bias, factor_NM=other), product * other)
+    close(onednn.linear(x, copy, bias, act="swish"), F.silu(product))
+
+
 def test_what_onednn_does_not_multiply_is_not_reordered():
     assert onednn.reorder(torch.ones(4, 4, dtype=torch.float64)) is None
     assert onednn.reorder(torch.ones(4, 4, dtype=torch.float16)) is None
@@ -885,8 +898,8 @@ def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, atten
 
 def cached_attention_unasked(q, k_SKTD, v_SKTD, slot_B, length_B, max_len):
     """As on a GPU, where no value is asked for."""
-    mask_BT = torch.arange(max_len) < length_B[:, None]
-    out = nanor1.model.decode_attention(q, k_SKTD[slot_B, :, :max_len], v_SKTD[slot_B, :, :max_len], mask_BT)
+    bias_BT = hide_behind(length_B, max_len)
+    out = nanor1.model.decode_attention(q, k_SKTD[slot_B, :, :max_len], v_SKTD[slot_B, :, :max_len], bias_BT)
     return out.masked_fill(length_B[:, None, None] == 0, 0.0)
 
 

@@ -190,7 +190,7 @@ def test_steps_over_slots_give_what_moved_rows_give(max_rows):
     assert len({len(completion.ids) for group in stepwise for completion in group}) > 10
     assert ids_of(stepwise) == ids_of(moved)
     assert [[c.finish for c in group] for group in stepwise] == [[c.finish for c in group] for group in moved]
-    torch.testing.assert_close(sampled_logprobs(stepwise), sampled_logprobs(moved), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sampled_logprobs(stepwise), sampled_logprobs(moved), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("n_slots", "sizes"), [(1, {1}), (2, {2}), (3, {2, 3}), (6, {2, 4, 6})])
@@ -386,8 +386,8 @@ def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
 
-@pytest.mark.parametrize(("n", "rows"), [(1, 1), (4, 4), (5, 8), (50, 56), (64, 64)])
-def test_steps_on_a_cpu_have_a_multiple_of_8_rows_whatever_the_number_of_requests(n, rows, monkeypatch):
+@pytest.mark.parametrize("n", [1, 5, 50, 64])
+def test_steps_on_a_cpu_have_the_rows_of_the_requests_and_no_others(n, monkeypatch):
     n_rows, decode = [], Transformer.decode
 
     def watched(self, ids_B, *arguments):
@@ -396,7 +396,7 @@ def test_steps_on_a_cpu_have_a_multiple_of_8_rows_whatever_the_number_of_request
 
     monkeypatch.setattr(Transformer, "decode", watched)
     generate(random_model(), [[1, 2, 3]], n=n, max_new_tokens=4, max_rows=n)
-    assert n_rows == [rows] * 3
+    assert n_rows == [n] * 3
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):

@@ -405,7 +405,7 @@ def test_caches_of_dropped_beams_are_given_back_and_few_problems_are_begun_at_on
 
 def test_what_was_read_and_sampled_is_what_went_through_the_model(monkeypatch):
     model = random_model()
-    sampler, sizes = Spy(model, 4), tokens_through(model, monkeypatch)  # 4 rows: more are padded to a multiple of 8
+    sampler, sizes = Spy(model, 4), tokens_through(model, monkeypatch)
     found = search(sampler, trees=2, max_steps=5)
     n_last = sum(len(group) for _, _, made_PG in sampler.calls for group in made_PG)  # a last token is never read
     steps = [prompt for _, prompts, _ in sampler.calls if prompts[0].behind for prompt in prompts]
