@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-HEAD_WIDTHS = 64, 80, 96, 128  # the two in the middle are computed as 128: columns out of bounds read as zero
+HEAD_WIDTHS = (*range(16, 129, 8),)  # steps of 16 bytes in half precision, which descriptors and async copies need
 LSE_TILE = tl.constexpr(128)  # no block of queries is larger
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as triton does it when it defines the kernels
@@ -315,7 +315,7 @@ def _combine_kernel(share_out, share_lse, out, n_splits, D: tl.constexpr, WIDTH:
 def unsupported(q: Tensor) -> str | None:
     """Why the kernels cannot take queries q [..., D] of this device, dtype and width; None if they can."""
     if q.shape[-1] not in HEAD_WIDTHS:
-        return f"head width {q.shape[-1]}; the Triton kernels take {', '.join(map(str, HEAD_WIDTHS))}"
+        return f"head width {q.shape[-1]}; the Triton kernels take multiples of 8 from 16 to 128"
     if q.device.type == "cpu" and INTERPRETED:  # for tests; the interpreter gets bf16 wrong
         return None if q.dtype in (torch.float16, torch.float32) else f"{q.dtype} in Triton's interpreter"
     if q.device.type != "cuda" or torch.version.hip is not None:
@@ -460,7 +460,7 @@ def _(q, k, v, slots, lengths, n_splits):
 def _plan(q: Tensor, k: Tensor, kernel: str) -> tuple[Tiles, dict]:
     """How to cut a kernel for these shapes, and its compile-time arguments."""
     D = q.shape[-1]
-    width = 64 if D == 64 else 128
+    width = _padded(D)
     tiles = TILES[_chip(q.device), width][kernel]
     constants = dict(D=D, G=q.shape[1] // k.shape[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width)
     return tiles, constants | dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
@@ -483,12 +483,17 @@ def _n_tiles(x_NHD: Tensor, cu_seqlens_B1: Tensor, block: int) -> int:
     return x_NHD.shape[0] // block + cu_seqlens_B1.shape[0] - 1
 
 
+def _padded(D: int) -> int:
+    """The width that head width D is computed in; columns out of bounds read as zero and are not written."""
+    return 64 if D <= 64 else 128
+
+
 def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor]:
     """Descriptors of [H, N, D] for blocks [1, rows, 64 or 128]; Triton drops a leading 1 at no cost, others not."""
     descriptors = []
     for x in tensors_NHD:
         N, H, D = x.shape
-        block = [1, rows, 64 if D == 64 else 128]
+        block = [1, rows, _padded(D)]
         descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], block))
     return descriptors
 

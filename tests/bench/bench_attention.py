@@ -377,7 +377,7 @@ def sweep(kernels, clock: Clock, name: str, width: int, is_tiny: bool) -> list[d
         "dkdv": lambda: kernels._backward(x.dout, q, k, v, out, lse, cu, cu),
         "decode": lambda: [kernels.flash_decode(cache.q, *kv, None, cache.lengths) for kv in cache.layers],
     }
-    table = kernels.TILES[kernels._chip(q.device), 64 if width == 64 else 128]
+    table = kernels.TILES[kernels._chip(q.device), kernels._padded(width)]
     rows = []
     candidates = dict.fromkeys([table[name], *(kernels.Tiles(*tiles) for tiles in SWEEP[name])])  # none twice
     for tiles in list(candidates)[: 2 if is_tiny else None]:
