@@ -19,12 +19,12 @@ log2(e).
 Decoding has one query a row, so the keys are split among programs: each gives out and L of its share. Share r holds
 exp(L_r) of the total, so a second small kernel makes out = sum_r exp(L_r) out_r / sum_r exp(L_r).
 
-How programs find their work: tile t of the grid belongs to the last sequence b with cu_seqlens[b] // BLOCK + b <= t,
-since a sequence never has more tiles than lie between its own such number and the next one's. So N // BLOCK + B tiles
-are enough whatever the lengths, none of which the host ever reads; spare tiles return at once. L and delta lie in such
-tiles of 128 too, [H, (N // 128 + B) * 128], and hold inf and 0 behind a sequence's end: p is 0 there, and no loop over
-queries needs another mask. Behind the last key lies the next sequence (or zeros, which a tensor descriptor gives beyond
-its bounds): the causal mask hides it. So only stores are masked; but a token that is not finite spoils its neighbours.
+How programs find their work: in a table of tiles of 128 tokens (nanor1.packing.tile_table), those with most work
+first, which torch makes on the device once for all layers; no length is ever read by the host. Blocks smaller than a
+tile share its entry; spare tiles return at once. L and delta lie in tiles of 128 too, [H, tiles * 128], and hold inf
+and 0 behind a sequence's end: p is 0 there, and no loop over queries needs another mask. Behind the last key lies the
+next sequence (or zeros, which a tensor descriptor gives beyond its bounds): the causal mask hides it. So only stores
+are masked; but a token that is not finite spoils its neighbours.
 
 Sources: FlashAttention-2 (Dao 2023, 2307.08691) for both passes; Milakov and Gimelshein 2018 (1805.02867) for the
 online softmax; Flash-Decoding (Dao, Haziza, Massa, Sizov 2023) for the split. Left out: dropout, bias, other masks than
@@ -43,12 +43,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanor1 import packing
+
 HEAD_WIDTHS = (*range(16, 129, 8),)  # steps of 16 bytes in half precision, which descriptors and async copies need
-LSE_TILE = tl.constexpr(128)  # no block of queries is larger
+TILE = tl.constexpr(packing.TILE)  # every block of a tile table's rows is one, or a part of one
+COLUMNS = tl.constexpr(packing.TABLE_COLUMNS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as triton does it when it defines the kernels
 # Arguments that no kernel is compiled anew for, whatever their value or address.
-PLAIN = ["n_sequences", "lse_stride", "n_splits", "cu_q", "cu_k", "slots", "lengths"]
+PLAIN = ["lse_stride", "n_splits", "table", "slots", "lengths"]
 
 
 class Tiles(NamedTuple):
@@ -92,19 +95,12 @@ TILES = {
 
 
 @triton.jit
-def _find_sequence(cu_seqlens, n_sequences, tile, BLOCK: tl.constexpr):
-    """The sequence b that a tile belongs to, the first token of the tile within it, the sequence's start and length."""
-    b = 0
-    end = n_sequences
-    while end - b > 1:
-        middle = (b + end) // 2
-        if (tl.load(cu_seqlens + middle) // BLOCK + middle).to(tl.int32) <= tile:
-            b = middle
-        else:
-            end = middle
-    start = tl.load(cu_seqlens + b).to(tl.int32)
-    length = tl.load(cu_seqlens + b + 1).to(tl.int32) - start
-    return b, (tile - start // BLOCK - b) * BLOCK, start, length
+def _find_block(table, BLOCK: tl.constexpr):
+    """This program's block: its first row within its sequence; of that q_start, q_len, k_start, k_len, start of L."""
+    part: tl.constexpr = TILE // BLOCK
+    entry = table + tl.program_id(1) // part * COLUMNS
+    first = tl.load(entry) + tl.program_id(1) % part * BLOCK
+    return first, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
 
 
 @triton.jit
@@ -134,17 +130,15 @@ def _fold(s, m, total, acc, scale: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, cu_q, cu_k, n_sequences, lse_stride,
+    q_desc, k_desc, v_desc, out, lse, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, tile): a block of queries of one head against all keys that they see."""
+    """Program (h, block): a block of queries of one head against all keys that they see."""
     h = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a sequence have most to do: they start first
-    b, i0, q_start, q_len = _find_sequence(cu_q, n_sequences, tile, BLOCK_M)
+    i0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_M)
     if i0 >= q_len:
         return
-    k_start = tl.load(cu_k + b).to(tl.int32)
-    offset = tl.load(cu_k + b + 1).to(tl.int32) - k_start - q_len
+    offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     i = i0 + tl.arange(0, BLOCK_M)
@@ -166,28 +160,26 @@ def _forward_kernel(
             v = _load(v_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
             acc = tl.dot(p.to(v.dtype), v, acc)
 
-    lse_row = lse + h * lse_stride.to(tl.int64) + (q_start // LSE_TILE + b) * LSE_TILE
+    lse_row = lse + h * lse_stride.to(tl.int64) + lse_start
     tl.store(lse_row + i, tl.where(i < q_len, m + tl.log2(total), float("inf")))
     _store(out, acc / total[:, None], q_start, i0, q_len, h, tl.num_programs(0), D, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dq_kernel(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, lse, delta, dq, cu_q, cu_k, n_sequences, lse_stride,
+    q_desc, k_desc, v_desc, out_desc, dout_desc, lse, delta, dq, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, tile), as in the forward pass: delta and dq of a block of queries."""
+    """Program (h, block), as in the forward pass: delta and dq of a block of queries."""
     h = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    b, i0, q_start, q_len = _find_sequence(cu_q, n_sequences, tile, BLOCK_M)
+    i0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_M)
     if i0 >= q_len:
         return
-    k_start = tl.load(cu_k + b).to(tl.int32)
-    offset = tl.load(cu_k + b + 1).to(tl.int32) - k_start - q_len
+    offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     i = i0 + tl.arange(0, BLOCK_M)
-    lse_row = h * lse_stride.to(tl.int64) + (q_start // LSE_TILE + b) * LSE_TILE + i
+    lse_row = h * lse_stride.to(tl.int64) + lse_start + i
     out = _load(out_desc, q_start + i0, h, BLOCK_M, WIDTH)
     dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
     delta_i = tl.where(i < q_len, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), 0.0)
@@ -213,25 +205,22 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dk, dv, cu_q, cu_k, n_sequences,
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dk, dv, table,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, tile): dk and dv of a block of keys, from all queries that see one of them, head after head.
+    """Program (kv head, block): dk and dv of a block of keys, from all queries that see one of them, head after head.
 
     Scores lie transposed, [keys, queries], and so are the left side of both sums as they are. Registers are scarce:
     a second loop without mask, or L and delta loaded through pointers, makes them spill at width 128.
     """
     kv_head = tl.program_id(0)
-    b, j0, k_start, k_len = _find_sequence(cu_k, n_sequences, tl.program_id(1), BLOCK_N)  # the first have most to do
+    j0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_N)
     if j0 >= k_len:
         return
-    q_start = tl.load(cu_q + b).to(tl.int32)
-    q_len = tl.load(cu_q + b + 1).to(tl.int32) - q_start
     offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     j = j0 + tl.arange(0, BLOCK_N)
-    lse_start = (q_start // LSE_TILE + b) * LSE_TILE
     k = _load(k_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
     v = _load(v_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
@@ -327,18 +316,26 @@ def unsupported(q: Tensor) -> str | None:
 
 
 def flash_attention(
-    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor
+    q_NHD: Tensor,
+    k_MKD: Tensor,
+    v_MKD: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    table: packing.TileTable | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence, differentiable; returns out_NHD in q's dtype.
 
     The queries of a sequence are its last positions: it has at least as many keys, and N and M differ if it has more.
-    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and M; nothing reads them on the host. Raises
-    ValueError for what the kernels do not take.
+    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and M; nothing reads them on the host. `table` is
+    theirs (nanor1.packing.tile_table), for several calls to share; None: made here. Raises ValueError for what the
+    kernels do not take.
     """
     _check(q_NHD, k_MKD, v_MKD, n_heads=(q_NHD.shape[1], k_MKD.shape[1]))
     if len(cu_seqlens_q_B1) != len(cu_seqlens_k_B1):
         raise ValueError(f"{len(cu_seqlens_q_B1) - 1} sequences of queries, {len(cu_seqlens_k_B1) - 1} of keys")
-    return _forward(q_NHD, k_MKD, v_MKD, cu_seqlens_q_B1, cu_seqlens_k_B1)[0]
+    if table is None:
+        table = packing.tile_table(cu_seqlens_q_B1, cu_seqlens_k_B1, len(q_NHD), len(k_MKD))
+    return _forward(q_NHD, k_MKD, v_MKD, *table)[0]
 
 
 def flash_decode(
@@ -369,54 +366,51 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: tuple[int, int]) -> None:
 
 
 @torch.library.custom_op("nanor1::flash_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
-    """out [N, H, D] and L [H, tiles]."""
-    out, lse = _forward_outputs(q, k, v, cu_q, cu_k)
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """out [N, H, D] and L [H, tiles * 128]; of the tile table, `keys` is for the backward alone."""
+    out, lse = _forward_outputs(q, k, v, queries, keys)
     if q.numel() == 0:
         return out, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     tiles, constants = _plan(q, k, "forward")
     with torch.cuda.device_of(q):
-        _forward_kernel[q.shape[1], _n_tiles(q, cu_q, tiles.block_m)](
-            *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), out, lse, cu_q, cu_k, len(cu_q) - 1,
-            lse.stride(0), **constants,
-        )  # fmt: skip
+        _forward_kernel[q.shape[1], _n_blocks(queries, tiles.block_m)](
+            *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), out, lse, queries, lse.stride(0), **constants
+        )
     return out, lse
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, cu_q, cu_k):
-    n_lse = _n_tiles(q, cu_q, LSE_TILE.value) * LSE_TILE.value
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], n_lse), dtype=torch.float32)
+def _forward_outputs(q, k, v, queries, keys):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], _n_blocks(queries, 1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanor1::flash_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = _backward_outputs(dout, q, k, v, out, lse, cu_q, cu_k)
+    dq, dk, dv = _backward_outputs(dout, q, k, v, out, lse, queries, keys)
     dout, q, k, v = (_aligned(x) for x in (dout, q, k, v))
     delta = torch.empty_like(lse)
-    n_sequences = len(cu_q) - 1
     with torch.cuda.device_of(q):
         tiles, constants = _plan(q, k, "dq")
-        _dq_kernel[q.shape[1], _n_tiles(q, cu_q, tiles.block_m)](
+        _dq_kernel[q.shape[1], _n_blocks(queries, tiles.block_m)](
             *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), *_describe(tiles.block_m, out, dout),
-            lse, delta, dq, cu_q, cu_k, n_sequences, lse.stride(0), **constants,
+            lse, delta, dq, queries, lse.stride(0), **constants,
         )  # fmt: skip
         tiles, constants = _plan(q, k, "dkdv")
         rows = [TensorDescriptor.from_tensor(x, [1, tiles.block_m]) for x in (lse, delta)]
-        _dkdv_kernel[k.shape[1], _n_tiles(k, cu_k, tiles.block_n)](
+        _dkdv_kernel[k.shape[1], _n_blocks(keys, tiles.block_n)](
             *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), *_describe(tiles.block_m, dout), *rows,
-            dk, dv, cu_q, cu_k, n_sequences, **constants,
+            dk, dv, keys, **constants,
         )  # fmt: skip
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _backward_outputs(dout, q, k, v, out, lse, cu_q, cu_k):
+def _backward_outputs(dout, q, k, v, out, lse, queries, keys):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -479,8 +473,8 @@ def _choose_splits(n_rows: int, max_len: int, device: torch.device) -> int:
     return max(1, min(2 * n_processors // max(n_rows, 1), max_len // 256, 64))
 
 
-def _n_tiles(x_NHD: Tensor, cu_seqlens_B1: Tensor, block: int) -> int:
-    return x_NHD.shape[0] // block + cu_seqlens_B1.shape[0] - 1
+def _n_blocks(table: Tensor, block: int) -> int:
+    return table.shape[0] // packing.TABLE_COLUMNS * (packing.TILE // block)
 
 
 def _padded(D: int) -> int:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from nanor1 import kernels  # noqa: E402
 from nanor1.attention import reference_attention  # noqa: E402
+from nanor1.packing import TILE, tile_table  # noqa: E402
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="needs TRITON_INTERPRET=1, and no GPU")
 on_gpu = pytest.mark.gpu
@@ -119,6 +120,17 @@ def test_output_and_gradients_equal_the_reference_on_a_gpu(seed, lengths, n_head
 def test_many_sequences_each_find_their_tiles(seed):
     lengths = torch.randint(0, 9, (57,)).tolist()
     assert_equals_the_reference(*packed([(n, n) for n in lengths], 1, 1, 64, torch.float32), 1e-5)
+
+
+@interpreted
+def test_a_table_that_calls_share_gives_the_same_as_one_made_for_each(seed):
+    *qkv, cu_q, cu_k = packed(LENGTHS["fewer queries than keys"], 2, 1, 64, torch.float32)
+    table = tile_table(cu_q, cu_k, len(qkv[0]), len(qkv[1]))
+    results = [
+        outputs_and_gradients(lambda *qkv: kernels.flash_attention(*qkv, cu_q, cu_k, table), *qkv, qkv[0])  # noqa: B023
+        for table in (table, None)
+    ]
+    assert all(map(torch.equal, *results))
 
 
 @interpreted
@@ -221,7 +233,8 @@ def test_the_operators_keep_torchs_rules(seed):
     """Schema, autograd and fake registration, and tracing with dynamic shapes."""
     q, k, v, cu_q, cu_k = packed([(9, 9), (3, 20)], 2, 1, 64, torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(kernels._forward, (*leaves, cu_q, cu_k), atol=1e-5, rtol=1e-4)
+    table = tile_table(cu_q, cu_k, len(q), len(k))
+    torch.library.opcheck(kernels._forward, (*leaves, *table), atol=1e-5, rtol=1e-4)
     cache = torch.randn(2, 1, 20, 64)
     torch.library.opcheck(kernels._decode, (q[:2].detach(), cache, cache, None, torch.tensor([3, 20]), 2))
 
@@ -272,7 +285,12 @@ def test_what_does_not_fit_together_is_refused(seed):
 @pytest.mark.parametrize("tiles", kernels.TILES.values(), ids=map(str, kernels.TILES))
 def test_no_kernel_reads_more_rows_of_l_and_delta_than_were_written(tiles):
     rows = [tiles[name].block_m for name in ("dkdv", "dq", "forward")]
-    assert rows[0] <= min(rows[1:]) and max(rows) <= kernels.LSE_TILE.value
+    assert rows[0] <= min(rows[1:])
+
+
+@pytest.mark.parametrize("tiles", kernels.TILES.values(), ids=map(str, kernels.TILES))
+def test_every_block_is_a_part_of_a_tile(tiles):
+    assert not any(TILE % n for n in (tiles["forward"].block_m, tiles["dq"].block_m, tiles["dkdv"].block_n))
 
 
 def test_other_devices_are_refused():
@@ -373,11 +391,13 @@ def argument_type(argument, tiles, dtype, width):
         return f"tensordesc<fp32[1, {rows}]>"
     if argument.endswith("_desc"):
         return f"tensordesc<{dtype}[1, {rows}, {width}]>"
-    if argument in ("cu_q", "cu_k", "slots", "lengths"):
+    if argument in ("slots", "lengths"):
         return "*i64"
+    if argument == "table":
+        return "*i32"
     if argument.isupper():
         return "constexpr"
-    if "stride" in argument or argument == "n_sequences":
+    if "stride" in argument:
         return "i32"
     is_fp32 = argument in ("lse", "delta")
     return "*fp32" if is_fp32 else f"*{dtype}"

