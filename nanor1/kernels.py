@@ -225,18 +225,21 @@ def _dkdv_kernel(
     v = _load(v_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for h in tl.range(kv_head * G, kv_head * G + G):
-        for i0 in tl.range(tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M, q_len, BLOCK_M):
-            q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
-            dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
-            lse_i = lse_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
-            p = tl.exp2(tl.dot(k, q.T) * scale - lse_i[None, :])
-            i = i0 + tl.arange(0, BLOCK_M)
-            p = tl.where(j[:, None] <= (i + offset)[None, :], p, 0.0)
-            dv_acc = tl.dot(p.to(dout.dtype), dout, dv_acc)
-            delta_i = delta_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
-            ds = p * (tl.dot(v, dout.T) - delta_i[None, :])
-            dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc)
+    i_first = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M
+    n_blocks = tl.cdiv(q_len - i_first, BLOCK_M)
+    for step in tl.range(0, G * n_blocks):  # one loop: a loop over heads would fill the pipeline anew for each
+        h = kv_head * G + step // n_blocks
+        i0 = i_first + step % n_blocks * BLOCK_M
+        q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
+        dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
+        lse_i = lse_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
+        p = tl.exp2(tl.dot(k, q.T) * scale - lse_i[None, :])
+        i = i0 + tl.arange(0, BLOCK_M)
+        p = tl.where(j[:, None] <= (i + offset)[None, :], p, 0.0)
+        dv_acc = tl.dot(p.to(dout.dtype), dout, dv_acc)
+        delta_i = delta_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
+        ds = p * (tl.dot(v, dout.T) - delta_i[None, :])
+        dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc)
     _store(dv, dv_acc, k_start, j0, k_len, kv_head, tl.num_programs(0), D, BLOCK_N, WIDTH)
     _store(dk, dk_acc * D**-0.5, k_start, j0, k_len, kv_head, tl.num_programs(0), D, BLOCK_N, WIDTH)
 

@@ -357,10 +357,10 @@ def assert_compiles_well(capability, dtype, widths, tmp_path):
             assert report["wgmma"] and report["tma"] and not report["mma"]
 
 
-def compile_ahead_of_time(name, capability, dtype, width):
-    """What a launch of the kernel would compile, for a chip that need not be there."""
+def compile_ahead_of_time(name, capability, dtype, width, tiles=None):
+    """What a launch of the kernel would compile, for a chip that need not be there; by default in its own tiles."""
     padded = kernels._padded(width)
-    tiles = kernels.TILES["hopper" if capability == 90 else "ampere", padded][name]
+    tiles = tiles or kernels.TILES["hopper" if capability == 90 else "ampere", padded][name]
     kernel = getattr(kernels, f"_{name}_kernel")
     constants = dict(D=width, G=4, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=padded)
     signature = {argument: argument_type(argument, tiles, dtype, padded) for argument in kernel.arg_names}
