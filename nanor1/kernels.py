@@ -252,7 +252,8 @@ def _decode_kernel(
 ):  # fmt: skip
     """Program (split, kv head, row): a share of the keys against all heads that share them, rows of one product.
 
-    `out` [splits, B, H, D] and `lse` [splits, B, H] are those of the share; of an empty one 0 and -inf.
+    `out` [splits, B, H, D] and `lse` [splits, B, H] are those of the share. Of an empty one lse is -inf, and out is not
+    written but by split 0, which gives 0: a short row of a long cache costs no more than its keys.
     """
     split, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_splits, K, B = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
@@ -267,6 +268,10 @@ def _decode_kernel(
     column = tl.arange(0, WIDTH)
     mask = (g < G)[:, None] & (column < D)[None, :]
     row = (b * K + kv_head) * G + g
+    share_row = row + (split * B * K * G).to(tl.int64)
+    if (split > 0) & (first >= length):
+        tl.store(lse + share_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=g < G)
+        return
     q_tile = tl.load(q + row[:, None] * D + column[None, :], mask=mask, other=0.0)
     k_row = k + slot * k_stride_slot + kv_head * k_stride_head + column[None, :]
     v_row = v + slot * v_stride_slot + kv_head * v_stride_head + column[None, :]
@@ -283,9 +288,8 @@ def _decode_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
     total = tl.where(total > 0, total, 1.0)
-    row += (split * B * K * G).to(tl.int64)
-    tl.store(lse + row, m + tl.log2(total), mask=g < G)
-    tl.store(out + row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + share_row, m + tl.log2(total), mask=g < G)
+    tl.store(out + share_row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -294,12 +298,13 @@ def _combine_kernel(share_out, share_lse, out, n_splits, D: tl.constexpr, WIDTH:
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    mask = (split < n_splits)[:, None] & (column < D)[None, :]
     lse = tl.load(share_lse + row, mask=split < n_splits, other=float("-inf"))
     largest = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weight, 0)
+    mask = (split < n_splits)[:, None] & (column < D)[None, :]
     x = tl.load(share_out + row[:, None] * D + column[None, :], mask=mask, other=0.0)
+    x = tl.where((lse > float("-inf"))[:, None], x, 0.0)  # of an empty share nothing was written
     x = tl.sum(x * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + tl.program_id(0).to(tl.int64) * D + column, x.to(out.dtype.element_ty), mask=column < D)
 
@@ -471,9 +476,14 @@ def _chip(device: torch.device) -> str:
 
 
 def _choose_splits(n_rows: int, max_len: int, device: torch.device) -> int:
-    """As many as give each multiprocessor two programs, while a full row still leaves 256 keys to each."""
+    """As many as give each multiprocessor two programs, while a full row leaves 64 keys to each.
+
+    Few keys are quicker read one block after the other than by two kernels.
+    """
+    if max_len < 512:
+        return 1
     n_processors = 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * n_processors // max(n_rows, 1), max_len // 256, 64))
+    return max(1, min(2 * n_processors // max(n_rows, 1), max_len // 64, 64))
 
 
 def _n_blocks(table: Tensor, block: int) -> int:

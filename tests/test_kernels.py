@@ -174,6 +174,14 @@ def test_gradients_are_the_same_in_every_run_on_a_gpu(seed):
     assert is_deterministic(torch.bfloat16, "cuda", [(3000, 3000), (1, 1), (500, 1700)])
 
 
+@pytest.fixture
+def empty_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def assert_decodes_like_the_reference(lengths, n_heads, n_kv_heads, width, dtype, n_splits, slots=None, device="cpu"):
     """Slots lie permuted in a cache that holds nan wherever nothing was written."""
     B, T = len(lengths), max(lengths) + 5
@@ -213,8 +221,15 @@ def test_decode_equals_the_reference_however_the_keys_are_split(seed, n_splits, 
 
 
 @interpreted
-def test_decode_without_slots_takes_the_first_rows_and_more_splits_than_keys_do_no_harm(seed):
+def test_decode_without_slots_takes_the_first_rows_and_more_splits_than_keys_do_no_harm(seed, empty_memory_is_nan):
     assert_decodes_like_the_reference([3, 0, 130], 2, 1, 64, torch.float32, n_splits=33)
+
+
+@pytest.mark.parametrize(
+    "n_rows, max_len, wanted", [(1, 512, 8), (4, 4096, 8), (1, 4096, 32), (1, 511, 1), (11, 512, 2), (33, 9999, 1)]
+)
+def test_few_rows_are_split_into_64_keys_and_more_while_two_programs_a_processor_suffice(n_rows, max_len, wanted):
+    assert kernels._choose_splits(n_rows, max_len, torch.device("cpu")) == wanted  # which counts as 16 processors
 
 
 @on_gpu
