@@ -50,8 +50,9 @@ TILE = tl.constexpr(packing.TILE)  # every block of a tile table's rows is one, 
 COLUMNS = tl.constexpr(packing.TABLE_COLUMNS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as triton does it when it defines the kernels
+STRIDES = [f"{x}_stride_{dimension}" for x in "kv" for dimension in ("slot", "head", "token")]
 # Arguments that no kernel is compiled anew for, whatever their value or address.
-PLAIN = ["lse_stride", "n_splits", "table", "slots", "lengths"]
+PLAIN = ["lse_stride", "n_splits", "table", "slots", "lengths", *STRIDES]
 
 
 class Tiles(NamedTuple):
@@ -246,7 +247,7 @@ def _dkdv_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _decode_kernel(
-    q, k, v, slots, lengths, out, lse,
+    q, k, v, slots, lengths, out, lse,  # strides are in units of 8: so the compiler knows that it may load 16 bytes
     k_stride_slot, k_stride_head, k_stride_token, v_stride_slot, v_stride_head, v_stride_token,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -273,16 +274,16 @@ def _decode_kernel(
         tl.store(lse + share_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=g < G)
         return
     q_tile = tl.load(q + row[:, None] * D + column[None, :], mask=mask, other=0.0)
-    k_row = k + slot * k_stride_slot + kv_head * k_stride_head + column[None, :]
-    v_row = v + slot * v_stride_slot + kv_head * v_stride_head + column[None, :]
+    k_row = k + (slot * k_stride_slot + kv_head * k_stride_head) * 8 + column[None, :]
+    v_row = v + (slot * v_stride_slot + kv_head * v_stride_head) * 8 + column[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for j0 in tl.range(first, last, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         is_key = (j < last)[:, None] & (column < D)[None, :]  # other cells of a cache may hold anything, nan as well
-        k_tile = tl.load(k_row + j[:, None] * k_stride_token, mask=is_key, other=0.0)
-        v_tile = tl.load(v_row + j[:, None] * v_stride_token, mask=is_key, other=0.0)
+        k_tile = tl.load(k_row + j[:, None] * (k_stride_token * 8), mask=is_key, other=0.0)
+        v_tile = tl.load(v_row + j[:, None] * (v_stride_token * 8), mask=is_key, other=0.0)
         s = tl.where((j < last)[None, :], tl.dot(q_tile, k_tile.T), float("-inf"))
         p, m, total, acc = _fold(s, m, total, acc, scale)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
@@ -351,9 +352,9 @@ def flash_decode(
 ) -> Tensor:
     """Attention of one query a row to the first length_B[b] keys of slot slot_B[b] (None: b); returns out_BHD.
 
-    A row of length 0 gives zeros and reads no key. The cache may be strided, its last dimension dense; cells beyond a
-    length may hold anything. `n_splits` programs share the keys of a row (None: chosen from the shapes alone). Not
-    differentiable. Raises ValueError for what the kernels do not take.
+    A row of length 0 gives zeros and reads no key. The cache may be strided, its last dimension dense and the other
+    strides multiples of 8; cells beyond a length may hold anything. `n_splits` programs share the keys of a row (None:
+    chosen from the shapes alone). Not differentiable. Raises ValueError for what the kernels do not take.
     """
     _check(q_BHD, k_SKTD, v_SKTD, n_heads=(q_BHD.shape[1], k_SKTD.shape[1]))
     if k_SKTD.stride(-1) != 1 or v_SKTD.stride(-1) != 1:
@@ -439,14 +440,16 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, lengths: Tens
     out = q.new_empty(q.shape)
     if B == 0:
         return out
-    K = k.shape[1]
+    K, strides = k.shape[1], (*k.stride()[:3], *v.stride()[:3])
+    if any(stride % 8 for stride in strides):
+        raise ValueError(f"strides of the cache are {k.stride()} and {v.stride()}; the kernel wants multiples of 8")
     tiles, constants = _plan(q, k, "decode")
     constants["BLOCK_M"] = max(tiles.block_m, triton.next_power_of_2(H // K))
     lse = q.new_empty((n_splits, B, H), dtype=torch.float32)
     share = out if n_splits == 1 else q.new_empty((n_splits, B, H, D), dtype=torch.float32)
     with torch.cuda.device_of(q):
         _decode_kernel[n_splits, K, B](
-            q.contiguous(), k, v, slots, lengths, share, lse, *k.stride()[:3], *v.stride()[:3], **constants
+            q.contiguous(), k, v, slots, lengths, share, lse, *(n // 8 for n in strides), **constants
         )
         if n_splits > 1:
             width, splits = constants["WIDTH"], triton.next_power_of_2(n_splits)

@@ -291,6 +291,9 @@ def test_what_does_not_fit_together_is_refused(seed):
         kernels.flash_attention(q, k[:, :2], v[:, :1], cu_q, cu_k)
     with pytest.raises(ValueError, match="do not fit"):
         kernels.flash_attention(q, k[:, :2], v[:, :2].half(), cu_q, cu_k)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        cache = torch.randn(1, 2, 5, 65)[..., :64]
+        kernels.flash_decode(q[:1], cache, cache, None, cu_q[1:])
     with pytest.raises(ValueError, match="1 sequences of queries, 2 of keys"):
         kernels.flash_attention(q, k[:, :2], v[:, :2], cu_q, torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="bfloat16 in Triton's interpreter"):
@@ -382,7 +385,7 @@ def compile_ahead_of_time(name, capability, dtype, width, tiles=None):
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(signature.items())
-        if argument not in kernels.PLAIN and (kind.startswith("*") or (kind == "i32" and width % 16 == 0))  # strides
+        if argument not in kernels.PLAIN and kind.startswith("*")
     }
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
