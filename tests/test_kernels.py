@@ -23,9 +23,12 @@ ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+import nanor1.attention  # noqa: E402
+import nanor1.model  # noqa: E402
 from nanor1 import kernels  # noqa: E402
 from nanor1.attention import reference_attention  # noqa: E402
-from nanor1.packing import TILE, tile_table  # noqa: E402
+from nanor1.model import ModelConfig, Transformer  # noqa: E402
+from nanor1.packing import TILE, Layout, tile_table  # noqa: E402
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="needs TRITON_INTERPRET=1, and no GPU")
 on_gpu = pytest.mark.gpu
@@ -131,6 +134,21 @@ def test_a_table_that_calls_share_gives_the_same_as_one_made_for_each(seed):
         for table in (table, None)
     ]
     assert all(map(torch.equal, *results))
+
+
+@interpreted
+def test_a_model_on_the_kernels_equals_one_on_torchs_attention(seed, monkeypatch):
+    model = Transformer(ModelConfig("llama", 61, 32, 40, 2, 2, 1, 16, 2048))
+    ids, cu, parent_B = torch.randint(61, (160,)), torch.tensor([0, 130, 135, 160]), torch.tensor([-1, 0, 0])
+    results = []
+    for on_kernels in (True, False):
+        if on_kernels:
+            monkeypatch.setattr(nanor1.attention, "_triton_kernels", lambda q: kernels)
+            monkeypatch.setattr(nanor1.model, "_tiles", Layout.tiles)
+        hidden = model(ids, cu, parent_B=parent_B)
+        results.append((hidden, *torch.autograd.grad(hidden.square().sum(), model.model.layers.parameters())))
+        monkeypatch.undo()
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
 
 @interpreted
