@@ -82,12 +82,12 @@ TILES = {
     },
     ("ampere", 64): {
         "forward": Tiles(128, 32, 8, 2),
-        "dq": Tiles(64, 32, 8, 2),
+        "dq": Tiles(64, 32, 4, 2),
         "dkdv": Tiles(32, 32, 4, 2),
         "decode": Tiles(16, 64, 4, 3),
     },
     ("ampere", 128): {
-        "forward": Tiles(64, 32, 8, 2),
+        "forward": Tiles(64, 32, 4, 2),
         "dq": Tiles(64, 16, 8, 2),
         "dkdv": Tiles(32, 32, 8, 2),
         "decode": Tiles(16, 32, 4, 3),
@@ -105,9 +105,18 @@ def _find_block(table, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(descriptor, row, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows row .. row + ROWS of one head of a packed [N, H, D] tensor; zero where out of bounds."""
-    return descriptor.load([head, row, 0]).reshape(ROWS, COLUMNS)
+def _load(x, row, end, head, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows row .. row + ROWS of one head of a packed tensor, as _describe gives it; zero where out of bounds.
+
+    Those from `end` on, which belong to the next sequence, are zero only where there is no descriptor.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([head, row, 0]).reshape(ROWS, COLUMNS)
+    else:
+        i, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        first = x.pointer + (row.to(tl.int64) * x.row_stride + head * x.head_stride) * 8
+        mask = (row + i < end)[:, None] & (column < D)[None, :]
+        return tl.load(first + i[:, None] * (x.row_stride * 8) + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -131,7 +140,7 @@ def _fold(s, m, total, acc, scale: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, table, lse_stride,
+    q_NHD, k_MKD, v_MKD, out, lse, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (h, block): a block of queries of one head against all keys that they see."""
@@ -143,7 +152,7 @@ def _forward_kernel(
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     i = i0 + tl.arange(0, BLOCK_M)
-    q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -152,13 +161,13 @@ def _forward_kernel(
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             s = tl.dot(q, k.T)
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
                 s = tl.where(j[None, :] <= (i + offset)[:, None], s, float("-inf"))
             p, m, total, acc = _fold(s, m, total, acc, scale)
-            v = _load(v_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             acc = tl.dot(p.to(v.dtype), v, acc)
 
     lse_row = lse + h * lse_stride.to(tl.int64) + lse_start
@@ -168,7 +177,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dq_kernel(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, lse, delta, dq, table, lse_stride,
+    q_NHD, k_MKD, v_MKD, out_NHD, dout_NHD, lse, delta, dq, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (h, block), as in the forward pass: delta and dq of a block of queries."""
@@ -181,20 +190,20 @@ def _dq_kernel(
 
     i = i0 + tl.arange(0, BLOCK_M)
     lse_row = h * lse_stride.to(tl.int64) + lse_start + i
-    out = _load(out_desc, q_start + i0, h, BLOCK_M, WIDTH)
-    dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    out = _load(out_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
+    dout = _load(dout_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     delta_i = tl.where(i < q_len, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), 0.0)
     tl.store(delta + lse_row, delta_i)
     lse_i = tl.load(lse + lse_row)
-    q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     n_open = (i0 + offset + 1) // BLOCK_N * BLOCK_N
     n_seen = tl.minimum(i0 + BLOCK_M, q_len) + offset
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
-            v = _load(v_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
+            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             p = tl.exp2(tl.dot(q, k.T) * scale - lse_i[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
@@ -206,7 +215,7 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dk, dv, table,
+    q_NHD, k_MKD, v_MKD, dout_NHD, lse_desc, delta_desc, dk, dv, table,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, block): dk and dv of a block of keys, from all queries that see one of them, head after head.
@@ -222,8 +231,8 @@ def _dkdv_kernel(
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     j = j0 + tl.arange(0, BLOCK_N)
-    k = _load(k_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
-    v = _load(v_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
+    k = _load(k_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
+    v = _load(v_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     i_first = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M
@@ -231,8 +240,8 @@ def _dkdv_kernel(
     for step in tl.range(0, G * n_blocks):  # one loop: a loop over heads would fill the pipeline anew for each
         h = kv_head * G + step // n_blocks
         i0 = i_first + step % n_blocks * BLOCK_M
-        q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
-        dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
+        q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
+        dout = _load(dout_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
         lse_i = lse_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
         p = tl.exp2(tl.dot(k, q.T) * scale - lse_i[None, :])
         i = i0 + tl.arange(0, BLOCK_M)
@@ -498,18 +507,31 @@ def _padded(D: int) -> int:
     return 64 if D <= 64 else 128
 
 
-def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor]:
-    """Descriptors of [H, N, D] for blocks [1, rows, 64 or 128]; Triton drops a leading 1 at no cost, others not."""
+class Strided(NamedTuple):
+    """A packed tensor [N, H, D] whose rows begin at steps of 16 bytes; strides are in units of 8 numbers."""
+
+    pointer: Tensor
+    row_stride: int
+    head_stride: int
+
+
+def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor | Strided]:
+    """What kernels load blocks of [rows, 64 or 128] from.
+
+    Where a copy engine reads them, descriptors of [H, N, D] for blocks [1, rows, 64 or 128]; Triton drops a leading 1
+    at no cost, others not. Elsewhere it would read a descriptor's tensor number by number, since it takes no alignment
+    from it, and without a pipeline.
+    """
+    if _chip(tensors_NHD[0].device) != "hopper":
+        return [Strided(x, x.stride(0) // 8, x.stride(1) // 8) for x in tensors_NHD]
     descriptors = []
     for x in tensors_NHD:
         N, H, D = x.shape
-        block = [1, rows, _padded(D)]
-        descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], block))
+        descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], [1, rows, _padded(D)]))
     return descriptors
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where a tensor descriptor could not read it: it wants 16-byte steps and a dense last dimension."""
-    steps = [stride * x.itemsize for stride in x.stride()[:-1]]
-    is_aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    """x, or a copy where kernels could not read it: they want 16-byte steps and a dense last dimension."""
+    is_aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

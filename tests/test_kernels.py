@@ -5,6 +5,7 @@ the interpreter, which the tests need, and the compiler cannot live in one proce
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -105,6 +106,18 @@ def assert_equals_the_reference(q, k, v, cu_q, cu_k, tolerance):
     ids=str,
 )
 def test_output_and_gradients_equal_the_reference(seed, lengths, n_heads, n_kv_heads, width, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    assert_equals_the_reference(*packed(LENGTHS[lengths], n_heads, n_kv_heads, width, dtype), tolerance)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "lengths, n_heads, n_kv_heads, width, dtype",
+    [("ragged", 2, 1, 24, torch.float32), ("empty ones between", 2, 1, 96, torch.float16)],
+    ids=str,
+)
+def test_chips_that_read_through_pointers_give_the_same(seed, monkeypatch, lengths, n_heads, n_kv_heads, width, dtype):
+    monkeypatch.setattr(kernels, "_chip", lambda device: "ampere")
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     assert_equals_the_reference(*packed(LENGTHS[lengths], n_heads, n_kv_heads, width, dtype), tolerance)
 
@@ -377,10 +390,10 @@ def test_the_other_kernels_compile_without_spills_and_within_shared_memory(capab
     assert_compiles_well(capability, dtype, widths, tmp_path)
 
 
-def assert_compiles_well(capability, dtype, widths, tmp_path):
+def assert_compiles_well(capability, dtype, widths, tmp_path, *options):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"}
-    command = [sys.executable, __file__, str(capability), dtype, *map(str, widths)]
+    command = [sys.executable, __file__, str(capability), dtype, *map(str, widths), *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     reports = [json.loads(line) for line in result.stdout.splitlines()]
@@ -391,19 +404,21 @@ def assert_compiles_well(capability, dtype, widths, tmp_path):
         assert report["shared"] <= SHARED_LIMIT[capability]
         if capability == 90 and report["kernel"] in TRAINING:  # Hopper's matrix units, fed by its copy engine
             assert report["wgmma"] and report["tma"] and not report["mma"]
+        elif report["kernel"] in TRAINING:  # loads of 16 bytes that go on while others are computed with
+            assert report["async"] and not report["narrow"]
 
 
-def compile_ahead_of_time(name, capability, dtype, width, tiles=None):
-    """What a launch of the kernel would compile, for a chip that need not be there; by default in its own tiles."""
+def compile_ahead_of_time(name, capability, dtype, width, tiles):
+    """What a launch of the kernel would compile, for a chip that need not be there."""
     padded = kernels._padded(width)
-    tiles = tiles or kernels.TILES["hopper" if capability == 90 else "ampere", padded][name]
     kernel = getattr(kernels, f"_{name}_kernel")
     constants = dict(D=width, G=4, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=padded)
-    signature = {argument: argument_type(argument, tiles, dtype, padded) for argument in kernel.arg_names}
+    width_of_descriptors = padded if capability == 90 else None
+    signature = {name: argument_type(name, tiles, dtype, width_of_descriptors) for name in kernel.arg_names}
     attributes = {
-        (i,): [["tt.divisibility", 16]]
+        (i,) if isinstance(kind, str) else (i, 0): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(signature.items())
-        if argument not in kernels.PLAIN and kind.startswith("*")
+        if argument not in kernels.PLAIN and kind[0][0] == "*"
     }
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
@@ -415,18 +430,25 @@ def compile_ahead_of_time(name, capability, dtype, width, tiles=None):
     counts = {key: compiled.asm["ptx"].count(text) for key, text in INSTRUCTIONS.items()}
     spill = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()).groups())) // 2
     registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
-    return dict(kernel=name, width=width, registers=registers, spill=spill, shared=compiled.metadata.shared) | counts
+    report = dict(kernel=name, width=width, tiles=tiles, registers=registers, spill=spill)
+    return report | dict(shared=compiled.metadata.shared) | counts
 
 
-INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tma": "cp.async.bulk.tensor"}
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "mma": "mma.sync",
+    "tma": "cp.async.bulk.tensor",
+    "async": "cp.async.cg.shared.global",
+    "narrow": "ld.global.b16",
+}
 
 
 def argument_type(argument, tiles, dtype, width):
-    rows = tiles.block_n if argument in ("k_desc", "v_desc") else tiles.block_m
     if argument in ("lse_desc", "delta_desc"):
-        return f"tensordesc<fp32[1, {rows}]>"
-    if argument.endswith("_desc"):
-        return f"tensordesc<{dtype}[1, {rows}, {width}]>"
+        return f"tensordesc<fp32[1, {tiles.block_m}]>"
+    if argument.endswith(("_NHD", "_MKD")):
+        rows = tiles.block_n if argument.endswith("_MKD") else tiles.block_m
+        return f"tensordesc<{dtype}[1, {rows}, {width}]>" if width else kernels.Strided(f"*{dtype}", "i32", "i32")
     if argument in ("slots", "lengths"):
         return "*i64"
     if argument == "table":
@@ -439,7 +461,19 @@ def argument_type(argument, tiles, dtype, width):
     return "*fp32" if is_fp32 else f"*{dtype}"
 
 
-if __name__ == "__main__":
+def main(capability, dtype, *widths_and_options):
+    """Compile the kernels in their own tiles, or with --sweep in those that bench_attention.py tries."""
+    chip = "hopper" if capability == "90" else "ampere"
+    if is_sweep := "--sweep" in widths_and_options:
+        sys.path.insert(0, str(ROOT / "tests" / "bench"))
+        sweep = importlib.import_module("bench_attention").SWEEP
     for name in (*TRAINING, "decode"):
-        for width in map(int, sys.argv[3:]):
-            print(json.dumps(compile_ahead_of_time(name, int(sys.argv[1]), sys.argv[2], width)), flush=True)
+        for width in [int(word) for word in widths_and_options if word.isdigit()]:
+            row = chip, kernels._padded(width)
+            for tiles in sweep[name][row] if is_sweep else [kernels.TILES[row][name]]:
+                report = compile_ahead_of_time(name, int(capability), dtype, width, kernels.Tiles(*tiles))
+                print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
