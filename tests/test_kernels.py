@@ -390,6 +390,12 @@ def test_the_other_kernels_compile_without_spills_and_within_shared_memory(capab
     assert_compiles_well(capability, dtype, widths, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80, 89])
+def test_all_tiles_that_a_sweep_times_compile_without_spills_and_within_shared_memory(capability, tmp_path):
+    assert_compiles_well(capability, "bf16", (64, 128), tmp_path, "--sweep")
+
+
 def assert_compiles_well(capability, dtype, widths, tmp_path, *options):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"}
@@ -466,13 +472,12 @@ def main(capability, dtype, *widths_and_options):
     chip = "hopper" if capability == "90" else "ampere"
     if is_sweep := "--sweep" in widths_and_options:
         sys.path.insert(0, str(ROOT / "tests" / "bench"))
-        sweep = importlib.import_module("bench_attention").SWEEP
+        tiles_to_try = importlib.import_module("bench_attention").tiles_to_try
     for name in (*TRAINING, "decode"):
         for width in [int(word) for word in widths_and_options if word.isdigit()]:
             row = chip, kernels._padded(width)
-            for tiles in sweep[name][row] if is_sweep else [kernels.TILES[row][name]]:
-                report = compile_ahead_of_time(name, int(capability), dtype, width, kernels.Tiles(*tiles))
-                print(json.dumps(report), flush=True)
+            for tiles in tiles_to_try(kernels, name, *row) if is_sweep else [kernels.TILES[row][name]]:
+                print(json.dumps(compile_ahead_of_time(name, int(capability), dtype, width, tiles)), flush=True)
 
 
 if __name__ == "__main__":
