@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanor1.packing import TileTable
+
 SHORT = 256  # keys: up to here plain products beat SDPA's tiles on a CPU (forward and backward 2.5x at 140, bf16)
 FEW_ROWS = 4  # of a decode step: up to here SDPA is quicker in bf16
 KEPT = 64  # keys: up to here, probabilities are kept for the gradient
@@ -35,18 +37,20 @@ def attention(
     max_len: int,
     cu_seqlens_k_B1: Tensor | None = None,
     max_len_k: int | None = None,
+    table: TileTable | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence; returns out_NHD in q's dtype, scaled by D ** -0.5.
 
     `cu_seqlens_B1` is int64 on q's device, starting at 0 and ending at N; `max_len` is the longest sequence (the Triton
     kernels do not look at it). The same of the keys, where a sequence has more of them than queries; None: as many.
+    `table` is made of both for the Triton kernels (nanor1.packing.tile_table; None: for this call alone).
     On a CPU neighbours of similar length share a rectangle, so sequences sorted by length waste least.
     """
     if cu_seqlens_k_B1 is None:
         cu_seqlens_k_B1, max_len_k = cu_seqlens_B1, max_len
     kernels = _triton_kernels(q_NHD)
     if kernels is not None:
-        return kernels.flash_attention(q_NHD, k_MKD, v_MKD, cu_seqlens_B1, cu_seqlens_k_B1)
+        return kernels.flash_attention(q_NHD, k_MKD, v_MKD, cu_seqlens_B1, cu_seqlens_k_B1, table)
     if q_NHD.device.type != "cpu":  # one rectangle: its shape is known without asking the device
         lengths_B = cu_seqlens_B1.diff()
         lengths_k_B = lengths_B if cu_seqlens_k_B1 is cu_seqlens_B1 else cu_seqlens_k_B1.diff()

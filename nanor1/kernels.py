@@ -19,12 +19,12 @@ log2(e).
 Decoding has one query a row, so the keys are split among programs: each gives out and L of its share. Share r holds
 exp(L_r) of the total, so a second small kernel makes out = sum_r exp(L_r) out_r / sum_r exp(L_r).
 
-How programs find their work: tile t of the grid belongs to the last sequence b with cu_seqlens[b] // BLOCK + b <= t,
-since a sequence never has more tiles than lie between its own such number and the next one's. So N // BLOCK + B tiles
-are enough whatever the lengths, none of which the host ever reads; spare tiles return at once. L and delta lie in such
-tiles of 128 too, [H, (N // 128 + B) * 128], and hold inf and 0 behind a sequence's end: p is 0 there, and no loop over
-queries needs another mask. Behind the last key lies the next sequence (or zeros, which a tensor descriptor gives beyond
-its bounds): the causal mask hides it. So only stores are masked; but a token that is not finite spoils its neighbours.
+How programs find their work: in a table of tiles of 128 tokens (nanor1.packing.tile_table), those with most work
+first, which torch makes on the device once for all layers; no length is ever read by the host. Blocks smaller than a
+tile share its entry; spare tiles return at once. L and delta lie in tiles of 128 too, [H, tiles * 128], and hold inf
+and 0 behind a sequence's end: p is 0 there, and no loop over queries needs another mask. Behind the last key lies the
+next sequence (or zeros, which a tensor descriptor gives beyond its bounds): the causal mask hides it. So only stores
+are masked; but a token that is not finite spoils its neighbours.
 
 Sources: FlashAttention-2 (Dao 2023, 2307.08691) for both passes; Milakov and Gimelshein 2018 (1805.02867) for the
 online softmax; Flash-Decoding (Dao, Haziza, Massa, Sizov 2023) for the split. Left out: dropout, bias, other masks than
@@ -43,12 +43,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-HEAD_WIDTHS = 64, 80, 96, 128  # the two in the middle are computed as 128: columns out of bounds read as zero
-LSE_TILE = tl.constexpr(128)  # no block of queries is larger
+from nanor1 import packing
+
+HEAD_WIDTHS = (*range(16, 129, 8),)  # steps of 16 bytes in half precision, which descriptors and async copies need
+TILE = tl.constexpr(packing.TILE)  # every block of a tile table's rows is one, or a part of one
+COLUMNS = tl.constexpr(packing.TABLE_COLUMNS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as triton does it when it defines the kernels
+STRIDES = [f"{x}_stride_{dimension}" for x in "kv" for dimension in ("slot", "head", "token")]
 # Arguments that no kernel is compiled anew for, whatever their value or address.
-PLAIN = ["n_sequences", "lse_stride", "n_splits", "cu_q", "cu_k", "slots", "lengths"]
+PLAIN = ["lse_stride", "n_splits", "table", "slots", "lengths", *STRIDES]
 
 
 class Tiles(NamedTuple):
@@ -78,12 +82,12 @@ TILES = {
     },
     ("ampere", 64): {
         "forward": Tiles(128, 32, 8, 2),
-        "dq": Tiles(64, 32, 8, 2),
+        "dq": Tiles(64, 32, 4, 2),
         "dkdv": Tiles(32, 32, 4, 2),
         "decode": Tiles(16, 64, 4, 3),
     },
     ("ampere", 128): {
-        "forward": Tiles(64, 32, 8, 2),
+        "forward": Tiles(64, 32, 4, 2),
         "dq": Tiles(64, 16, 8, 2),
         "dkdv": Tiles(32, 32, 8, 2),
         "decode": Tiles(16, 32, 4, 3),
@@ -92,25 +96,27 @@ TILES = {
 
 
 @triton.jit
-def _find_sequence(cu_seqlens, n_sequences, tile, BLOCK: tl.constexpr):
-    """The sequence b that a tile belongs to, the first token of the tile within it, the sequence's start and length."""
-    b = 0
-    end = n_sequences
-    while end - b > 1:
-        middle = (b + end) // 2
-        if (tl.load(cu_seqlens + middle) // BLOCK + middle).to(tl.int32) <= tile:
-            b = middle
-        else:
-            end = middle
-    start = tl.load(cu_seqlens + b).to(tl.int32)
-    length = tl.load(cu_seqlens + b + 1).to(tl.int32) - start
-    return b, (tile - start // BLOCK - b) * BLOCK, start, length
+def _find_block(table, BLOCK: tl.constexpr):
+    """This program's block: its first row within its sequence; of that q_start, q_len, k_start, k_len, start of L."""
+    part: tl.constexpr = TILE // BLOCK
+    entry = table + tl.program_id(1) // part * COLUMNS
+    first = tl.load(entry) + tl.program_id(1) % part * BLOCK
+    return first, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
 
 
 @triton.jit
-def _load(descriptor, row, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows row .. row + ROWS of one head of a packed [N, H, D] tensor; zero where out of bounds."""
-    return descriptor.load([head, row, 0]).reshape(ROWS, COLUMNS)
+def _load(x, row, end, head, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows row .. row + ROWS of one head of a packed tensor, as _describe gives it; zero where out of bounds.
+
+    Those from `end` on, which belong to the next sequence, are zero only where there is no descriptor.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([head, row, 0]).reshape(ROWS, COLUMNS)
+    else:
+        i, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        first = x.pointer + (row.to(tl.int64) * x.row_stride + head * x.head_stride) * 8
+        mask = (row + i < end)[:, None] & (column < D)[None, :]
+        return tl.load(first + i[:, None] * (x.row_stride * 8) + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -134,21 +140,19 @@ def _fold(s, m, total, acc, scale: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, cu_q, cu_k, n_sequences, lse_stride,
+    q_NHD, k_MKD, v_MKD, out, lse, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, tile): a block of queries of one head against all keys that they see."""
+    """Program (h, block): a block of queries of one head against all keys that they see."""
     h = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a sequence have most to do: they start first
-    b, i0, q_start, q_len = _find_sequence(cu_q, n_sequences, tile, BLOCK_M)
+    i0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_M)
     if i0 >= q_len:
         return
-    k_start = tl.load(cu_k + b).to(tl.int32)
-    offset = tl.load(cu_k + b + 1).to(tl.int32) - k_start - q_len
+    offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     i = i0 + tl.arange(0, BLOCK_M)
-    q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -157,51 +161,49 @@ def _forward_kernel(
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             s = tl.dot(q, k.T)
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
                 s = tl.where(j[None, :] <= (i + offset)[:, None], s, float("-inf"))
             p, m, total, acc = _fold(s, m, total, acc, scale)
-            v = _load(v_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             acc = tl.dot(p.to(v.dtype), v, acc)
 
-    lse_row = lse + h * lse_stride.to(tl.int64) + (q_start // LSE_TILE + b) * LSE_TILE
+    lse_row = lse + h * lse_stride.to(tl.int64) + lse_start
     tl.store(lse_row + i, tl.where(i < q_len, m + tl.log2(total), float("inf")))
     _store(out, acc / total[:, None], q_start, i0, q_len, h, tl.num_programs(0), D, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dq_kernel(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, lse, delta, dq, cu_q, cu_k, n_sequences, lse_stride,
+    q_NHD, k_MKD, v_MKD, out_NHD, dout_NHD, lse, delta, dq, table, lse_stride,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, tile), as in the forward pass: delta and dq of a block of queries."""
+    """Program (h, block), as in the forward pass: delta and dq of a block of queries."""
     h = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    b, i0, q_start, q_len = _find_sequence(cu_q, n_sequences, tile, BLOCK_M)
+    i0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_M)
     if i0 >= q_len:
         return
-    k_start = tl.load(cu_k + b).to(tl.int32)
-    offset = tl.load(cu_k + b + 1).to(tl.int32) - k_start - q_len
+    offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     i = i0 + tl.arange(0, BLOCK_M)
-    lse_row = h * lse_stride.to(tl.int64) + (q_start // LSE_TILE + b) * LSE_TILE + i
-    out = _load(out_desc, q_start + i0, h, BLOCK_M, WIDTH)
-    dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    lse_row = h * lse_stride.to(tl.int64) + lse_start + i
+    out = _load(out_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
+    dout = _load(dout_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     delta_i = tl.where(i < q_len, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), 0.0)
     tl.store(delta + lse_row, delta_i)
     lse_i = tl.load(lse + lse_row)
-    q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
+    q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     n_open = (i0 + offset + 1) // BLOCK_N * BLOCK_N
     n_seen = tl.minimum(i0 + BLOCK_M, q_len) + offset
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
-            v = _load(v_desc, k_start + j0, h // G, BLOCK_N, WIDTH)
+            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
+            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
             p = tl.exp2(tl.dot(q, k.T) * scale - lse_i[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
@@ -213,54 +215,55 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dk, dv, cu_q, cu_k, n_sequences,
+    q_NHD, k_MKD, v_MKD, dout_NHD, lse_desc, delta_desc, dk, dv, table,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, tile): dk and dv of a block of keys, from all queries that see one of them, head after head.
+    """Program (kv head, block): dk and dv of a block of keys, from all queries that see one of them, head after head.
 
     Scores lie transposed, [keys, queries], and so are the left side of both sums as they are. Registers are scarce:
     a second loop without mask, or L and delta loaded through pointers, makes them spill at width 128.
     """
     kv_head = tl.program_id(0)
-    b, j0, k_start, k_len = _find_sequence(cu_k, n_sequences, tl.program_id(1), BLOCK_N)  # the first have most to do
+    j0, q_start, q_len, k_start, k_len, lse_start = _find_block(table, BLOCK_N)
     if j0 >= k_len:
         return
-    q_start = tl.load(cu_q + b).to(tl.int32)
-    q_len = tl.load(cu_q + b + 1).to(tl.int32) - q_start
     offset = k_len - q_len
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     j = j0 + tl.arange(0, BLOCK_N)
-    lse_start = (q_start // LSE_TILE + b) * LSE_TILE
-    k = _load(k_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
-    v = _load(v_desc, k_start + j0, kv_head, BLOCK_N, WIDTH)
+    k = _load(k_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
+    v = _load(v_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for h in tl.range(kv_head * G, kv_head * G + G):
-        for i0 in tl.range(tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M, q_len, BLOCK_M):
-            q = _load(q_desc, q_start + i0, h, BLOCK_M, WIDTH)
-            dout = _load(dout_desc, q_start + i0, h, BLOCK_M, WIDTH)
-            lse_i = lse_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
-            p = tl.exp2(tl.dot(k, q.T) * scale - lse_i[None, :])
-            i = i0 + tl.arange(0, BLOCK_M)
-            p = tl.where(j[:, None] <= (i + offset)[None, :], p, 0.0)
-            dv_acc = tl.dot(p.to(dout.dtype), dout, dv_acc)
-            delta_i = delta_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
-            ds = p * (tl.dot(v, dout.T) - delta_i[None, :])
-            dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc)
+    i_first = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M
+    n_blocks = tl.cdiv(q_len - i_first, BLOCK_M)
+    for step in tl.range(0, G * n_blocks):  # one loop: a loop over heads would fill the pipeline anew for each
+        h = kv_head * G + step // n_blocks
+        i0 = i_first + step % n_blocks * BLOCK_M
+        q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
+        dout = _load(dout_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
+        lse_i = lse_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
+        p = tl.exp2(tl.dot(k, q.T) * scale - lse_i[None, :])
+        i = i0 + tl.arange(0, BLOCK_M)
+        p = tl.where(j[:, None] <= (i + offset)[None, :], p, 0.0)
+        dv_acc = tl.dot(p.to(dout.dtype), dout, dv_acc)
+        delta_i = delta_desc.load([h, lse_start + i0]).reshape(BLOCK_M)
+        ds = p * (tl.dot(v, dout.T) - delta_i[None, :])
+        dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc)
     _store(dv, dv_acc, k_start, j0, k_len, kv_head, tl.num_programs(0), D, BLOCK_N, WIDTH)
     _store(dk, dk_acc * D**-0.5, k_start, j0, k_len, kv_head, tl.num_programs(0), D, BLOCK_N, WIDTH)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def _decode_kernel(
-    q, k, v, slots, lengths, out, lse,
+    q, k, v, slots, lengths, out, lse,  # strides are in units of 8: so the compiler knows that it may load 16 bytes
     k_stride_slot, k_stride_head, k_stride_token, v_stride_slot, v_stride_head, v_stride_token,
     D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (split, kv head, row): a share of the keys against all heads that share them, rows of one product.
 
-    `out` [splits, B, H, D] and `lse` [splits, B, H] are those of the share; of an empty one 0 and -inf.
+    `out` [splits, B, H, D] and `lse` [splits, B, H] are those of the share. Of an empty one lse is -inf, and out is not
+    written but by split 0, which gives 0: a short row of a long cache costs no more than its keys.
     """
     split, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_splits, K, B = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
@@ -275,25 +278,28 @@ def _decode_kernel(
     column = tl.arange(0, WIDTH)
     mask = (g < G)[:, None] & (column < D)[None, :]
     row = (b * K + kv_head) * G + g
+    share_row = row + (split * B * K * G).to(tl.int64)
+    if (split > 0) & (first >= length):
+        tl.store(lse + share_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=g < G)
+        return
     q_tile = tl.load(q + row[:, None] * D + column[None, :], mask=mask, other=0.0)
-    k_row = k + slot * k_stride_slot + kv_head * k_stride_head + column[None, :]
-    v_row = v + slot * v_stride_slot + kv_head * v_stride_head + column[None, :]
+    k_row = k + (slot * k_stride_slot + kv_head * k_stride_head) * 8 + column[None, :]
+    v_row = v + (slot * v_stride_slot + kv_head * v_stride_head) * 8 + column[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for j0 in tl.range(first, last, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         is_key = (j < last)[:, None] & (column < D)[None, :]  # other cells of a cache may hold anything, nan as well
-        k_tile = tl.load(k_row + j[:, None] * k_stride_token, mask=is_key, other=0.0)
-        v_tile = tl.load(v_row + j[:, None] * v_stride_token, mask=is_key, other=0.0)
+        k_tile = tl.load(k_row + j[:, None] * (k_stride_token * 8), mask=is_key, other=0.0)
+        v_tile = tl.load(v_row + j[:, None] * (v_stride_token * 8), mask=is_key, other=0.0)
         s = tl.where((j < last)[None, :], tl.dot(q_tile, k_tile.T), float("-inf"))
         p, m, total, acc = _fold(s, m, total, acc, scale)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
     total = tl.where(total > 0, total, 1.0)
-    row += (split * B * K * G).to(tl.int64)
-    tl.store(lse + row, m + tl.log2(total), mask=g < G)
-    tl.store(out + row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + share_row, m + tl.log2(total), mask=g < G)
+    tl.store(out + share_row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -302,12 +308,13 @@ def _combine_kernel(share_out, share_lse, out, n_splits, D: tl.constexpr, WIDTH:
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    mask = (split < n_splits)[:, None] & (column < D)[None, :]
     lse = tl.load(share_lse + row, mask=split < n_splits, other=float("-inf"))
     largest = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weight, 0)
+    mask = (split < n_splits)[:, None] & (column < D)[None, :]
     x = tl.load(share_out + row[:, None] * D + column[None, :], mask=mask, other=0.0)
+    x = tl.where((lse > float("-inf"))[:, None], x, 0.0)  # of an empty share nothing was written
     x = tl.sum(x * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + tl.program_id(0).to(tl.int64) * D + column, x.to(out.dtype.element_ty), mask=column < D)
 
@@ -315,7 +322,7 @@ def _combine_kernel(share_out, share_lse, out, n_splits, D: tl.constexpr, WIDTH:
 def unsupported(q: Tensor) -> str | None:
     """Why the kernels cannot take queries q [..., D] of this device, dtype and width; None if they can."""
     if q.shape[-1] not in HEAD_WIDTHS:
-        return f"head width {q.shape[-1]}; the Triton kernels take {', '.join(map(str, HEAD_WIDTHS))}"
+        return f"head width {q.shape[-1]}; the Triton kernels take multiples of 8 from 16 to 128"
     if q.device.type == "cpu" and INTERPRETED:  # for tests; the interpreter gets bf16 wrong
         return None if q.dtype in (torch.float16, torch.float32) else f"{q.dtype} in Triton's interpreter"
     if q.device.type != "cuda" or torch.version.hip is not None:
@@ -327,18 +334,26 @@ def unsupported(q: Tensor) -> str | None:
 
 
 def flash_attention(
-    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor
+    q_NHD: Tensor,
+    k_MKD: Tensor,
+    v_MKD: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    cu_seqlens_k_B1: Tensor,
+    table: packing.TileTable | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence, differentiable; returns out_NHD in q's dtype.
 
     The queries of a sequence are its last positions: it has at least as many keys, and N and M differ if it has more.
-    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and M; nothing reads them on the host. Raises
-    ValueError for what the kernels do not take.
+    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and M; nothing reads them on the host. `table` is
+    theirs (nanor1.packing.tile_table), for several calls to share; None: made here. Raises ValueError for what the
+    kernels do not take.
     """
     _check(q_NHD, k_MKD, v_MKD, n_heads=(q_NHD.shape[1], k_MKD.shape[1]))
     if len(cu_seqlens_q_B1) != len(cu_seqlens_k_B1):
         raise ValueError(f"{len(cu_seqlens_q_B1) - 1} sequences of queries, {len(cu_seqlens_k_B1) - 1} of keys")
-    return _forward(q_NHD, k_MKD, v_MKD, cu_seqlens_q_B1, cu_seqlens_k_B1)[0]
+    if table is None:
+        table = packing.tile_table(cu_seqlens_q_B1, cu_seqlens_k_B1, len(q_NHD), len(k_MKD))
+    return _forward(q_NHD, k_MKD, v_MKD, *table)[0]
 
 
 def flash_decode(
@@ -346,9 +361,9 @@ def flash_decode(
 ) -> Tensor:
     """Attention of one query a row to the first length_B[b] keys of slot slot_B[b] (None: b); returns out_BHD.
 
-    A row of length 0 gives zeros and reads no key. The cache may be strided, its last dimension dense; cells beyond a
-    length may hold anything. `n_splits` programs share the keys of a row (None: chosen from the shapes alone). Not
-    differentiable. Raises ValueError for what the kernels do not take.
+    A row of length 0 gives zeros and reads no key. The cache may be strided, its last dimension dense and the other
+    strides multiples of 8; cells beyond a length may hold anything. `n_splits` programs share the keys of a row (None:
+    chosen from the shapes alone). Not differentiable. Raises ValueError for what the kernels do not take.
     """
     _check(q_BHD, k_SKTD, v_SKTD, n_heads=(q_BHD.shape[1], k_SKTD.shape[1]))
     if k_SKTD.stride(-1) != 1 or v_SKTD.stride(-1) != 1:
@@ -369,54 +384,51 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: tuple[int, int]) -> None:
 
 
 @torch.library.custom_op("nanor1::flash_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor]:
-    """out [N, H, D] and L [H, tiles]."""
-    out, lse = _forward_outputs(q, k, v, cu_q, cu_k)
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """out [N, H, D] and L [H, tiles * 128]; of the tile table, `keys` is for the backward alone."""
+    out, lse = _forward_outputs(q, k, v, queries, keys)
     if q.numel() == 0:
         return out, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     tiles, constants = _plan(q, k, "forward")
     with torch.cuda.device_of(q):
-        _forward_kernel[q.shape[1], _n_tiles(q, cu_q, tiles.block_m)](
-            *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), out, lse, cu_q, cu_k, len(cu_q) - 1,
-            lse.stride(0), **constants,
-        )  # fmt: skip
+        _forward_kernel[q.shape[1], _n_blocks(queries, tiles.block_m)](
+            *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), out, lse, queries, lse.stride(0), **constants
+        )
     return out, lse
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, cu_q, cu_k):
-    n_lse = _n_tiles(q, cu_q, LSE_TILE.value) * LSE_TILE.value
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], n_lse), dtype=torch.float32)
+def _forward_outputs(q, k, v, queries, keys):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], _n_blocks(queries, 1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanor1::flash_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = _backward_outputs(dout, q, k, v, out, lse, cu_q, cu_k)
+    dq, dk, dv = _backward_outputs(dout, q, k, v, out, lse, queries, keys)
     dout, q, k, v = (_aligned(x) for x in (dout, q, k, v))
     delta = torch.empty_like(lse)
-    n_sequences = len(cu_q) - 1
     with torch.cuda.device_of(q):
         tiles, constants = _plan(q, k, "dq")
-        _dq_kernel[q.shape[1], _n_tiles(q, cu_q, tiles.block_m)](
+        _dq_kernel[q.shape[1], _n_blocks(queries, tiles.block_m)](
             *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), *_describe(tiles.block_m, out, dout),
-            lse, delta, dq, cu_q, cu_k, n_sequences, lse.stride(0), **constants,
+            lse, delta, dq, queries, lse.stride(0), **constants,
         )  # fmt: skip
         tiles, constants = _plan(q, k, "dkdv")
         rows = [TensorDescriptor.from_tensor(x, [1, tiles.block_m]) for x in (lse, delta)]
-        _dkdv_kernel[k.shape[1], _n_tiles(k, cu_k, tiles.block_n)](
+        _dkdv_kernel[k.shape[1], _n_blocks(keys, tiles.block_n)](
             *_describe(tiles.block_m, q), *_describe(tiles.block_n, k, v), *_describe(tiles.block_m, dout), *rows,
-            dk, dv, cu_q, cu_k, n_sequences, **constants,
+            dk, dv, keys, **constants,
         )  # fmt: skip
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _backward_outputs(dout, q, k, v, out, lse, cu_q, cu_k):
+def _backward_outputs(dout, q, k, v, out, lse, queries, keys):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -437,14 +449,16 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, lengths: Tens
     out = q.new_empty(q.shape)
     if B == 0:
         return out
-    K = k.shape[1]
+    K, strides = k.shape[1], (*k.stride()[:3], *v.stride()[:3])
+    if any(stride % 8 for stride in strides):
+        raise ValueError(f"strides of the cache are {k.stride()} and {v.stride()}; the kernel wants multiples of 8")
     tiles, constants = _plan(q, k, "decode")
     constants["BLOCK_M"] = max(tiles.block_m, triton.next_power_of_2(H // K))
     lse = q.new_empty((n_splits, B, H), dtype=torch.float32)
     share = out if n_splits == 1 else q.new_empty((n_splits, B, H, D), dtype=torch.float32)
     with torch.cuda.device_of(q):
         _decode_kernel[n_splits, K, B](
-            q.contiguous(), k, v, slots, lengths, share, lse, *k.stride()[:3], *v.stride()[:3], **constants
+            q.contiguous(), k, v, slots, lengths, share, lse, *(n // 8 for n in strides), **constants
         )
         if n_splits > 1:
             width, splits = constants["WIDTH"], triton.next_power_of_2(n_splits)
@@ -460,7 +474,7 @@ def _(q, k, v, slots, lengths, n_splits):
 def _plan(q: Tensor, k: Tensor, kernel: str) -> tuple[Tiles, dict]:
     """How to cut a kernel for these shapes, and its compile-time arguments."""
     D = q.shape[-1]
-    width = 64 if D == 64 else 128
+    width = _padded(D)
     tiles = TILES[_chip(q.device), width][kernel]
     constants = dict(D=D, G=q.shape[1] // k.shape[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width)
     return tiles, constants | dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
@@ -474,27 +488,50 @@ def _chip(device: torch.device) -> str:
 
 
 def _choose_splits(n_rows: int, max_len: int, device: torch.device) -> int:
-    """As many as give each multiprocessor two programs, while a full row still leaves 256 keys to each."""
+    """As many as give each multiprocessor two programs, while a full row leaves 64 keys to each.
+
+    Few keys are quicker read one block after the other than by two kernels.
+    """
+    if max_len < 512:
+        return 1
     n_processors = 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * n_processors // max(n_rows, 1), max_len // 256, 64))
+    return max(1, min(2 * n_processors // max(n_rows, 1), max_len // 64, 64))
 
 
-def _n_tiles(x_NHD: Tensor, cu_seqlens_B1: Tensor, block: int) -> int:
-    return x_NHD.shape[0] // block + cu_seqlens_B1.shape[0] - 1
+def _n_blocks(table: Tensor, block: int) -> int:
+    return table.shape[0] // packing.TABLE_COLUMNS * (packing.TILE // block)
 
 
-def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor]:
-    """Descriptors of [H, N, D] for blocks [1, rows, 64 or 128]; Triton drops a leading 1 at no cost, others not."""
+def _padded(D: int) -> int:
+    """The width that head width D is computed in; columns out of bounds read as zero and are not written."""
+    return 64 if D <= 64 else 128
+
+
+class Strided(NamedTuple):
+    """A packed tensor [N, H, D] whose rows begin at steps of 16 bytes; strides are in units of 8 numbers."""
+
+    pointer: Tensor
+    row_stride: int
+    head_stride: int
+
+
+def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor | Strided]:
+    """What kernels load blocks of [rows, 64 or 128] from.
+
+    Where a copy engine reads them, descriptors of [H, N, D] for blocks [1, rows, 64 or 128]; Triton drops a leading 1
+    at no cost, others not. Elsewhere it would read a descriptor's tensor number by number, since it takes no alignment
+    from it, and without a pipeline.
+    """
+    if _chip(tensors_NHD[0].device) != "hopper":
+        return [Strided(x, x.stride(0) // 8, x.stride(1) // 8) for x in tensors_NHD]
     descriptors = []
     for x in tensors_NHD:
         N, H, D = x.shape
-        block = [1, rows, 64 if D == 64 else 128]
-        descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], block))
+        descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], [1, rows, _padded(D)]))
     return descriptors
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where a tensor descriptor could not read it: it wants 16-byte steps and a dense last dimension."""
-    steps = [stride * x.itemsize for stride in x.stride()[:-1]]
-    is_aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    """x, or a copy where kernels could not read it: they want 16-byte steps and a dense last dimension."""
+    is_aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from nanor1 import onednn
 from nanor1.attention import attention, cached_attention, decode_attention, hide_behind
 from nanor1.machine import free_memory
-from nanor1.packing import Layout, layout, spread, to_device
+from nanor1.packing import Layout, TileTable, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
 
 ACTIVATIONS = {
@@ -175,7 +175,14 @@ class Block(nn.Module):
         return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
-def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor | None) -> Tensor:
+def _tiles(where: Layout) -> TileTable | None:
+    """What the Triton kernels work on, made once for all layers; None where there are no such kernels."""
+    return where.tiles() if where.cu_seqlens_B1.is_cuda else None
+
+
+def _attend_packed(
+    q, k, v, where: Layout, table: TileTable | None, k_SKTD: Tensor | None, v_SKTD: Tensor | None
+) -> Tensor:
     """Attention within packed sequences, whose keys and values are also written to a cache if one is given."""
     if k_SKTD is not None:
         k_SKTD[where.row_N, :, where.position_N] = k
@@ -185,8 +192,8 @@ def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor
     elif keys := where.cached:
         k, v = k_SKTD[keys.row_M, :, keys.position_M], v_SKTD[keys.row_M, :, keys.position_M]
     else:
-        return attention(q, k, v, where.cu_seqlens_B1, where.max_len)
-    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len)
+        return attention(q, k, v, where.cu_seqlens_B1, where.max_len, table=table)
+    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len, table=table)
 
 
 def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, bias_BT: Tensor) -> Tensor:
@@ -363,8 +370,9 @@ class Transformer(nn.Module):
         wherever the model is: see `layout`.
         """
         where = to_device(layout(cu_seqlens_B1, parent_B, past_B), ids_N.device)
+        table = _tiles(where)
         caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
-        contexts = ((where, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
+        contexts = ((where, table, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
         return self._run(ids_N, where.position_N, self.attend_packed, contexts)
 
     def decode(

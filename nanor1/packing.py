@@ -13,7 +13,7 @@ Letters: N packed tokens, M packed keys (N and the copies), B sequences, G conti
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Item = TypeVar("Item")
+TILE = 128  # tokens of one sequence, that a few of the attention kernels' programs work on
+TABLE_COLUMNS = 6
 MAKES_LAYOUT = ("cu_seqlens_B1", "parent_B")  # fields of a batch that stay on the CPU
 NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 
@@ -50,6 +52,19 @@ class CachedKeys:
     position_M: Tensor
 
 
+class TileTable(NamedTuple):
+    """What the programs of the attention kernels work on: tiles of at most TILE tokens, those with most work first.
+
+    int32, for each tile the numbers: its first token, counted within its sequence; of its sequence the first query and
+    the number of queries, the first key and the number of keys; and the first row of a tensor in which each sequence's
+    queries begin a new tile. Flat, and of two lengths, since torch.compile takes sizes that are equal by chance for the
+    same, and compiles again when they no longer are.
+    """
+
+    queries: Tensor  # by the number of keys that a tile's queries see
+    keys: Tensor  # by the number of queries that see a tile's keys
+
+
 @dataclass
 class Layout:
     """What a forward over packed sequences has to know; tensors are int64 where those that it is made of are."""
@@ -60,6 +75,14 @@ class Layout:
     position_N: Tensor  # counted from the start of the prompt
     shared: SharedKeys | None = None
     cached: CachedKeys | None = None
+
+    def tiles(self) -> TileTable:
+        """For the attention kernels; nothing waits for the device."""
+        keys, n_queries = self.shared or self.cached, len(self.row_N)
+        if keys is None:
+            return tile_table(self.cu_seqlens_B1, self.cu_seqlens_B1, n_queries, n_queries)
+        n_keys = len(keys.source_M if self.shared else keys.row_M)
+        return tile_table(self.cu_seqlens_B1, keys.cu_seqlens_B1, n_queries, n_keys)
 
 
 def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor | None = None) -> Layout:
@@ -144,6 +167,43 @@ def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int
     if parent_B is not None:
         pairs = pairs + torch.where(parent_B >= 0, lengths_B * lengths_B[parent_B], 0)
     return int(pairs.sum())
+
+
+def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int, n_keys: int) -> TileTable:
+    """The tiles of packed sequences, whose queries are their last positions; made without a look at any length.
+
+    >>> tile_table(torch.tensor([0, 130, 140]), torch.tensor([0, 130, 140]), 140, 140).queries.unflatten(0, (-1, 6))[:3]
+    tensor([[128,   0, 130,   0, 130,   0],
+            [  0,   0, 130,   0, 130,   0],
+            [  0, 130,  10, 130,  10, 256]], dtype=torch.int32)
+    """
+    length_B, length_k_B = cu_seqlens_q_B1.diff(), cu_seqlens_k_B1.diff()
+    offset_B = length_k_B - length_B  # query i sees the keys up to i + offset
+    number_B, number_k_B = _first_tiles(cu_seqlens_q_B1), _first_tiles(cu_seqlens_k_B1)
+    sequence_B5 = torch.stack((cu_seqlens_q_B1[:-1], length_B, cu_seqlens_k_B1[:-1], length_k_B, number_B * TILE), 1)
+
+    row_T, first_T = _cut(number_B, n_queries)
+    n_keys_T = (torch.minimum(first_T + TILE, length_B[row_T]) + offset_B[row_T]) * (first_T < length_B[row_T])
+    row_k_T, first_k_T = _cut(number_k_B, n_keys + TILE)  # one more, so that the tables are never equally long
+    n_queries_T = length_B[row_k_T] - (first_k_T - offset_B[row_k_T]).clamp(min=0)
+    entries = ((first_T, row_T, n_keys_T), (first_k_T, row_k_T, n_queries_T))
+    tables = (
+        torch.cat((first_T[:, None], sequence_B5[row_T]), 1)[work_T.argsort(descending=True, stable=True)]
+        for first_T, row_T, work_T in entries
+    )
+    return TileTable(*(table_T6.flatten().int() for table_T6 in tables))
+
+
+def _first_tiles(cu_seqlens_B1: Tensor) -> Tensor:
+    """Numbers of each sequence's first tile, so that all its tiles have one before the next sequence's first."""
+    return cu_seqlens_B1[:-1] // TILE + torch.arange(len(cu_seqlens_B1) - 1, device=cu_seqlens_B1.device)
+
+
+def _cut(number_B: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """For each tile its sequence and its first token within that; spare tiles begin behind the sequence's end."""
+    tile_T = torch.arange(n_tokens // TILE + len(number_B), device=number_B.device)
+    row_T = torch.searchsorted(number_B, tile_T, right=True) - 1
+    return row_T, (tile_T - number_B[row_T]) * TILE
 
 
 def _cached_keys(lengths_B: Tensor) -> CachedKeys:

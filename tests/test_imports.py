@@ -22,11 +22,10 @@ GROUPS = [
         "jail",
         "confine",
         "sandbox",
-        "kernels",
         "machine",
         "openmp",
     },
-    {"rewards", "tasks", "coding", "attention", "packing", "pretrained", "draw"},
+    {"rewards", "tasks", "coding", "attention", "kernels", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {
         "prefill",

@@ -16,6 +16,7 @@ from nanor1 import onednn
 from nanor1.attention import hide_behind
 from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, rope_frequencies
 from nanor1.optim import MasterAdamW
+from nanor1.packing import Layout, tile_table
 from nanor1.parallel import replica
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
 
@@ -628,7 +629,8 @@ def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradie
 )
 def test_with_lengths_on_the_cpu_a_forward_asks_its_device_for_nothing(monkeypatch, goes_on):
     """On the meta device there is no number to be had: whoever asks for one, as on a GPU would wait, fails."""
-    monkeypatch.setattr(nanor1.model, "attention", lambda q, *_: q)
+    monkeypatch.setattr(nanor1.model, "attention", lambda q, *_, table: q)
+    monkeypatch.setattr(nanor1.model, "_tiles", Layout.tiles)  # as on CUDA
     with torch.device("meta"):
         model = Transformer(config_from_hf(CONFIGS["llama"]))
         cache, ids_N = KVCache.of(model, 4, 16), torch.zeros(10, dtype=torch.int64)
@@ -809,8 +811,10 @@ def define_attention_op():
     """Attention as one operator that torch.compile cannot look into, as a GPU's kernel is."""
 
     def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, n_q: int, cu_k: torch.Tensor, n_k: int
-    ) -> torch.Tensor:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, n_q: int, cu_k: torch.Tensor, n_k: int,
+        queries: torch.Tensor, keys: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        assert all(map(torch.equal, (queries, keys), tile_table(cu_q, cu_k, len(q), len(k))))
         p, _, v = probabilities(q, k, v, cu_q, cu_k)
         return torch.einsum("hnm,mhd->nhd", p, v).contiguous()
 
@@ -830,12 +834,12 @@ def define_attention_op():
     backward_op = torch.library.custom_op("nanor1_test::attention_backward", backward, mutates_args=())
     backward_op.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
     op.register_autograd(
-        lambda ctx, grad: (*backward_op(grad, *ctx.saved_tensors), None, None, None, None),
+        lambda ctx, grad: (*backward_op(grad, *ctx.saved_tensors), *[None] * 6),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4], inputs[5]),
     )
 
-    def attention(q, k, v, cu_q, n_q, cu_k=None, n_k=None):
-        return op(q, k, v, cu_q, n_q, cu_q if cu_k is None else cu_k, n_q if n_k is None else n_k)
+    def attention(q, k, v, cu_q, n_q, cu_k=None, n_k=None, *, table):
+        return op(q, k, v, cu_q, n_q, cu_q if cu_k is None else cu_k, n_q if n_k is None else n_k, *table)
 
     return attention
 
@@ -888,12 +892,13 @@ def test_compiled_blocks_are_compiled_once_for_all_lengths_and_equal_eager_ones(
 def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, attention_op, monkeypatch):
     eager, model = random_model(TINY), random_model(TINY)
     monkeypatch.setattr(nanor1.model, "attention", attention_op)
+    monkeypatch.setattr(nanor1.model, "_tiles", Layout.tiles)  # on the CPU, too
     monkeypatch.setattr(torch.compiler, "disable", lambda function: function)  # compile_blocks does so on the CPU
     model.compile_blocks(backend="eager", fullgraph=True)
     assert_like_eager(model, eager, WARM_UP)
     assert fresh_dynamo["stats"]["unique_graphs"] == 2  # without and with shared prompts
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert_like_eager(model, eager, WARM_UP + LENGTHS)
+        assert_like_eager(model, eager, WARM_UP + LENGTHS + MANY_ROWS)
 
 
 def cached_attention_unasked(q, k_SKTD, v_SKTD, slot_B, length_B, max_len):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.packing import attended_pairs, layout, spread, to_device
+from nanor1.packing import attended_pairs, layout, spread, tile_table, to_device
 from nanor1.sft import TextBatch
 
 
@@ -101,3 +101,52 @@ def test_attended_pairs_are_those_of_a_mask_in_full(groups):
     assert attended_pairs(starts(lengths), torch.tensor(parents)) == n_pairs
     if not any(p >= 0 for p in parents):
         assert attended_pairs(starts(lengths)) == n_pairs
+
+
+def tiles_by_hand(pairs, is_keys):
+    """(work, sequence, first, starts and lengths, place of L) of all tiles of 128 that hold a token, by counting."""
+    tiles, start_q, start_k, place = [], 0, 0, {}
+    for b, (n_q, n_k) in enumerate(pairs):
+        place[b] = (start_q // 128 + b) * 128
+        for first in range(0, n_k if is_keys else n_q, 128):
+            if is_keys:
+                work = sum(i + n_k - n_q >= first for i in range(n_q))
+            else:
+                work = sum(j <= min(first + 127, n_q - 1) + n_k - n_q for j in range(n_k))
+            tiles.append((-work, b, first, (first, start_q, n_q, start_k, n_k, place[b])))
+        start_q, start_k = start_q + n_q, start_k + n_k
+    return [entry for *_, entry in sorted(tiles)], place
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(1, 1)],
+        [(128, 128), (127, 127), (129, 129), (0, 0), (300, 300)],
+        [(0, 0), (5, 400), (260, 300), (0, 130), (0, 0), (128, 129)],
+        [(3, 3)] * 50,
+        [(250, 250)] * 9,
+    ],
+    ids=str,
+)
+def test_a_tile_table_has_each_tile_once_most_work_first_and_spare_ones_last(pairs):
+    (n_q, n_k), (cu_q, cu_k) = map(sum, zip(*pairs, strict=True)), map(starts, zip(*pairs, strict=True))
+    for is_keys, table in enumerate(tile_table(cu_q, cu_k, n_q, n_k)):
+        wanted, place = tiles_by_hand(pairs, is_keys)
+        got = list(map(tuple, table.unflatten(0, (-1, 6)).tolist()))
+        is_real = [entry[0] < entry[4 if is_keys else 2] for entry in got]
+        assert [entry for entry, real in zip(got, is_real, strict=True) if real] == wanted
+        assert table.dtype == torch.int32 and len(got) == (n_k if is_keys else n_q) // 128 + len(pairs) + is_keys
+        if not is_keys:
+            assert sorted(is_real, reverse=True) == is_real
+            rows = [place[b] + first for b, (n, _) in enumerate(pairs) for first in range(0, n, 128)]
+            assert len({*rows}) == len(rows) and max(rows) < 128 * len(got)  # L of no two tiles in one place
+
+
+def test_the_tile_table_of_a_layout_is_that_of_its_queries_and_keys():
+    alone = layout(starts([200, 3]))
+    shared = layout(starts([200, 3, 150]), torch.tensor([-1, 0, 0]))
+    behind = layout(starts([200, 3]), past_B=torch.tensor([1, 300]))
+    for where, n_keys in ((alone, [200, 3]), (shared, [200, 203, 350]), (behind, [201, 303])):
+        wanted = tile_table(where.cu_seqlens_B1, starts(n_keys), len(where.row_N), sum(n_keys))
+        assert all(map(torch.equal, where.tiles(), wanted))

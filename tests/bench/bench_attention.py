@@ -25,7 +25,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -43,11 +42,30 @@ DECODE = {  # model, context of each row, room in the cache, layers
     "1.5B, 256 rows of 768": ("1.5B", [768] * 256, 1024, 4),
     "1.5B, 256 rows of 256 to 1280": ("1.5B", [256 + 4 * i for i in range(256)], 1536, 4),
 }
+# Tiles to try, by kernel, chip and width; all compile without spills, see tests/test_kernels.py.
 SWEEP = {  # block_m, block_n, num_warps, num_stages
-    "forward": product((64, 128), (64, 128), (4, 8), (2, 3)),
-    "dq": product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
-    "dkdv": product((64,), (64, 128), (4, 8), (1, 2, 3)),
-    "decode": product((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5)),
+    "forward": {
+        ("hopper", 64): "64,64,4,2 64,64,4,3 64,128,4,2 64,128,4,3 128,64,4,2 128,64,8,2 128,64,8,3 128,128,8,2",
+        ("hopper", 128): "64,64,4,2 64,64,4,3 64,128,4,2 128,32,8,3 128,64,8,2 128,64,8,3 128,128,8,2 128,128,8,3",
+        ("ampere", 64): "64,32,4,2 64,64,4,2 64,64,4,3 128,32,8,2 128,64,4,2 128,64,8,2",
+        ("ampere", 128): "64,32,4,2 64,32,4,3 64,64,4,2 128,32,8,2 128,32,8,3 128,64,8,2",
+    },
+    "dq": {
+        ("hopper", 64): "64,64,4,2 64,64,4,3 64,128,4,2 128,32,8,3 128,64,8,2 128,64,8,3 128,128,8,2",
+        ("hopper", 128): "64,32,4,2 64,32,4,3 64,64,4,2 64,64,4,3 128,32,8,2 128,64,8,2 128,64,8,3",
+        ("ampere", 64): "64,32,4,2 64,32,4,3 64,64,8,2 128,32,8,2 128,32,8,3 128,64,8,2",
+        ("ampere", 128): "64,16,8,2 64,32,4,2 64,32,8,2 64,64,8,2 128,32,8,2",
+    },
+    "dkdv": {
+        ("hopper", 64): "32,64,4,3 64,64,4,1 64,64,4,2 64,64,4,3 32,128,8,3 64,128,8,1 64,128,8,2 64,128,8,3",
+        ("hopper", 128): "32,64,4,2 32,64,4,3 64,64,4,1 64,64,4,2 32,128,8,2 64,128,8,1 64,128,8,2 64,128,8,3",
+        ("ampere", 64): "32,32,4,2 32,32,4,3 32,64,4,2 64,32,4,2 32,64,8,2",
+        ("ampere", 128): "32,32,4,2 32,32,8,2 32,64,4,2 32,64,8,2 32,64,8,3 64,64,8,2",
+    },
+    "decode": dict.fromkeys(
+        [(chip, width) for chip in ("hopper", "ampere") for width in (64, 128)],
+        "16,32,2,4 16,32,4,3 16,64,2,3 16,64,4,2 16,64,4,3 16,128,4,2 16,128,8,2",
+    ),
 }
 
 
@@ -244,7 +262,8 @@ def attend_one_by_one(x: Packed) -> Tensor:
 
 
 def make_ours(x: Packed, kernels):
-    return lambda: kernels.flash_attention(x.q, x.k, x.v, x.cu, x.cu)
+    table = kernels.packing.tile_table(x.cu, x.cu, len(x.q), len(x.k))  # not timed: a model makes one for all layers
+    return lambda: kernels.flash_attention(x.q, x.k, x.v, x.cu, x.cu, table)
 
 
 def make_varlen(x: Packed, kernels):
@@ -365,23 +384,28 @@ def captured(function: Callable[[], object], device: str) -> Callable[[], object
     return graph.replay
 
 
+def tiles_to_try(kernels, name: str, chip: str, width: int) -> list[NamedTuple]:
+    return [kernels.Tiles(*map(int, tiles.split(","))) for tiles in SWEEP[name][chip, width].split()]
+
+
 def sweep(kernels, clock: Clock, name: str, width: int, is_tiny: bool) -> list[dict]:
     """Times of one kernel for each tile size, the others as they are; the fastest last."""
     x = make_packed("0.5B" if width == 64 else "1.5B", 4096, True, clock.device, is_tiny)
     cache = make_cache(*DECODE["1.5B, 256 rows of 768"], clock.device, is_tiny)
     q, k, v, cu = x.q.detach(), x.k.detach(), x.v.detach(), x.cu
-    out, lse = kernels._forward(q, k, v, cu, cu)
+    table = kernels.packing.tile_table(cu, cu, len(q), len(k))
+    out, lse = kernels._forward(q, k, v, *table)
     runs = {
-        "forward": lambda: kernels._forward(q, k, v, cu, cu),
-        "dq": lambda: kernels._backward(x.dout, q, k, v, out, lse, cu, cu),
-        "dkdv": lambda: kernels._backward(x.dout, q, k, v, out, lse, cu, cu),
+        "forward": lambda: kernels._forward(q, k, v, *table),
+        "dq": lambda: kernels._backward(x.dout, q, k, v, out, lse, *table),
+        "dkdv": lambda: kernels._backward(x.dout, q, k, v, out, lse, *table),
         "decode": lambda: [kernels.flash_decode(cache.q, *kv, None, cache.lengths) for kv in cache.layers],
     }
-    table = kernels.TILES[kernels._chip(q.device), 64 if width == 64 else 128]
-    rows = []
-    candidates = dict.fromkeys([table[name], *(kernels.Tiles(*tiles) for tiles in SWEEP[name])])  # none twice
+    chip = kernels._chip(q.device), kernels._padded(width)
+    cuts, rows = kernels.TILES[chip], []
+    candidates = dict.fromkeys([cuts[name], *tiles_to_try(kernels, name, *chip)])  # none twice
     for tiles in list(candidates)[: 2 if is_tiny else None]:
-        row, table[name] = {"tiles": tuple(tiles)}, tiles
+        row, cuts[name] = {"tiles": tuple(tiles)}, tiles
         try:
             row["ms"], row["spread_ms"] = clock(captured(runs[name], clock.device))
             row |= compiled(getattr(kernels, f"_{name}_kernel"))
