@@ -25,7 +25,7 @@ GROUPS = [
         "machine",
         "openmp",
     },
-    {"rewards", "tasks", "coding", "attention", "kernels", "packing", "pretrained", "draw"},
+    {"rewards", "tasks", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
     {"model", "logprobs"},
     {
         "prefill",
