@@ -155,7 +155,8 @@ class Batch:
         prompts, slot_B = [self.prompts[p] for p in numbers], self.index(placed)
         keys = [request_key(p.seed, r - self.first_P[i]) for r, i, p in zip(requests, numbers, prompts, strict=True)]
         source_B = self.index(p - self.prompt_of[self.prefilled.start] for p in numbers)
-        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.k[0].shape[2])
+        self.slots.extend(self.prefilled_cache.max_len)
+        self.slots.cache.copy_rows(self.prefilled_cache, source_B, slot_B, self.prefilled_cache.max_len)
         is_read = self.prefilled_logits is not None
         self.slots.start(
             slot_B,
@@ -208,7 +209,7 @@ class Batch:
         if self.pool.is_stepwise:
             self.pool.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
         else:
-            max_len = int(self.slots.position[:n_rows].max()) + 1
+            max_len = self.slots.extend(int(self.slots.position[:n_rows].max()) + 1)
             self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
         self._hear(self.request_of)
 

@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x W^T + b, and the residual where one is given."""
-        if self.reordered is not None and not torch.is_grad_enabled():
+        if self.reordered is not None and torch.is_inference_mode_enabled():
             return onednn.linear(x, self.reordered, self.bias, residual)
         if self.bias is not None and torch.compiler.is_compiling() and len(x) == 1:
             out = F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
@@ -117,7 +117,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, C] -> q [N, H, D], k [N, K, D], v [N, K, D], normalised and rotated."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        if self.reordered is None or torch.is_grad_enabled():
+        if self.reordered is None or not torch.is_inference_mode_enabled():
             projected = [proj(x) for proj in projections]
         else:
             bias = None if self.q_proj.bias is None else torch.cat([proj.bias for proj in projections])
@@ -146,7 +146,7 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)), residual)
         is_learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if self.up_proj.reordered is not None and not torch.is_grad_enabled() and self.act is F.silu:
+        if self.up_proj.reordered is not None and torch.is_inference_mode_enabled() and self.act is F.silu:
             gate = onednn.linear(x, self.gate_proj.reordered, self.gate_proj.bias, act="swish")
             product = onednn.linear(x, self.up_proj.reordered, self.up_proj.bias, factor_NM=gate)
         elif x.device.type == "cpu" and is_learning:  # keep the two factors alone
@@ -303,8 +303,9 @@ class Transformer(nn.Module):
         """On a CPU, for sampling: keep a second copy of each matrix, laid out as oneDNN reads it.
 
         Products of few rows are 1.2 to 2 times as fast (LOG.md). Copies are made anew when weights have changed since,
-        and dropped by the next forward with a gradient: they would be stale soon, and their memory is wanted. Where
-        there is not twice the memory, or no such layout, nothing is done.
+        and dropped by the next forward with a gradient: they would be stale soon, and their memory is wanted. Inference
+        mode alone, in which samplers work, takes them: what a model scores (no_grad) must not depend on whether it has
+        sampled before. Where there is not twice the memory, or no such layout, nothing is done.
         """
         versions = [0 if p.is_inference() else p._version for p in self.parameters()]
         if versions == self.reordered_versions:
@@ -350,7 +351,7 @@ class Transformer(nn.Module):
         """hidden [N, C] -> logits [N, V]: fp32 on CUDA, where products of bf16 are to be had unrounded."""
         if hidden.is_cuda and hidden.dtype != torch.float32:
             return torch.mm(hidden, self.head_weight_VC.t(), out_dtype=torch.float32)
-        if self.reordered_head is None or torch.is_grad_enabled():
+        if self.reordered_head is None or not torch.is_inference_mode_enabled():
             return F.linear(hidden, self.head_weight_VC)
         return onednn.linear(hidden, self.reordered_head)
 
@@ -460,6 +461,16 @@ class KVCache:
         """A cache of a model: of its weights' dtype, where they are."""
         weight = model.head_weight_VC
         return cls(model.config, n_rows, max_len, weight.dtype, weight.device)
+
+    @property
+    def max_len(self) -> int:
+        return self.k[0].shape[2]
+
+    def resize(self, max_len: int) -> None:
+        """Make rows longer or shorter, a layer at a time; what of their tokens still fits is kept."""
+        for layers in (self.k, self.v):
+            for i, old in enumerate(layers):
+                layers[i] = F.pad(old, (0, 0, 0, max_len - old.shape[2]))
 
     def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int, start: int = 0) -> None:
         """Copy positions start ... length - 1 of rows of `source` (this cache or another) into rows of this one."""

@@ -118,6 +118,7 @@ class Sampler:
             while batch.is_busy:
                 batch.advance()
             made = batch.collect()
+            self.pool.rest()
         return [[made[request] for request in requests] for requests in requests_P]
 
     def run(
@@ -145,7 +146,10 @@ class Sampler:
         texts = dict(stop_texts=stop_texts, decode=decode)
         with torch.inference_mode():
             self.pool.reorder_weights()
-            return Sessions(sessions, Batch(self.pool, sampling, keep=True, on_progress=on_progress, **texts)).finish()
+            batch = Batch(self.pool, sampling, keep=True, on_progress=on_progress, **texts)
+            results = Sessions(sessions, batch).finish()
+            self.pool.rest()
+        return results
 
 
 def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:

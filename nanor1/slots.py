@@ -20,6 +20,7 @@ from nanor1.model import Block, KVCache, Transformer
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
 # Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
 # for one row, and one for all other numbers.
+CACHE_STEP = 32  # tokens by which a CPU's cache grows
 GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
 # this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
@@ -51,10 +52,10 @@ class Slots:
     The last slot is never used: it stands in for the rows that a captured step has too many.
     """
 
-    def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int):
+    def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int, is_fixed: bool = True):
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
-        self.cache = KVCache.of(model, n_slots + 1, room)
+        self.cache = KVCache.of(model, n_slots + 1, room if is_fixed else 0)
         long = dict(dtype=torch.int64, device=weight.device)
         self.index = torch.arange(n_slots + 1, device=weight.device)
         self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet
@@ -106,6 +107,16 @@ class Slots:
         hidden_BC = model.decode(token_B, position_B, self.cache, max_len, slot_B, running_B, run_block)
         self.position[slots] = position_B + running_B
         self.record_step(self, slots, model.logits(hidden_BC), sampling)
+
+    def extend(self, length: int) -> int:
+        """See that the cache holds so many tokens a row, of at most `room`; returns how many keys attention looks at.
+
+        A cache that is not fixed grows with its longest row, a few tokens at a time: oneDNN multiplies rows of bf16 as
+        they lie where they are read to their end, and copies them first where not.
+        """
+        if length > self.cache.max_len:
+            self.cache.resize(min(self.room, -(-length // CACHE_STEP) * CACHE_STEP))
+        return length if self.cache.k[0].dtype == torch.float32 else self.cache.max_len
 
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
@@ -205,7 +216,13 @@ class SlotPool:
         room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
         self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
         budget = int(free_memory(self.device) * self.memory_share)
-        self.slots = Slots(self.model, slots_that_fit(self.model, room, wanted, budget), room, n_new)
+        n_slots = slots_that_fit(self.model, room, wanted, budget)
+        self.slots = Slots(self.model, n_slots, room, n_new, is_fixed=self.is_stepwise)
+
+    def rest(self) -> None:
+        """Between calls, give back the memory of a cache that grows."""
+        if self.slots and not self.is_stepwise:
+            self.slots.cache.resize(0)
 
     def step(self, n_rows: int, sampling: Sampling) -> Step:
         """The repeatable step over at least `n_rows` slots."""

@@ -705,6 +705,8 @@ def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns(
 
     before = logits()
     copy = model.reordered_head
+    if copy is None:
+        pytest.skip("this torch has no oneDNN")
     assert torch.equal(logits(), before) and model.reordered_head is copy  # kept while weights are as they were
     optimizer = MasterAdamW(model)
     model(ids, cu).square().sum().backward()
@@ -717,6 +719,17 @@ def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns(
     with torch.inference_mode():
         torch.testing.assert_close(after, model.logits(model(ids, cu)), atol=1e-4, rtol=1e-4)
     assert (after - before).abs().max() > 0.1
+
+
+def test_what_a_model_scores_does_not_depend_on_whether_it_has_sampled_before():
+    model = random_model(config_from_hf(LLAMA))
+    ids, cu = pack(random_sequences([7, 3]))
+    with torch.no_grad():
+        before = model.logits(model(ids, cu))
+    with torch.inference_mode():
+        model.reorder_weights()
+    with torch.no_grad():
+        assert torch.equal(model.logits(model(ids, cu)), before)
 
 
 def test_weights_are_not_reordered_where_they_do_not_fit_twice(monkeypatch):

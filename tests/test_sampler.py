@@ -1188,3 +1188,20 @@ def test_the_common_beginning_is_the_longest_that_leaves_each_prompt_a_token(pro
     assert len({tuple(prompt[:n]) for prompt in prompts}) == 1 and n < min(map(len, prompts))
     longer = {tuple(prompt[: n + 1]) for prompt in prompts}
     assert len(longer) > 1 or n + 1 == min(map(len, prompts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_cache_grows_with_its_longest_row_and_is_given_back(dtype):
+    model = random_model().to(dtype)
+    sampler, lengths = Sampler(model, max_rows=2), []
+    grown = sampler.generate([[1, 2, 3], [4] * 9], max_new_tokens=60, on_token=lambda *_: lengths.append(held(sampler)))
+    assert lengths == sorted(lengths) and lengths[0] == 32 and lengths[-1] == 96 and set(lengths) == {32, 64, 96}
+    assert held(sampler) == 0
+    fixed = Sampler(model, max_rows=2)
+    fixed.pool.reserve(2, 9, 60)
+    fixed.pool.slots.cache.resize(fixed.pool.slots.room)  # grown at once
+    assert ids_of(fixed.generate([[1, 2, 3], [4] * 9], max_new_tokens=60)) == ids_of(grown)
+
+
+def held(sampler):
+    return sampler.pool.slots.cache.max_len
