@@ -235,7 +235,7 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
         if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
             metrics |= eval_metrics(run_evaluation(run).to_dict())
         run.log.metrics(progress.step, metrics)
-        warn_of_gap(run.log, metrics, run.workers.model.head_weight_VC.dtype)
+        warn_of_gap(run.log, metrics, run.workers.model.head_weight_VC.dtype, config.temperature)
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
         is_last = progress.step == run.n_steps or run.interrupt.is_asked
@@ -381,6 +381,7 @@ def load_teaching(
         return teacher, []
     if not has_traces:
         make_traces(config, teacher, task, path, log)
+        teacher.model.drop_reordered()  # it scores from here on
     return teacher if config.method == "logits" else None, read_traces(config, tokenizer, path, log)
 
 

@@ -273,8 +273,9 @@ def train(run: Run) -> None:
         rollouts_PG, advantages_PG = act(run.actor, run.reference, progress.step)
         rollout_s = time.monotonic() - step_start_s
         report_unjudged(run.log, rollouts_PG)
+        loss_scale, dtype = run.optimizer.loss_scale, run.actor.workers.model.head_weight_VC.dtype
         learned = learn(run.actor, run.reference, run.optimizer, rollouts_PG, advantages_PG, progress.step)
-        guard.check(learned["skipped_updates"], learned["updates"], run.optimizer.loss_scale)
+        guard.check(learned["skipped_updates"], learned["updates"], loss_scale)
         progress.step += 1
         if run.reference and is_due(config.reference_every, progress.step):
             run.reference.load_state_dict(run.actor.workers.model.state_dict())
@@ -285,7 +286,7 @@ def train(run: Run) -> None:
             metrics |= evaluate_during(run)
         metrics["step_s"] = time.monotonic() - step_start_s
         run.log.metrics(progress.step, metrics)
-        warn_of_gap(run.log, metrics, run.actor.workers.model.head_weight_VC.dtype, ", or --importance-cap 2")
+        warn_of_gap(run.log, metrics, dtype, config.temperature, ", or --importance-cap 2")
         run.log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s

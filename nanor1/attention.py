@@ -21,6 +21,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanor1.packing import TileTable
 
@@ -93,16 +94,16 @@ def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_BT: Ten
     K, T = k_BKTD.shape[1:3]
     q = q_BHD.view(B, K, H // K, D)  # the query heads that share a key/value head read it once, as rows of one product
     bias = None if bias_BT is None else bias_BT[:, None, None, :]
-    if q.device.type != "cpu" or (q.dtype != torch.float32 and B <= FEW_ROWS):
+    if q.device.type != "cpu" or (q.dtype.itemsize < 4 and B <= FEW_ROWS):
         bias = None if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=bias).reshape(B, H, D)
     q = q * D**-0.5  # here, too, plain products are quicker
-    if q.dtype == torch.float32:
+    if q.dtype.itemsize >= 4:
         scores = torch.matmul(q, k_BKTD.mT)
         scores = scores if bias is None else scores.add_(bias)
     else:  # the larger side first: 2 to 3 times as fast in bf16
         scores = torch.matmul(k_BKTD, q.mT).mT
-        out = torch.empty(B, K, H // K, T)
+        out = torch.empty(B, K, H // K, T, dtype=torch.float32)
         scores = out.copy_(scores) if bias is None else torch.add(scores, bias, out=out)
     return torch.matmul(scores.softmax(dim=-1).to(q.dtype), v_BKTD).reshape(B, H, D)
 
@@ -168,6 +169,7 @@ class _CausalProducts(torch.autograd.Function):
         return _ungroup(torch.bmm(p, _wide(v_UKD).transpose(0, 1)), q_THD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_THD, k_UKD, v_UKD, *kept = ctx.saved_tensors
         p, q = kept or _probabilities(q_THD, k_UKD)

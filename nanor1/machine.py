@@ -53,7 +53,7 @@ def choose_device(
         why = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not to be had here ({why}); leave it out, or use cpu") from error
     if dtype == "float16" and chosen.type != "cuda":
-        raise ValueError(f"--dtype float16 is for CUDA, and the device is {name}; use float32, bfloat16 or auto")
+        raise ValueError(f"--dtype float16 is for CUDA, and the device is {name}; use float32 or bfloat16")
     dtype_name, dtype_reason = _choose_dtype(chosen, width) if dtype == "auto" else (dtype, "asked for")
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     say(f"device: {name} ({reason}){threads}; dtype: {dtype_name} ({dtype_reason})")

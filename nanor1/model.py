@@ -112,7 +112,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.norm_eps)
             self.k_norm = RMSNorm(D, config.norm_eps)
         self.head_dim = D
-        self.reordered: Tensor | None = None  # the matrices of q, k and v in one, for sampling on a CPU
+        self.reordered: tuple[Tensor, Tensor | None] | None = None  # q, k and v in one, for sampling on a CPU
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, C] -> q [N, H, D], k [N, K, D], v [N, K, D], normalised and rotated."""
@@ -120,9 +120,7 @@ class Attention(nn.Module):
         if self.reordered is None or not torch.is_inference_mode_enabled():
             projected = [proj(x) for proj in projections]
         else:
-            bias = None if self.q_proj.bias is None else torch.cat([proj.bias for proj in projections])
-            widths = [proj.out_features for proj in projections]
-            projected = onednn.linear(x, self.reordered, bias).split(widths, dim=-1)
+            projected = onednn.linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -178,6 +176,15 @@ class Block(nn.Module):
 def _tiles(where: Layout) -> TileTable | None:
     """What the Triton kernels work on, made once for all layers; None where there are no such kernels."""
     return where.tiles() if where.cu_seqlens_B1.is_cuda else None
+
+
+def allow_programs() -> None:
+    """Let torch.compile make more programs of one function than 8, from which on it would run it uncompiled.
+
+    All models' blocks are one function to it, and each model has up to five programs: with a gradient, behind shared
+    prompts, in its backward again, decoding, and of one row.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def _attend_packed(
@@ -291,9 +298,7 @@ class Transformer(nn.Module):
         on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
         Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
         """
-        # All models' blocks are one function to torch, which else runs it uncompiled from the ninth program on; each
-        # model has up to five: with a gradient, behind shared prompts, in its backward again, decoding, and of one row.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        allow_programs()
         if self.head_weight_VC.device.type == "cpu":
             self.attend_packed = torch.compiler.disable(_attend_packed)
         for block in self.model.layers:
@@ -305,7 +310,8 @@ class Transformer(nn.Module):
         Products of few rows are 1.2 to 2 times as fast (LOG.md). Copies are made anew when weights have changed since,
         and dropped by the next forward with a gradient: they would be stale soon, and their memory is wanted. Inference
         mode alone, in which samplers work, takes them: what a model scores (no_grad) must not depend on whether it has
-        sampled before. Where there is not twice the memory, or no such layout, nothing is done.
+        sampled before. Where there is not twice the memory, or no such layout, nothing is done. Of replicas that share
+        weights (parallel.py) only the one that is updated may sample: a change does not show in the others' versions.
         """
         versions = [0 if p.is_inference() else p._version for p in self.parameters()]
         if versions == self.reordered_versions:
@@ -316,11 +322,21 @@ class Transformer(nn.Module):
             return
         for block in self.model.layers:
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
-            block.self_attn.reordered = onednn.reorder(torch.cat([proj.weight for proj in projections]))
+            biases = [proj.bias for proj in projections if proj.bias is not None]
+            matrix = onednn.reorder(torch.cat([proj.weight for proj in projections]))
+            block.self_attn.reordered = matrix if matrix is None else (matrix, torch.cat(biases) if biases else None)
             for part in (block.self_attn.o_proj, *block.mlp.children()):
                 if isinstance(part, Linear):
                     part.reordered = onednn.reorder(part.weight)
         self.reordered_head, self.reordered_versions = onednn.reorder(head_VC), versions
+
+    def __getstate__(self) -> dict:
+        self.drop_reordered()  # which can neither be copied nor pickled
+        return super().__getstate__()
+
+    def _apply(self, *arguments) -> "Transformer":
+        self.drop_reordered()  # which do not follow to another device or dtype, as by `.to()`
+        return super()._apply(*arguments)
 
     def drop_reordered(self) -> None:
         if self.reordered_versions is not None:

@@ -2,11 +2,12 @@
 
 torch.nn.functional.linear hands oneDNN (bf16) or MKL (fp32) the matrix as it lies, and for few rows putting it in order
 takes as long as multiplying. torch keeps the operations that do it once for what torch.compile freezes; they are
-called here. Measured: LOG.md. Left out: other processors than x86 with a torch that has oneDNN, where `reorder` gives
-None.
+called here. Measured: LOG.md. Left out: other processors than x86, where `reorder` gives None.
 
 Source: oneDNN's guide, "Memory Format Propagation".
 """
+
+import platform
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ ROWS = 64  # of the products that the layout is chosen for; those of 1 to 512 ro
 
 def reorder(weight_MC: Tensor) -> Tensor | None:
     """A copy of a matrix, fp32 or bf16, in oneDNN's own layout; None where oneDNN cannot multiply by it."""
-    is_had = weight_MC.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")
-    if not is_had or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    is_x86 = weight_MC.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     is_bf16 = weight_MC.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight_MC.dtype != torch.float32 and not is_bf16:

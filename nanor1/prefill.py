@@ -9,11 +9,13 @@ Letters: B prompts, N packed tokens, C hidden width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from nanor1.machine import index_tensor
 from nanor1.model import KVCache, Transformer
 from nanor1.packing import end_to_end, to_device
 
@@ -39,7 +41,7 @@ def take_over(
 ) -> tuple[KVCache, list[int]]:
     """A cache with a row a prompt, and how many of its first tokens stand there: those that are kept."""
     cache, device = KVCache.of(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
-    index = lambda numbers: torch.tensor(list(numbers), dtype=torch.int64, device=device)  # noqa: E731
+    index = partial(index_tensor, device=device)
     past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
     for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():
         rows = [b for b, kept in enumerate(behind) if kept and kept.cache is source]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
 from nanor1.machine import free_memory, index_tensor
-from nanor1.model import Block, KVCache, Transformer
+from nanor1.model import Block, KVCache, Transformer, allow_programs
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+CACHE_STEP = 32  # tokens by which a CPU's cache grows
 # Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
 # for one row, and one for all other numbers.
-CACHE_STEP = 32  # tokens by which a CPU's cache grows
 GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
 # this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
@@ -70,6 +70,8 @@ class Slots:
         self.logp = torch.zeros(n_slots + 1, n_new + 1, device=weight.device)
         self.confidence = torch.zeros_like(self.logp)
         is_cuda = weight.device.type == "cuda"
+        if is_cuda:
+            allow_programs()
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.sample_tokens = sample_tokens if is_cuda else sample_by_parts
         # in a step, where it would be some 50 small kernels; not bound to this object, which would outlive its use

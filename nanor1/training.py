@@ -133,10 +133,11 @@ def update(optimizer: MasterAdamW, guard: NonFiniteGuard, config, step: int, n_s
     A gradient that is not finite is skipped; ValueError after several in a row.
     """
     lr = learning_rate(step, n_steps, config.lr, config.warmup, config.decay)
-    grad_norm = optimizer.step(lr, config.max_grad_norm)
+    loss_scale, grad_norm = optimizer.loss_scale, optimizer.step(lr, config.max_grad_norm)
     is_made = math.isfinite(grad_norm)
-    guard.check(n_skipped=int(not is_made), n_made=int(is_made), loss_scale=optimizer.loss_scale)
-    return {"lr": lr, "grad_norm": grad_norm} | scale_metric(optimizer)
+    guard.check(n_skipped=int(not is_made), n_made=int(is_made), loss_scale=loss_scale)
+    is_expected = not is_made and loss_scale > 1
+    return {"lr": lr, "grad_norm": None if is_expected else grad_norm} | scale_metric(optimizer)
 
 
 def scale_metric(optimizer: MasterAdamW) -> dict[str, float]:
@@ -144,19 +145,20 @@ def scale_metric(optimizer: MasterAdamW) -> dict[str, float]:
     return {"loss_scale": optimizer.loss_scale} if optimizer.is_scaled else {}
 
 
-def warn_of_gap(log: RunLog, metrics: dict, dtype: torch.dtype, corrects: str = "") -> None:
+def warn_of_gap(log: RunLog, metrics: dict, dtype: torch.dtype, temperature: float, corrects: str = "") -> None:
     """Say, once a run, that sampler and trainer differ by more than rounding to `dtype` explains.
 
+    What is rounded counts 1 / temperature times in the metric.
     `corrects` names the script's flag, if it has one, that makes up for the difference.
     """
     gap, normal = metrics.get("logp_gap_mean", 0.0), NORMAL_GAP.get(dtype, math.inf)
-    if gap <= normal:
+    if gap * min(1.0, temperature) <= normal:
         return
     name = str(dtype).removeprefix("torch.")
     less = {torch.bfloat16: "--dtype float16 (on cuda) or float32", torch.float16: "--dtype float32"}.get(dtype)
     advice = f"try {less}{corrects}" if less else f"the two compute different things, which is a bug{corrects}"
     log.say_once(
-        "logp_gap_mean",
+        "gap beyond rounding",
         f"warning: logp_gap_mean is {gap:.2g}; in {name} rounding explains {normal:g}: the sampler's "
         f"log-probabilities are not those that are learned from; {advice} (said once)",
     )

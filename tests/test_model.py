@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -730,6 +731,24 @@ def test_what_a_model_scores_does_not_depend_on_whether_it_has_sampled_before():
         model.reorder_weights()
     with torch.no_grad():
         assert torch.equal(model.logits(model(ids, cu)), before)
+
+
+def test_a_model_that_has_sampled_is_copied_pickled_and_converted_as_any_other():
+    model = random_model(config_from_hf(LLAMA))
+    wanted = model.state_dict()
+    for other in (
+        copy.deepcopy,
+        replica,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.double(),
+    ):
+        model.reorder_weights()
+        made = other(model)
+        assert made.reordered_head is None
+        for name, value in made.state_dict().items():
+            torch.testing.assert_close(value, wanted[name], check_dtype=False)
+    model.reorder_weights()
+    assert model.reordered_head is None  # of fp64
 
 
 def test_weights_are_not_reordered_where_they_do_not_fit_twice(monkeypatch):

@@ -259,9 +259,18 @@ def test_batches_are_small_on_a_cpu_unless_asked_for():
 )
 def test_a_gap_is_warned_of_once_beyond_what_rounding_explains(tmp_path, dtype, gap, said):
     with RunLog.create(tmp_path / "run", {}, []) as log:
-        training.warn_of_gap(log, {}, dtype)  # a step without updates has none
+        training.warn_of_gap(log, {}, dtype, 1.0)  # a step without updates has none
         for _ in range(2):
-            training.warn_of_gap(log, {"logp_gap_mean": gap}, dtype, ", or --flag")
+            training.warn_of_gap(log, {"logp_gap_mean": gap}, dtype, 1.0, ", or --flag")
     text = (tmp_path / "run" / "log.txt").read_text()
     assert text.count("logp_gap_mean") == (0 if said is None else 1)
     assert said is None or (said in text and f"{gap:.2g}" in text)
+
+
+def test_a_gap_may_be_larger_at_a_lower_temperature(tmp_path):
+    with RunLog.create(tmp_path / "run", {}, []) as log:
+        training.warn_of_gap(log, {"logp_gap_mean": 0.08}, torch.bfloat16, 0.5)
+        assert "warning" not in (tmp_path / "run" / "log.txt").read_text()
+        training.warn_of_gap(log, {"logp_gap_mean": 0.12}, torch.bfloat16, 0.5)
+        training.warn_of_gap(log, {}, torch.bfloat16, 0.0)
+    assert (tmp_path / "run" / "log.txt").read_text().count("warning") == 1
