@@ -1,14 +1,15 @@
-"""Causal attention over packed sequences, and over a key/value cache: one call each, three ways.
+"""Causal attention over packed sequences, and over a key/value cache: one call each, in several ways.
 
 Sequences lie end to end, `cu_seqlens_B1 = [0, len_0, len_0 + len_1, ...]`; no token attends across a boundary. The
 queries of a sequence may be only its last positions: a chunk of a prompt, or a completion behind a prompt that others
 share. Then keys have their own `cu_seqlens_k_B1`, and query i of a sequence sees its keys j <= i + k_len - q_len.
 
 On CUDA the Triton kernels take them as they lie (kernels.py). Where those do not run, torch's
-scaled_dot_product_attention (SDPA) does; a warning says why, once. It wants a rectangle, so this is the one module in
-which padding exists: sequences are copied into one and the result is copied back. A padded key lies after every real
-token of its row, so the causal mask hides it, and no gradient reaches it. `reference_attention` says the same in the
-plainest way; the tests compare the three.
+scaled_dot_product_attention (SDPA) does; a warning says why, once. A CPU takes one sequence after the other, short
+ones by plain products. Other devices, and a narrow model on a CPU, want rectangles, so this is the one module in which
+padding exists: sequences are copied into one and the result is copied back. A padded key lies after every real token of
+its row, so the causal mask hides it, and no gradient reaches it. `reference_attention` says the same in the plainest
+way; the tests compare them all.
 
 Attention: Vaswani et al. 2017 (1706.03762, eq. 1); grouped queries: Ainslie et al. 2023 (2305.13245).
 
@@ -25,7 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from nanor1.packing import TileTable
 
+NARROW = 256  # H * D, under which calling torch for each sequence takes longer than what is padded
 SHORT = 256  # keys: up to here plain products beat SDPA's tiles on a CPU (forward and backward 2.5x at 140, bf16)
+SHORT_IF_NARROW = 128  # queries: the same in rectangles, in fp32
 FEW_ROWS = 4  # of a decode step: up to here SDPA is quicker in bf16
 KEPT = 64  # keys: up to here, probabilities are kept for the gradient
 
@@ -45,7 +48,8 @@ def attention(
     `cu_seqlens_B1` is int64 on q's device, starting at 0 and ending at N; `max_len` is the longest sequence (the Triton
     kernels do not look at it). The same of the keys, where a sequence has more of them than queries; None: as many.
     `table` is made of both for the Triton kernels (nanor1.packing.tile_table; None: for this call alone).
-    On a CPU neighbours of similar length share a rectangle, so sequences sorted by length waste least.
+    On a CPU narrow heads are grouped: neighbours of similar length share a rectangle, so that sequences sorted by
+    length waste least.
     """
     if cu_seqlens_k_B1 is None:
         cu_seqlens_k_B1, max_len_k = cu_seqlens_B1, max_len
@@ -56,7 +60,8 @@ def attention(
         lengths_B = cu_seqlens_B1.diff()
         lengths_k_B = lengths_B if cu_seqlens_k_B1 is cu_seqlens_B1 else cu_seqlens_k_B1.diff()
         return _attend_in_rectangle(q_NHD, k_MKD, v_MKD, lengths_B, lengths_k_B, max_len, max_len_k)
-    return _attend_by_sequence(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.diff().tolist(), cu_seqlens_k_B1.diff().tolist())
+    attend = _attend_in_groups if _is_narrow(q_NHD) else _attend_by_sequence
+    return attend(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.diff().tolist(), cu_seqlens_k_B1.diff().tolist())
 
 
 def cached_attention(
@@ -142,6 +147,38 @@ def _triton_kernels(q: Tensor):
     return None
 
 
+def _attend_in_groups(q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths: list[int], lengths_k: list[int]) -> Tensor:
+    """Attention in a rectangle for each group of neighbours of similar length."""
+    groups = [list(zip(*group, strict=True)) for group in _groups_of_similar_length(lengths, lengths_k)]
+    sizes, sizes_k = ([sum(group[i]) for group in groups] for i in (0, 1))
+    parts = zip(q_NHD.split(sizes), k_MKD.split(sizes_k), v_MKD.split(sizes_k), groups, strict=True)
+    outputs = []
+    for q, k, v, (group, group_k) in parts:
+        lengths_B = torch.tensor(group)
+        lengths_k_B = lengths_B if group == group_k else torch.tensor(group_k)
+        outputs.append(_attend_in_rectangle(q, k, v, lengths_B, lengths_k_B, max(group), max(group_k)))
+    return torch.cat(outputs)
+
+
+def _groups_of_similar_length(
+    lengths: list[int], lengths_k: list[int], waste: float = 1.25, n_tokens: int = 512
+) -> list[list[tuple[int, int]]]:
+    """Cut the row of (queries, keys) where a rectangle of `n_tokens` or more would exceed `waste` times the real ones.
+
+    >>> _groups_of_similar_length([9, 9, 8, 2, 2], [9, 9, 8, 9, 9], n_tokens=16)
+    [[(9, 9), (9, 9), (8, 8)], [(2, 9), (2, 9)]]
+    """
+    groups, longest, total = [[]], (0, 0), (0, 0)
+    for pair in zip(lengths, lengths_k, strict=True):
+        longest, total = tuple(map(max, longest, pair)), (total[0] + pair[0], total[1] + pair[1])
+        cells = [most * (len(groups[-1]) + 1) for most in longest]
+        if total[1] - pair[1] >= n_tokens and any(n > waste * real for n, real in zip(cells, total, strict=True)):
+            groups.append([])
+            longest = total = pair
+        groups[-1].append(pair)
+    return groups
+
+
 def _attend_by_sequence(
     q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, lengths: list[int], lengths_k: list[int]
 ) -> Tensor:
@@ -222,14 +259,36 @@ def _attend_in_rectangle(
 
 def _causal(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None = None) -> Tensor:
     """Query i of row b sees the keys j <= i + offset_B[b]; None: the queries are the last positions of each row."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BUKD, v_BUKD))
-    T, U, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    T, U = q_BTHD.shape[1], k_BUKD.shape[1]
     if offset_B is None and T != U:
         offset_B = torch.tensor([U - T])
+    if _is_narrow(q_BTHD) and T <= SHORT_IF_NARROW and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.float32:
+        return _causal_products(q_BTHD, k_BUKD, v_BUKD, offset_B)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BUKD, v_BUKD))
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     mask = None if offset_B is None else _is_seen(T, U, offset_B)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+def _is_narrow(q: Tensor) -> bool:
+    return q.shape[-2] * q.shape[-1] < NARROW
+
+
+def _causal_products(q_BTHD: Tensor, k_BUKD: Tensor, v_BUKD: Tensor, offset_B: Tensor | None) -> Tensor:
+    """Scores in full; the query heads that share a key/value head are rows of one matrix product with it."""
+    B, T, H, D = q_BTHD.shape
+    U, K = k_BUKD.shape[1:3]
+    if offset_B is None:
+        hidden_BTU = torch.full((1, T, T), float("-inf")).triu(1)
+    else:
+        hidden_BTU = torch.zeros(B, T, U).masked_fill_(~_is_seen(T, U, offset_B), float("-inf"))
+    q = (q_BTHD * D**-0.5).reshape(B, T, K, H // K, D).transpose(1, 2).reshape(B * K, T * (H // K), D)
+    k, v = (x.transpose(1, 2).reshape(B * K, U, D) for x in (k_BUKD, v_BUKD))
+    scores = torch.bmm(q, k.mT).view(B, K, T, H // K, U) + hidden_BTU[:, None, :, None]
+    out = torch.bmm(scores.softmax(dim=-1).view(B * K, T * (H // K), U), v)
+    return out.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
 def _is_seen(T: int, U: int, offset_B: Tensor) -> Tensor:

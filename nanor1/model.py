@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanor1 import onednn
-from nanor1.attention import attention, cached_attention, decode_attention, hide_behind
+from nanor1.attention import NARROW, attention, cached_attention, decode_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
@@ -318,7 +318,9 @@ class Transformer(nn.Module):
             return
         self.drop_reordered()
         head_VC = self.head_weight_VC
-        if head_VC.device.type != "cpu" or 2 * sum(p.nbytes for p in self.parameters()) > free_memory(head_VC.device):
+        if head_VC.device.type != "cpu" or self.config.hidden_size < NARROW:  # small ones are no faster for it
+            return
+        if 2 * sum(p.nbytes for p in self.parameters()) > free_memory(head_VC.device):
             return
         for block in self.model.layers:
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj

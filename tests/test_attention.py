@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import nanor1.attention
 from nanor1.attention import attention, cached_attention, decode_attention, hide_behind, reference_attention
 
 LENGTHS = {
@@ -28,6 +29,11 @@ FEWER_QUERIES = {  # (queries, keys) of each sequence
     "one token": [(1, 1), (1, 300), (1, 40)],
     "nothing new": [(0, 4), (3, 4), (0, 0)],
 }
+
+
+@pytest.fixture(autouse=True, params=[0, 10**9], ids=["wide", "narrow"])
+def both_ways_of_a_cpu(request, monkeypatch):
+    monkeypatch.setattr(nanor1.attention, "NARROW", request.param)
 
 
 def cu_seqlens(lengths):

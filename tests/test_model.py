@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import nanor1.attention
 import nanor1.model
 from nanor1 import onednn
 from nanor1.attention import hide_behind
@@ -613,8 +614,10 @@ def gradients(model, hidden, weight):
     return torch.cat([p.grad.flatten() for p in model.model.parameters()])
 
 
+@pytest.mark.parametrize("narrow", [10**9, 0], ids=["narrow", "wide"])  # how a CPU takes a model: see attention.py
 @pytest.mark.parametrize("name", FAMILIES)
-def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradients(name):
+def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradients(name, narrow, monkeypatch):
+    monkeypatch.setattr(nanor1.attention, "NARROW", narrow)
     model = random_model(config_from_hf(CONFIGS[name]))
     prompts, tails = random_sequences([7, 1, 20]), random_sequences([4, 1, 6, 9], seed=1)
     shared, copied, at = shared_and_copied(prompts, list(zip([2, 0, 0, 1], tails, strict=True)))
@@ -641,6 +644,17 @@ def test_with_lengths_on_the_cpu_a_forward_asks_its_device_for_nothing(monkeypat
 
 
 # matrices laid out for sampling on a CPU
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(nanor1.model, "NARROW", 0)
+
+
+def test_small_matrices_are_not_reordered():
+    model = random_model(config_from_hf(LLAMA))
+    model.reorder_weights()
+    assert model.reordered_head is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -677,7 +691,7 @@ def test_what_onednn_does_not_multiply_is_not_reordered():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_reordered_weights_change_neither_a_forward_nor_a_decode_step(name):
+def test_reordered_weights_change_neither_a_forward_nor_a_decode_step(name, small_ones_too):
     model, cache = random_model(config_from_hf(CONFIGS[name])), None
     ids, cu = pack(random_sequences([7, 3]))
     token, position = torch.tensor([1, 2]), torch.tensor([7, 3])
@@ -695,7 +709,7 @@ def test_reordered_weights_change_neither_a_forward_nor_a_decode_step(name):
         torch.testing.assert_close(reordered, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns():
+def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns(small_ones_too):
     model = random_model(config_from_hf(LLAMA))
     ids, cu = pack(random_sequences([7, 3]))
 
@@ -722,7 +736,7 @@ def test_reordered_copies_follow_the_weights_and_end_with_a_forward_that_learns(
     assert (after - before).abs().max() > 0.1
 
 
-def test_what_a_model_scores_does_not_depend_on_whether_it_has_sampled_before():
+def test_what_a_model_scores_does_not_depend_on_whether_it_has_sampled_before(small_ones_too):
     model = random_model(config_from_hf(LLAMA))
     ids, cu = pack(random_sequences([7, 3]))
     with torch.no_grad():
@@ -733,7 +747,7 @@ def test_what_a_model_scores_does_not_depend_on_whether_it_has_sampled_before():
         assert torch.equal(model.logits(model(ids, cu)), before)
 
 
-def test_a_model_that_has_sampled_is_copied_pickled_and_converted_as_any_other():
+def test_a_model_that_has_sampled_is_copied_pickled_and_converted_as_any_other(small_ones_too):
     model = random_model(config_from_hf(LLAMA))
     wanted = model.state_dict()
     for other in (
@@ -754,6 +768,7 @@ def test_a_model_that_has_sampled_is_copied_pickled_and_converted_as_any_other()
 def test_weights_are_not_reordered_where_they_do_not_fit_twice(monkeypatch):
     model = random_model(config_from_hf(LLAMA))
     n_bytes = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr("nanor1.model.NARROW", 0)
     monkeypatch.setattr("nanor1.model.free_memory", lambda device: 2 * n_bytes - 1)
     model.reorder_weights()
     assert model.reordered_head is None
