@@ -336,9 +336,9 @@ class Transformer(nn.Module):
         self.drop_reordered()  # which can neither be copied nor pickled
         return super().__getstate__()
 
-    def _apply(self, *arguments) -> "Transformer":
+    def _apply(self, *arguments, **options) -> "Transformer":
         self.drop_reordered()  # which do not follow to another device or dtype, as by `.to()`
-        return super()._apply(*arguments)
+        return super()._apply(*arguments, **options)
 
     def drop_reordered(self) -> None:
         if self.reordered_versions is not None:
