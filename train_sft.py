@@ -91,7 +91,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, mps or auto", "machine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "of the weights; auto: bfloat16 on cuda, and on CPUs that are measured to be faster; float16: cuda only",
+        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import request_key
-from nanor1.machine import index_tensor
 from nanor1.model import KVCache, Transformer
+from nanor1.packing import index_tensor
 from nanor1.prefill import Kept, prefill, read_beginning, take_over
 from nanor1.slots import Look, Sampling, SlotPool
 

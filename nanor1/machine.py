@@ -8,12 +8,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 SMALL_WIDTH = 512  # a narrower model is bound by overhead: bf16 gains nothing and costs precision
 WORTHWHILE = 1.5  # as fast as fp32, at least, has bf16 to be on a CPU
@@ -129,12 +128,6 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return min(left, *left_in_control_groups())
-
-
-def index_tensor(numbers: Iterable[int], device: torch.device) -> Tensor:
-    """int64 on the device; for CUDA from pinned memory, since a copy from any other waits for all work under way."""
-    numbers = torch.tensor(list(numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
 
 
 def left_in_control_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:

@@ -52,6 +52,11 @@ class Linear(nn.Linear):
         return out if residual is None else residual + out
 
 
+def _keeps_little(x: Tensor) -> bool:
+    """Whether what the backward needs is chosen by hand: on a CPU; torch.compile chooses by itself."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -59,7 +64,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if _keeps_little(x):
             return _LeanRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32 inside
 
@@ -143,11 +148,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)), residual)
-        is_learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if self.up_proj.reordered is not None and torch.is_inference_mode_enabled() and self.act is F.silu:
             gate = onednn.linear(x, self.gate_proj.reordered, self.gate_proj.bias, act="swish")
             product = onednn.linear(x, self.up_proj.reordered, self.up_proj.bias, factor_NM=gate)
-        elif x.device.type == "cpu" and is_learning:  # keep the two factors alone
+        elif _keeps_little(x):  # the two factors alone
             parts = self.gate_proj(x), self.up_proj(x)
             product = checkpoint(self.gated, *parts, use_reentrant=False, preserve_rng_state=False)
         else:

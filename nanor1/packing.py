@@ -125,6 +125,11 @@ def to_device(x: Any, device: torch.device | str, stays: Collection[str] = ()) -
     return replace(x, **{name: to_device(value, device) for name, value in vars(x).items() if name not in stays})
 
 
+def index_tensor(numbers: Iterable[int], device: torch.device) -> Tensor:
+    """Numbers as int64 on the device, without a wait."""
+    return to_device(torch.tensor(list(numbers), dtype=torch.int64), device)
+
+
 def in_batches(
     items: Iterable[Item], n_new: Callable[[Item, Item | None], int], tokens_per_batch: int
 ) -> list[list[Item]]:

@@ -15,9 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nanor1.machine import index_tensor
 from nanor1.model import KVCache, Transformer
-from nanor1.packing import end_to_end, to_device
+from nanor1.packing import end_to_end, index_tensor, to_device
 
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
 

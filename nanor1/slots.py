@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
-from nanor1.machine import free_memory, index_tensor
+from nanor1.machine import free_memory
 from nanor1.model import Block, KVCache, Transformer, allow_programs
+from nanor1.packing import index_tensor
 
 ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
 CACHE_STEP = 32  # tokens by which a CPU's cache grows

@@ -105,9 +105,9 @@ def token_beam_search(
     _check_tokens(prompts, context, width, max_new_tokens, length_penalty)
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     beams = [_TokenBeam(len(ids), limit, width, length_penalty) for ids, limit in zip(prompts, limits, strict=True)]
-    model.reorder_weights()
     if not beams:
         return []
+    model.reorder_weights()
     cache, hidden_RC = _block_cache(model, prompts, width, max(beam.n_prompt + beam.limit for beam in beams))
     going = list(beams)  # whose blocks of rows are the first ones of the cache, in this order
     while going:
