@@ -1,8 +1,9 @@
-"""Problems to solve: countdown and arithmetic are generated; GSM8K, MATH, countdown and code sets are read from files.
+"""Problems to solve: countdown and arithmetic are generated; GSM8K, MATH, countdown, code and own sets are read.
 
 A task gives training problems for a step (stateless: the same seed and step give the same problems, so a resumed run
 sees what the interrupted one would have seen) and a fixed held-out set that training can never meet. What is held out
-is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept.
+is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept. Every
+script takes its problems from here, so that what one of them trains on is what no other evaluates on.
 
 Left out: downloading, judging (rewards.py; only the countdown checker lives here).
 
@@ -14,20 +15,36 @@ import ast
 import hashlib
 import inspect
 import json
+import math
 import operator
 import random
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from nanor1.coding import read_row
 from nanor1.grading import extract_answer
 
+SPLITS = ("train", "held-out", "all")  # the parts of a task's problems
+HELD_OUT_SHARE = 0.1  # of all instances, where no file says what is held out
 MAX_DRAWS = 20_000  # for one problem; if none fits, the parameters are at fault
+FIELDS = {  # what the tasks read of a line of their files
+    "countdown": ("nums", "target"),
+    "arithmetic": (),
+    "gsm8k": ("question", "answer"),
+    "math": ("problem", "answer", "solution"),
+    "code": tuple(
+        "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
+        "question problem description input_output io solution".split()
+    ),
+    "text": ("prompt", "question", "answer"),
+}
+TASKS = tuple(FIELDS)
 BOXED_TASKS = ("gsm8k", "math")  # a chat model writes these answers in \boxed{}, as it was trained to
 
 
@@ -47,15 +64,6 @@ class Problem:
     tests: object = None
 
 
-@dataclass(frozen=True)
-class Task:
-    """A source of problems: `sample(n, seed, step)` for training, `held_out(n, seed=0)` for evaluation; both pure."""
-
-    name: str
-    sample: Callable[[int, int, int], list[Problem]]
-    held_out: Callable[..., list[Problem]]
-
-
 # How a task comes by problems: a random draw (its None: draw again) and the reading of a JSON line; None: not so.
 Draw = Callable[[random.Random], Problem | None]
 File = str | Path
@@ -63,64 +71,174 @@ Row = TypeVar("Row")
 Source = tuple[Draw | None, Callable[[dict], Problem] | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A source of problems, made by `make_task`: for training, for evaluation, or a part to go through once; all pure.
+
+    `listed` has the parts that are read from files, in the files' order; the others are drawn, without end.
+    """
+
+    name: str
+    draw: Draw | None
+    is_held_out: Callable[[Problem], bool]
+    listed: dict[str, list[Problem]]
+    words: dict[str, str]  # about each part, for `describe`
+
+    def sample(self, n: int, seed: int, step: int) -> list[Problem]:
+        """`n` problems to train on: of a file those from step * n on in an endless sequence of shuffled epochs.
+
+        So `sample(1, seed, i)` is problem i of that sequence, and costs no more than its share.
+        """
+        if "train" in self.listed:
+            return _take(self._there("train"), n, seed, step)
+        rng = random.Random(f"sample {seed} {step}")
+        try:
+            return [_draw_where(self.draw, rng, lambda problem: not self.is_held_out(problem)) for _ in range(n)]
+        except ValueError as error:
+            raise ValueError(f"{error} to train on; widen the ranges of numbers and results") from error
+
+    def held_out(self, n: int, seed: int = 0) -> list[Problem]:
+        """`n` problems to evaluate on: drawn ones all differ, no two share both the numbers and the answer."""
+        if "held-out" in self.listed:
+            problems = self._there("held-out")
+            if n > len(problems):
+                raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
+            return _take(problems, n, seed, 0)
+        rng, found = random.Random(f"held out {seed}"), {}
+        is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
+        try:
+            while len(found) < n:
+                problem = _draw_where(self.draw, rng, is_new)
+                found[instance_key(problem), problem.answer] = problem
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
+            ) from error
+        return list(found.values())
+
+    def part(self, split: str, n: int = 0, seed: int = 0) -> list[Problem]:
+        """At most `n` problems of one of SPLITS (0: all), for a script that goes through them once.
+
+        "held-out": those of `held_out(n)`, whatever the seed, so that all scripts evaluate on the same ones. "train":
+        the file's in order, or the first `n` of the seed's first epoch; drawn ones each once. "all": the file's first
+        `n`, in order. ValueError for a part without problems, and for all of what is drawn without end.
+        """
+        self.describe(split)  # refuses what is no part, or an empty one
+        problems = self.listed.get(split)
+        if problems is None and not n:
+            raise ValueError(f"the {self.name} task generates problems without end; say how many, 200 for one")
+        if problems is None and split == "train":
+            return list({(problem.prompt, problem.answer): problem for problem in self.sample(n, seed, 0)}.values())
+        if split == "held-out":
+            return self.held_out(min(n or len(problems), len(problems)) if problems else n)
+        return self.sample(min(n, len(problems)), seed, 0) if split == "train" and n else problems[: n or None]
+
+    def describe(self, split: str) -> str:
+        """Which problems a part has, as "1,319 problems of test.jsonl, all held out"; ValueError if it has none."""
+        if split not in SPLITS:
+            raise ValueError(f"unknown part {split!r}; choose one of {', '.join(SPLITS)}")
+        if split not in self.words:
+            raise ValueError(
+                f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
+            )
+        if split not in self.listed:
+            return self.words[split]
+        n = len(self._there(split))
+        return f"{n:,} problem{'s'[: n != 1]} of {self.words[split]}"
+
+    def _there(self, split: str) -> list[Problem]:
+        if not self.listed[split]:
+            n_train, n_out, n_all = (len(self.listed.get(name, ())) for name in SPLITS)
+            raise ValueError(
+                f"{self.name}: {n_train} of {n_all} problems are left to train on, {n_out} to evaluate on; give more "
+                "data, or an eval_data file of other problems"
+            )
+        return self.listed[split]
+
+
 def make_task(
-    name: str, *, data: File | None = None, eval_data: File | None = None, held_out_share=0.1, **parameters
+    name: str,
+    *,
+    data: File | None = None,
+    eval_data: File | None = None,
+    held_out_share: float = HELD_OUT_SHARE,
+    parts: Sequence[str] = ("train", "held-out"),
+    fields: dict[str, str] | None = None,
+    **parameters,
 ) -> Task:
-    """Build the task called `name`: "countdown", "arithmetic", "gsm8k", "math" or "code".
+    """Build the task called `name`, one of TASKS.
 
     Problems come from the JSON-lines file `data`, or are generated. The held-out ones come from the file `eval_data`
-    (training then skips its instances), or a hash holds out a share of all instances. The other parameters are those
-    of `countdown` and `arithmetic` below. Raises ValueError for what a user can get wrong.
+    (training then skips its instances), or a hash holds out a share of all instances. Only `parts` of SPLITS must have
+    problems; to evaluate alone, `eval_data` is enough. `fields` names the columns of one's own files, see
+    `parse_fields`. The other parameters are those of `countdown`, `arithmetic` and `text` below. Raises ValueError for
+    what a user can get wrong.
 
         make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
     """
-    draw, to_problem = _source(name, parameters)
-    if not to_problem and (data or eval_data):
-        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
-    if not draw and not data:
+    draw, to_problem = _source(name, parameters, fields)
+    if (data or eval_data or fields) and not to_problem:
+        raise ValueError(f"the {name} task is generated; leave data and eval_data out, and fields")
+    if not draw and not data and ("train" in parts or not eval_data):
         raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
+    if fields and not data and not eval_data:
+        raise ValueError(f"fields {fields} name columns of a file; give data=FILE, JSON lines")
+    problems = read_json_lines(data, to_problem) if data else []
     evaluation = read_json_lines(eval_data, to_problem) if eval_data else []
     rule = _held_out_rule(evaluation, held_out_share)
-    if data:
-        return _listed_task(name, read_json_lines(data, to_problem), evaluation, rule)
-    held_out = partial(_held_out_listed, evaluation) if evaluation else partial(_held_out_drawn, draw, rule)
-    return Task(name, partial(_sample_drawn, draw, rule), held_out)
+    train, out = [], []
+    for problem in problems:
+        (out if rule(problem) else train).append(problem)
+    listed = {} if draw and not data else {"train": train}
+    if data or eval_data:
+        listed |= {"held-out": evaluation or out, "all": problems or evaluation}
+    task = Task(name, draw, rule, listed, _words(data, eval_data, held_out_share))
+    for part in parts:
+        task.describe(part)  # refuses one that is empty
+    return task
 
 
-def read_task(name: str, path: File, **parameters) -> list[Problem]:
+def _words(data: File | None, eval_data: File | None, share: float) -> dict[str, str]:
+    """What `Task.describe` says of each part, behind the number of problems where they are read."""
+    data, eval_data = (Path(file).name if file else "" for file in (data, eval_data))
+    words = {"train": f"generated, none of the instances of {eval_data}", "held-out": f"{eval_data}, all held out"}
+    if not data and not eval_data:
+        return {"train": "generated, none of the held-out instances", "held-out": "generated, held-out instances alone"}
+    if data and eval_data:
+        words["train"] = f"{data}: all but the instances of {eval_data}"
+    elif data:
+        chosen = f"{100 * share:g}%, chosen by a hash of the problem"
+        words["train"] = f"{data}: the train part ({chosen}, are held out)"
+        words["held-out"] = f"{data}: the held-out part ({chosen})"
+    return words | {"all": f"{data or eval_data}, all of them"}
+
+
+def read_task(name: str, path: File, fields: dict[str, str] | None = None, **parameters) -> list[Problem]:
     """All problems of a task's file of JSON lines, in order; ValueError as in `make_task`."""
-    _, to_problem = _source(name, parameters)
-    if not to_problem:
-        raise ValueError(f"the {name} task is generated; leave data and eval_data out")
-    return read_json_lines(path, to_problem)
+    return make_task(name, data=path, parts=("all",), fields=fields, **parameters).part("all")
 
 
-def _source(name: str, parameters: dict) -> Source:
+def _source(name: str, parameters: dict, fields: dict[str, str] | None) -> Source:
     sources = {
         "countdown": countdown,
         "arithmetic": arithmetic,
         "gsm8k": lambda: (None, gsm8k_problem),
         "math": lambda: (None, math_problem),
         "code": lambda: (None, code_problem),
+        "text": text,
     }
     if name not in sources:
-        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(sources)}")
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     unknown = set(parameters) - set(inspect.signature(sources[name]).parameters)
     if unknown:
         known = ", ".join(inspect.signature(sources[name]).parameters) or "none"
         raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
-    return sources[name](**parameters)
-
-
-def _listed_task(name: str, problems: list[Problem], evaluation: list[Problem], rule) -> Task:
-    train = [problem for problem in problems if not rule(problem)]
-    evaluation = evaluation or [problem for problem in problems if rule(problem)]
-    if not train or not evaluation:
+    if unread := set(fields or ()) - set(FIELDS[name]):
         raise ValueError(
-            f"{name}: {len(train)} of {len(problems)} problems are left to train on, {len(evaluation)} to evaluate on; "
-            "give more data, or an eval_data file of other problems"
+            f"the {name} task reads no field {min(unread)!r}; it reads {', '.join(FIELDS[name]) or 'none'}"
         )
-    return Task(name, partial(_sample_listed, train), partial(_held_out_listed, evaluation))
+    draw, to_problem = sources[name](**parameters)
+    return draw, partial(_from_columns, name, fields, to_problem) if fields and to_problem else to_problem
 
 
 def task_parameters(text: str) -> dict:
@@ -130,6 +248,23 @@ def task_parameters(text: str) -> dict:
     {'n_numbers': 3}
     """
     return parse_object(text, "task parameters")
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """Read which column of a file holds a field that the task reads, "" as none; ValueError for anything else.
+
+    >>> parse_fields("question=prompt,answer=gold")
+    {'question': 'prompt', 'answer': 'gold'}
+    """
+    fields: dict[str, str] = {}
+    for item in text.split(",") if text else ():
+        field, equals, column = (part.strip() for part in item.partition("="))
+        if not (field and equals and column):
+            raise ValueError(f"{item!r} in {text!r} names no column of a field; write FIELD=COLUMN,FIELD=COLUMN")
+        if field in fields:
+            raise ValueError(f"the field {field!r} stands twice in {text!r}; give it one column")
+        fields[field] = column
+    return fields
 
 
 def parse_object(text: str, what: str) -> dict:
@@ -172,7 +307,7 @@ def _held_out_rule(evaluation: list[Problem], share: float) -> Callable[[Problem
     return (lambda problem: instance_key(problem) in keys) if keys else partial(is_held_out, share=share)
 
 
-# ---- two kinds of source: drawn at random, or listed in a file
+# ---- drawn at random, or taken in order
 
 
 def _draw_where(draw: Draw, rng: random.Random, accept: Callable[[Problem], bool]) -> Problem:
@@ -183,44 +318,20 @@ def _draw_where(draw: Draw, rng: random.Random, accept: Callable[[Problem], bool
     raise ValueError(f"no further problem in {MAX_DRAWS} draws")
 
 
-def _sample_drawn(draw: Draw, rule, n: int, seed: int, step: int) -> list[Problem]:
-    rng = random.Random(f"sample {seed} {step}")
-    try:
-        return [_draw_where(draw, rng, lambda problem: not rule(problem)) for _ in range(n)]
-    except ValueError as error:
-        raise ValueError(f"{error} to train on; widen the ranges of numbers and results") from error
-
-
-def _held_out_drawn(draw: Draw, rule, n: int, seed: int = 0) -> list[Problem]:
-    """`n` different held-out problems: no two share both the numbers and the answer."""
-    rng = random.Random(f"held out {seed}")
-    found: dict[tuple[str, str], Problem] = {}
-    try:
-        while len(found) < n:
-            problem = _draw_where(draw, rng, lambda p: rule(p) and (instance_key(p), p.answer) not in found)
-            found[instance_key(problem), problem.answer] = problem
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
-        ) from error
-    return list(found.values())
-
-
-def _sample_listed(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
+def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
     """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
-    sampled: list[Problem] = []
-    while len(sampled) < n:
-        epoch, start = divmod(step * n + len(sampled), len(problems))
-        order = list(range(len(problems)))
-        random.Random(f"epoch {seed} {epoch}").shuffle(order)
-        sampled += [problems[i] for i in order[start : start + n - len(sampled)]]
-    return sampled
+    taken: list[Problem] = []
+    while len(taken) < n:
+        epoch, start = divmod(step * n + len(taken), len(problems))
+        taken += [problems[i] for i in _epoch_order(len(problems), seed, epoch)[start : start + n - len(taken)]]
+    return taken
 
 
-def _held_out_listed(problems: list[Problem], n: int, seed: int = 0) -> list[Problem]:
-    if n > len(problems):
-        raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
-    return _sample_listed(problems, n, seed, 0)
+@lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks
+def _epoch_order(n: int, seed: int, epoch: int) -> array:
+    order = list(range(n))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return array("L", order)
 
 
 # ---- generated: numbers and operators drawn at random, kept where the running value stays in range
@@ -359,6 +470,31 @@ def _text_field(row: dict, name: str) -> str:
     return value.strip()
 
 
+def _answer_field(row: dict) -> str:
+    answer = row.get("answer")
+    is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
+    return str(answer) if is_number else _text_field(row, "answer")
+
+
+_NUMBER_ALONE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+_BEFORE = {"question": "prompt", "solution": "answer"}  # a task that finds the latter does not look for the former
+
+
+def _from_columns(name: str, fields: dict[str, str], to_problem: Callable[[dict], Problem], row: dict) -> Problem:
+    """A line of one's own file, each field taken from the column that holds it.
+
+    GSM8K's answer may be the number alone there, without "####".
+    """
+    for column in fields.values():
+        if column not in row:
+            raise ValueError(f"there is no column {column!r}; the line has {', '.join(row) or 'none'}")
+    hidden = {_BEFORE.get(field) for field in fields} - fields.keys()
+    row = {field: row[field] for field in row if field not in hidden} | {f: row[column] for f, column in fields.items()}
+    if name == "gsm8k" and _NUMBER_ALONE.fullmatch(answer := str(row.get("answer")).strip()):
+        row["answer"] = f"#### {answer}"
+    return to_problem(row)
+
+
 def gsm8k_problem(row: dict) -> Problem:
     """A line of GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
     question, (_, mark, gold) = _text_field(row, "question"), _text_field(row, "answer").rpartition("####")
@@ -372,14 +508,27 @@ def math_problem(row: dict) -> Problem:
     r"""A line of MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
     question = _text_field(row, "problem")
     if "answer" in row:
-        answer = row["answer"]
-        return Problem(question, str(answer) if type(answer) in (int, float) else _text_field(row, "answer"), "math")
+        return Problem(question, _answer_field(row), "math")
     solution = _text_field(row, "solution")
     at = solution.rfind("\\boxed")
     gold = extract_answer(solution[at:]) if at >= 0 else None
     if not gold:
         raise ValueError(r"expected an 'answer', or a 'solution' with its result in \boxed{...}; found neither")
     return Problem(question, gold, "math")
+
+
+def text(needs_answer=True) -> Source:
+    """Any problems: `prompt`, or `question` if there is none, and `answer`, text or number, compared by `math_equal`.
+
+    With `needs_answer` False a line may come without one, where a reward of one's own judges.
+    """
+
+    def to_problem(row: dict) -> Problem:
+        prompt = _text_field(row, "question" if "question" in row and "prompt" not in row else "prompt")
+        is_empty = row.get("answer") is None or not str(row["answer"]).strip()
+        return Problem(prompt, "" if is_empty and not needs_answer else _answer_field(row), "text")
+
+    return None, to_problem
 
 
 def code_problem(row: dict) -> Problem:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -12,8 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nanor1.rewards import accuracy
 from nanor1.tasks import (
+    SPLITS,
+    TASKS,
     Problem,
+    Task,
     check_countdown,
     countdown_numbers,
     countdown_problem,
@@ -23,7 +28,9 @@ from nanor1.tasks import (
     instance_key,
     is_held_out,
     make_task,
+    parse_fields,
     prefilled,
+    read_task,
 )
 
 MINIATURE = dict(
@@ -379,6 +386,146 @@ def test_a_file_without_an_evaluation_file_is_split_in_two_without_loss(tmp_path
     assert 20 <= len(held_out) <= 65
 
 
+# ---- parts of a file
+
+
+def prompts(problems: list[Problem]) -> list[str]:
+    return [problem.prompt for problem in problems]
+
+
+def test_a_script_that_goes_through_the_held_out_part_gets_what_training_is_evaluated_on(tmp_path):
+    for task in (make_task("gsm8k", data=gsm8k_file(tmp_path, 300)), make_task("countdown")):
+        assert task.part("held-out", 12, seed=7) == task.held_out(12)
+    listed = make_task("gsm8k", data=tmp_path / "gsm8k.jsonl")
+    n = len(listed.part("held-out"))
+    assert 15 <= n <= 50 and listed.part("held-out") == listed.part("held-out", 1000) == listed.held_out(n)
+
+
+def test_the_parts_of_a_file_share_no_problem_and_lose_none(tmp_path):
+    task = make_task("gsm8k", data=gsm8k_file(tmp_path, 300))
+    train, out, every = (task.part(split) for split in SPLITS)
+    in_file = [f"How much is {i}?" for i in range(300)]
+    assert prompts(every) == in_file and every == read_task("gsm8k", tmp_path / "gsm8k.jsonl")
+    assert sorted(prompts(train + out)) == sorted(in_file)
+    assert prompts(train) == [prompt for prompt in in_file if prompt not in prompts(out)]  # in the file's order
+    assert task.part("all", 7) == every[:7]
+    sampled = {problem.prompt for step in range(9) for problem in task.sample(50, 3, step)}
+    assert sampled == set(prompts(train))
+
+
+def test_some_of_the_train_part_are_the_first_that_the_seed_would_train_on(tmp_path):
+    task = make_task("gsm8k", data=gsm8k_file(tmp_path, 300))
+    n = len(task.part("train"))
+    assert task.part("train", 40, seed=5) == task.sample(40, 5, 0) != task.part("train", 40, seed=6)
+    assert task.part("train", 1000, seed=5) == task.sample(n, 5, 0)  # and not round again
+
+
+def test_drawn_problems_of_a_part_come_once(tmp_path):
+    task = make_task("countdown", **MINIATURE)
+    sampled = task.sample(3000, 2, 0)
+    part = task.part("train", 3000, seed=2)
+    assert len(set(prompts(sampled))) < 3000
+    assert prompts(part) == list(dict.fromkeys(prompts(sampled)))
+
+
+def test_a_problem_drawn_by_itself_is_the_one_of_its_place_in_the_sequence(tmp_path):
+    task = make_task("gsm8k", data=gsm8k_file(tmp_path, 23))
+    singly = [task.sample(1, 4, i)[0] for i in range(60)]
+    assert singly == [problem for step in range(5) for problem in task.sample(12, 4, step)]
+
+
+def test_a_problem_of_a_long_file_is_drawn_without_shuffling_the_file_again():
+    problems = [Problem(str(i), str(i), "text") for i in range(200_000)]
+    task = Task("text", None, lambda problem: False, {"train": problems}, {})
+    task.sample(1, 0, 0)
+    start = time.perf_counter()
+    for i in range(1, 200):
+        task.sample(1, 0, i)
+    assert time.perf_counter() - start < 0.1  # one shuffle takes about as long
+
+
+def test_to_evaluate_or_to_take_all_no_training_problems_are_needed(tmp_path):
+    path = gsm8k_file(tmp_path, 3)
+    evaluation = make_task("gsm8k", eval_data=path, parts=("held-out",))
+    assert sorted(prompts(evaluation.part("held-out"))) == [f"How much is {i}?" for i in range(3)]
+    assert prompts(evaluation.part("all")) == [f"How much is {i}?" for i in range(3)]
+    every = make_task("gsm8k", data=path, parts=("all",))
+    assert len(every.part("all")) == 3
+    with pytest.raises(ValueError, match=r"0 of 3 problems are left to train on, 3 to evaluate on; give more data"):
+        evaluation.sample(1, 0, 0)
+    for ask in (evaluation.part, evaluation.describe):
+        with pytest.raises(ValueError, match="0 of 3 problems are left to train on"):
+            ask("train")
+    one = make_task("gsm8k", data=gsm8k_file(tmp_path, 1), parts=("all",))
+    with pytest.raises(ValueError, match=r"[01] of 1 problems are left to train on, [01] to evaluate on"):
+        one.part("train"), one.part("held-out")
+
+
+def test_the_part_to_train_on_is_what_the_evaluation_file_leaves(tmp_path):
+    eval_data = gsm8k_file(tmp_path, 3, name="eval.jsonl")
+    task = make_task("gsm8k", data=gsm8k_file(tmp_path, 5), eval_data=eval_data)
+    assert prompts(task.part("train")) == ["How much is 3?", "How much is 4?"]
+    assert sorted(prompts(task.part("held-out"))) == ["How much is 0?", "How much is 1?", "How much is 2?"]
+    assert len(task.part("all")) == 5
+
+
+def test_a_part_is_described_with_its_file_and_the_number_of_its_problems(tmp_path):
+    path, eval_data = gsm8k_file(tmp_path, 1200), gsm8k_file(tmp_path, 1, name="eval.jsonl")
+    task = make_task("gsm8k", data=path)
+    n = len(task.part("held-out"))
+    how = "10%, chosen by a hash of the problem"
+    assert task.describe("train") == f"{1200 - n:,} problems of gsm8k.jsonl: the train part ({how}, are held out)"
+    assert task.describe("held-out") == f"{n} problems of gsm8k.jsonl: the held-out part ({how})"
+    assert task.describe("all") == "1,200 problems of gsm8k.jsonl, all of them"
+    task = make_task("gsm8k", data=path, eval_data=eval_data)
+    assert task.describe("train") == "1,199 problems of gsm8k.jsonl: all but the instances of eval.jsonl"
+    assert task.describe("held-out") == "1 problem of eval.jsonl, all held out"
+    assert make_task("countdown").describe("train") == "generated, none of the held-out instances"
+    assert make_task("countdown").describe("held-out") == "generated, held-out instances alone"
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda task: task.part("all", 5), "no end to all of it; choose train or held-out"),
+        (lambda task: task.part("train"), "without end; say how many"),
+        (lambda task: task.part("held-out"), "without end; say how many"),
+        (lambda task: task.part("test", 5), "unknown part 'test'; choose one of train, held-out, all"),
+        (lambda task: task.describe("test"), "unknown part 'test'"),
+        (lambda task: make_task("countdown", parts=("all",)), "no end to all of it"),
+        (lambda task: make_task("countdown", parts=("dev",)), "unknown part 'dev'"),
+        (lambda task: make_task("gsm8k", parts=("held-out",)), "give data=FILE"),
+    ],
+)
+def test_a_part_that_a_task_does_not_have_is_refused(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask(make_task("countdown"))
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "data", "eval_data", "sampled", "held_out"),
+    [
+        ("gsm8k", "gsm8k_train.jsonl", None, "f62e490af942628d", "7e4eab7c7cde997e"),
+        ("gsm8k", "gsm8k_train.jsonl", "gsm8k_test.jsonl", "c869f51a6739b0d7", "9fcbf53d5c5296b7"),
+        ("code", "HumanEval.jsonl", None, "ca63202dc8be5fb7", "9eec2b62ce8e54a0"),
+        ("countdown", None, "countdown_3to4_eval.jsonl", "e7c371262bd9814a", "939822ebc934c2cb"),
+        ("countdown", None, None, "3588a7bd033c4ead", "5a13ec90cab055f7"),
+        ("arithmetic", None, None, "ae8da4da31083fa5", "684438beec719614"),
+    ],
+)
+def test_a_seed_gives_the_problems_that_it_has_always_given(name, data, eval_data, sampled, held_out):
+    """So that runs go on after an update, and figures stay comparable."""
+
+    def digest(problems) -> str:
+        return hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+
+    files = {key: SHARED / "data" / file for key, file in (("data", data), ("eval_data", eval_data)) if file}
+    task = make_task(name, **files)
+    assert digest([task.sample(100, 3, step) for step in (0, 1, 5)]) == sampled
+    assert digest(task.held_out(10)) == held_out
+
+
 # ---- files
 
 
@@ -513,6 +660,138 @@ def test_the_public_sets_are_read_whole():
     assert len({problem.prompt for problem in math.sample(500, 0, 0)}) > 420 and len(math.held_out(30)) == 30
     countdown = make_task("countdown", eval_data=SHARED / "data/countdown_3to4_eval.jsonl").held_out(1024)
     assert all(problem.target in reachable(problem.numbers) for problem in countdown[:25])
+
+
+# ---- own problems and own columns
+
+
+def write_rows(folder: Path, *rows: dict) -> Path:
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "own.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"prompt": " q ", "answer": " 1/2 "}, "q", "1/2"),
+        ({"question": "q", "answer": "Paris"}, "q", "Paris"),
+        ({"prompt": "p", "question": "q", "answer": 7}, "p", "7"),
+        ({"prompt": "p", "answer": 0.25}, "p", "0.25"),
+        ({"prompt": "p", "answer": 0}, "p", "0"),
+    ],
+)
+def test_a_text_problem_has_a_prompt_or_a_question_and_an_answer(tmp_path, row, prompt, answer):
+    (problem,) = read_task("text", write_rows(tmp_path, row))
+    assert problem == Problem(prompt, answer, "text")
+
+
+def test_a_text_problem_is_judged_by_mathematics():
+    assert accuracy(Problem("q", "1/2", "text"), "<think> a </think> <answer> 0.5 </answer>") == 1.0
+    assert accuracy(Problem("q", "1/2", "text"), "<think> a </think> <answer> 0.6 </answer>") == 0.0
+    assert accuracy(Problem("q", "", "text"), "<think> a </think> <answer> 0.6 </answer>") is None
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": "p", "answer": None}, {"prompt": "p", "answer": " "}])
+def test_a_text_problem_may_lack_its_answer_where_it_is_said(tmp_path, row):
+    path = write_rows(tmp_path, row)
+    with pytest.raises(ValueError, match=r"own.jsonl, line 1: expected a non-empty text 'answer'"):
+        read_task("text", path)
+    assert read_task("text", path, needs_answer=False) == [Problem("p", "", "text")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "p", "answer": "1"}, r"'prompt', found None \(fields: text, answer\)"),
+        ({"prompt": "p", "answer": [1]}, r"'answer', found \[1\]"),
+        ({"prompt": "p", "answer": True}, "'answer', found True"),
+        ({"prompt": "p", "answer": float("nan")}, "'answer', found nan"),
+        ({"prompt": 3, "answer": "1"}, "'prompt', found 3"),
+    ],
+)
+def test_a_text_problem_of_another_form_is_refused(tmp_path, row, message):
+    for needs_answer in (True, False):
+        with pytest.raises(ValueError, match=f"own.jsonl, line 1: .*{message}"):
+            read_task("text", write_rows(tmp_path, row), needs_answer=needs_answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "row", "prompt", "answer"),
+    [
+        ("gsm8k", {"question": "prompt", "answer": "gold"}, {"prompt": "q", "gold": "so\n#### 18"}, "q", "18"),
+        ("gsm8k", {"question": "prompt", "answer": "gold"}, {"prompt": "q", "gold": "1,800"}, "q", "1800"),
+        ("gsm8k", {"question": "prompt", "answer": "gold"}, {"prompt": "q", "gold": 18}, "q", "18"),
+        ("gsm8k", {"question": "prompt", "answer": "gold"}, {"prompt": "q", "gold": -1.5}, "q", "-1.5"),
+        ("gsm8k", {"question": "prompt"}, {"prompt": "q", "answer": " 18 "}, "q", "18"),
+        ("gsm8k", {"question": "answer", "answer": "question"}, {"answer": "q", "question": "18"}, "q", "18"),
+        ("math", {"problem": "q", "solution": "s"}, {"q": "q", "s": "\\boxed{3}", "answer": "4"}, "q", "3"),
+        ("text", {"question": "body", "answer": "gold"}, {"prompt": "p", "body": "q", "gold": "Paris"}, "q", "Paris"),
+        ("countdown", {"nums": "numbers", "target": "goal"}, {"numbers": [1, 2], "goal": 3}, None, "3"),
+    ],
+)
+def test_fields_come_from_the_columns_that_are_named(tmp_path, name, fields, row, prompt, answer):
+    path = write_rows(tmp_path, row)
+    (problem,) = read_task(name, path, fields=fields)
+    assert (problem.prompt if prompt else None, problem.answer, problem.task) == (prompt, answer, name)
+    assert make_task(name, eval_data=path, parts=("held-out",), fields=fields).held_out(1) == [problem]
+
+
+@pytest.mark.parametrize("answer", ["it is 18", "18 apples", "18 19", True, None, "1/2", "", [18]])
+def test_an_answer_of_another_form_than_a_number_still_needs_its_mark(tmp_path, answer):
+    path = write_rows(tmp_path, {"question": "q", "answer": "18", "gold": answer})
+    with pytest.raises(ValueError, match="own.jsonl, line 1: expected .*'answer'"):
+        read_task("gsm8k", path, fields={"answer": "gold"})
+    with pytest.raises(ValueError, match="#### NUMBER"):
+        read_task("gsm8k", path)  # the number alone is for own columns
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gsm8k", {"answer": "gold"}, "own.jsonl, line 1: there is no column 'gold'; the line has question, answer"),
+        ("gsm8k", {"anwser": "answer"}, "the gsm8k task reads no field 'anwser'; it reads question, answer"),
+        ("arithmetic", {"question": "q"}, "the arithmetic task reads no field 'question'; it reads none"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, name, fields, message):
+    path = write_rows(tmp_path, {"question": "q", "answer": "#### 1"})
+    with pytest.raises(ValueError, match=message):
+        read_task(name, path, fields=fields)
+
+
+def test_columns_without_a_file_are_refused():
+    with pytest.raises(ValueError, match="columns of a file; give data=FILE"):
+        make_task("countdown", fields={"nums": "numbers"})
+
+
+def test_columns_of_fields_are_read_from_a_list():
+    assert parse_fields("question=prompt,answer=gold") == {"question": "prompt", "answer": "gold"}
+    assert parse_fields(" answer = the answer ") == {"answer": "the answer"}
+    assert parse_fields("answer=a=b") == {"answer": "a=b"}
+    assert parse_fields("") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question", "'question' in 'question' names no column of a field; write FIELD=COLUMN"),
+        ("question=", "'question=' in 'question=' names no column"),
+        ("=prompt", "'=prompt'"),
+        ("question=prompt,", "'' in 'question=prompt,' names no column"),
+        (" ", "' ' in ' '"),
+        ("answer=a,answer=b", "the field 'answer' stands twice in 'answer=a,answer=b'"),
+    ],
+)
+def test_a_list_of_columns_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_fields(text)
+
+
+def test_every_task_is_named_and_can_be_made(tmp_path):
+    assert TASKS == ("countdown", "arithmetic", "gsm8k", "math", "code", "text")
+    for name in TASKS:
+        with pytest.raises(ValueError, match="no parameter 'zzz'"):
+            make_task(name, zzz=1)
 
 
 # ---- prompts
