@@ -4,7 +4,8 @@ The text judged is all the model is answerable for: what the prompt pre-filled (
 without its stop token. The format is a cost, not a prize: a perfect format adds nothing and a broken one costs its
 weight, so no answer can earn anything by its looks (a format prize of weight 1 trains format at accuracy's expense).
 
-Left out: partial credit, and the preference of a reward model (preference.py), which is only weighed here.
+Left out: partial credit, and the preference of a reward model (preference.py), which is only weighed here. Whoever
+wants other rules writes them into a file of one's own (`read_reward_file`).
 
 Sources: accuracy and format as in DeepSeek-R1-Zero (arXiv:2501.12948, section 2.2.2), language as in DeepSeek-R1
 (section 2.3.2), the overlong penalty from DAPO (arXiv:2503.14476, equation 13). Departures: the format must hold for
@@ -13,9 +14,19 @@ words have one and a half of them on average, so beside English words the Chines
 """
 
 import hashlib
+import inspect
 import math
 import re
+import reprlib
+import sys
+import traceback
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import CodeType
 
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
@@ -233,6 +244,126 @@ def chance(problem: Problem, text: str) -> float:
     return float(digest[0] % 2)
 
 
+# ---- rewards of one's own
+
+
+@dataclass
+class OwnReward:
+    """A function of a user's file, called as any rule is. What it does wrong is a None, counted, and never raised.
+
+    Wrong: an exception, and a result that is neither None nor a finite number (an array or a tensor of one number is
+    one). `n_failed` counts them, `first_error` says what the first was, and in which line. There is no limit of time.
+    """
+
+    name: str
+    path: Path
+    function: Callable[[Problem, str], object]
+    first_error: str | None = None
+    n_failed: int = 0
+
+    def __call__(self, problem: Problem, text: str) -> float | None:
+        try:
+            result = self.function(problem, text)
+            return None if result is None else self._to_number(result)
+        except (Exception, SystemExit) as error:
+            self.n_failed += 1
+            if self.first_error is None:
+                line = _line_in(self.path, error) or _first_line(self.function)
+                self.first_error = f"{self.path.name}, line {line}, in {self.name}: {_in_a_line(error)}"
+            return None
+
+    def _to_number(self, result: object) -> float:
+        """The reward as a float; TypeError and ValueError for what is none."""
+        what = f"it returned {reprlib.repr(result)}"
+        if isinstance(result, str | bytes):
+            raise TypeError(f"{what}, which is text; a reward is a number, or None")
+        number = float(result.item() if hasattr(result, "item") else result)  # .item(): an array's or a tensor's
+        if not math.isfinite(number):
+            raise ValueError(f"{what}; a reward is a finite number, or None")
+        if self.name == "accuracy" and not 0 <= number <= 1:  # it is averaged as a share, with an interval
+            raise ValueError(f"{what}; accuracy lies in 0..1, and what does not takes another name")
+        return number
+
+
+class _AsItIs(SourceFileLoader):
+    """Reads the file, and never what an import has kept of it: it may have been edited within the same second."""
+
+    def get_code(self, name: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
+    """The rewards of a user's Python file, by name: every public function that it defines, `(problem, text)` -> number.
+
+    The number may be any finite one, of a function called accuracy one in 0..1; None where no judgement is possible.
+    One called accuracy, format, language or random replaces the rule of that name: so a task is judged by a file of
+    one's own; what is called format is a cost (`combine`). Names that begin with "_", imported functions and classes
+    are left alone. The file is run, as a script would be; what it imports must be installed or on PYTHONPATH.
+    ValueError, with file, line and function, for a file that cannot be read or run, one without a public function, one
+    that has another use of a name or cannot be called like this.
+    """
+    path = Path(path)
+    name = f"reward_file_{path.stem}"  # not the stem alone: a file may be called math.py
+    module = module_from_spec(spec_from_loader(name, _AsItIs(name, str(path))))
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        module.__spec__.loader.exec_module(module)
+    except OSError as error:
+        if error.filename != str(path):
+            raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a Python file of rewards") from error
+    except (Exception, SystemExit) as error:
+        hint = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}{hint}") from error
+    found = {
+        name: OwnReward(name, path, value)
+        for name, value in vars(module).items()
+        if inspect.isroutine(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
+    }
+    if not found:
+        raise ValueError(f"{path} defines no public function; write one, as def my_reward(problem, text): return 1.0")
+    for reward in found.values():
+        _check_reward(reward)
+    return found
+
+
+def _check_reward(reward: OwnReward) -> None:
+    """ValueError for a function that cannot be called as a reward is, or has a name that is taken."""
+    where, function = f"{reward.path}, line {_first_line(reward.function)}: {reward.name}", reward.function
+    if reward.name == "preference":
+        raise ValueError(f"{where} is a reward model's name, not a function's; give it another one")
+    if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
+        raise ValueError(f"{where} is async; a reward is a plain function, which returns its number")
+    if inspect.isgeneratorfunction(function):
+        raise ValueError(f"{where} yields; a reward is a plain function, which returns its number")
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}{signature} cannot be called as {reward.name}(problem, text) ({error}); if it is no reward, call "
+            f"it _{reward.name}"
+        ) from error
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """The line of a file in which something went wrong: of several the deepest; None if it was nowhere in it."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno or 1
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    return lines[-1] if lines else None
+
+
+def _first_line(function: Callable) -> int:
+    return inspect.unwrap(function).__code__.co_firstlineno
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{' '.join(traceback.format_exception_only(error)[-1].split()):.300}"
+
+
 # ---- combination
 
 REWARDS = {"accuracy": accuracy, "format": format, "language": language, "random": chance}  # the rules
@@ -251,8 +382,10 @@ def overlong_penalty(n_tokens: int, max_tokens: int, buffer: int) -> float:
     return -min(max((n_tokens - (max_tokens - buffer)) / buffer, 0.0), 1.0)
 
 
-def parse_rewards(text: str) -> dict[str, float]:
+def parse_rewards(text: str, names: Sequence[str] = NAMES) -> dict[str, float]:
     """Read "accuracy=1,format=0.1" into weights by name; ValueError for what is unknown, repeated or no weight.
+
+    `names` are those that can be weighed: NAMES, and with a reward file `(*NAMES, *read_reward_file(path))`.
 
     >>> parse_rewards("accuracy=1,format=0.1")
     {'accuracy': 1.0, 'format': 0.1}
@@ -260,8 +393,8 @@ def parse_rewards(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for item in text.split(","):
         name, equals, number = (part.strip() for part in item.partition("="))
-        if name not in NAMES:
-            raise ValueError(f"unknown reward {name!r} in {text!r}; choose from {', '.join(NAMES)}")
+        if name not in names:
+            raise ValueError(f"unknown reward {name!r} in {text!r}; choose from {', '.join(dict.fromkeys(names))}")
         if not equals:
             raise ValueError(f"the reward {name!r} in {text!r} has no weight; write {name}=NUMBER")
         if name in weights:

@@ -144,7 +144,7 @@ class Task:
         if split not in self.listed:
             return self.words[split]
         n = len(self._there(split))
-        return f"{n:,} problem{'s'[: n != 1]} of {self.words[split]}"
+        return f"{n:,} problem{'' if n == 1 else 's'} of {self.words[split]}"
 
     def _there(self, split: str) -> list[Problem]:
         if not self.listed[split]:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanor1.rewards import (
+    NAMES,
+    OwnReward,
     accuracy,
     after_thinking,
     answer_block,
@@ -17,6 +20,7 @@ from nanor1.rewards import (
     language,
     overlong_penalty,
     parse_rewards,
+    read_reward_file,
     thinking,
 )
 from nanor1.tasks import Problem, countdown_problem, prefilled
@@ -593,3 +597,221 @@ def test_reward_weights_are_read_by_name():
 def test_a_wrong_reward_list_is_refused_with_what_to_write(text, message):
     with pytest.raises(ValueError, match=message):
         parse_rewards(text)
+
+
+# ---- rewards of one's own
+
+
+def write_rewards(folder: Path, text: str, name: str = "my_rewards.py") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def returning(folder: Path, expression: str, name: str = "mine") -> OwnReward:
+    text = f"import numpy, torch, fractions\ndef {name}(problem, text):\n    return {expression}\n"
+    return read_reward_file(write_rewards(folder, text))[name]
+
+
+def test_the_public_functions_of_a_file_are_rewards_and_nothing_else_of_it_is(tmp_path):
+    text = """
+from __future__ import annotations
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+from os.path import join
+from nanor1.rewards import accuracy as rule
+
+@dataclass
+class Weight:
+    value: float
+
+SCALE = Weight(0.5)
+
+def _helper(text):
+    return len(text)
+
+def brevity(problem, text, scale=SCALE.value):
+    return scale * _helper(text)
+
+@lru_cache
+def kept(problem, text):
+    return 1
+
+is_right = lambda problem, text: rule(problem, text)
+"""
+    found = read_reward_file(write_rewards(tmp_path, text))
+    assert list(found) == ["brevity", "kept", "is_right"]
+    assert [reward.name for reward in found.values()] == list(found)
+    problem = Problem("q", "3", "math")
+    assert found["brevity"](problem, "four") == 2.0
+    assert found["is_right"](problem, "\\boxed{3}") == 1.0 and found["is_right"](problem, "\\boxed{4}") == 0.0
+    assert found["is_right"](Problem("q", "", "text"), "3") is None
+    assert {reward.n_failed for reward in found.values()} == {0}
+
+
+def test_a_reward_sees_the_problem_and_the_text(tmp_path):
+    reward = returning(tmp_path, "float(problem.answer) + len(text)")
+    assert reward(Problem("q", "3", "math"), "four") == 7.0
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("2", 2.0),
+        ("True", 1.0),
+        ("-0.5", -0.5),
+        ("None", None),
+        ("fractions.Fraction(1, 4)", 0.25),
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.array([[0.5]])", 0.5),
+        ("torch.tensor(0.5)", 0.5),
+        ("torch.tensor([0.5], requires_grad=True)", 0.5),
+    ],
+)
+def test_a_number_of_any_kind_is_a_reward_and_none_is_no_judgement(tmp_path, expression, value):
+    reward = returning(tmp_path, expression)
+    result = reward(SUM, "text")
+    assert result == value and type(result) in (float, type(None))
+    assert (reward.n_failed, reward.first_error) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "what"),
+    [
+        ("'yes'", "it returned 'yes', which is text"),
+        ("'0.5'", "it returned '0.5', which is text"),
+        ("b'1'", "text"),
+        ("float('nan')", "it returned nan; a reward is a finite number"),
+        ("float('inf')", "it returned inf"),
+        ("torch.tensor(float('nan'))", "it returned tensor"),
+        ("numpy.array([1.0, 2.0])", "ValueError"),
+        ("torch.ones(2)", "RuntimeError"),
+        ("[1.0]", "TypeError"),
+        ("{}", "TypeError"),
+        ("1j", "TypeError"),
+        ("10**400", "OverflowError"),
+        ("object()", "TypeError"),
+    ],
+)
+def test_what_is_no_number_is_no_judgement_counted_and_told_once(tmp_path, expression, what):
+    reward = returning(tmp_path, expression)
+    assert reward(SUM, "text") is None and reward(SUM, "other") is None
+    assert reward.n_failed == 2
+    assert reward.first_error.startswith("my_rewards.py, line 2, in mine: ") and what in reward.first_error
+
+
+def test_an_exception_is_no_judgement_and_the_deepest_line_of_the_file_is_told(tmp_path):
+    text = """import json
+
+def _read(text):
+    return json.loads(text)
+
+def divide(problem, text):
+    value = _read(text)
+    return 1 / value
+"""
+    reward = read_reward_file(write_rewards(tmp_path, text))["divide"]
+    assert reward(SUM, "4") == 0.25 and reward(SUM, "0") is None and reward(SUM, "x") is None
+    assert reward.n_failed == 2
+    assert reward.first_error == "my_rewards.py, line 8, in divide: ZeroDivisionError: division by zero"
+    reward = read_reward_file(tmp_path / "my_rewards.py")["divide"]
+    assert reward(SUM, "x") is None  # raised in json, called by line 4
+    assert reward.first_error.startswith("my_rewards.py, line 4, in divide: json.decoder.JSONDecodeError: Expecting")
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("return mine(problem, text)", "RecursionError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise Odd()", "Odd"),
+        ("raise ValueError('a\\nb' * 1000)", "ValueError: a b"),
+        ("assert text == 'x', 'not x'", "AssertionError: not x"),
+    ],
+)
+def test_nothing_that_a_reward_raises_ends_a_run(tmp_path, body, what):
+    text = f"""
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+def mine(problem, text):
+    {body}
+"""
+    reward = read_reward_file(write_rewards(tmp_path, text))["mine"]
+    assert reward(SUM, "text") is None
+    assert reward.first_error.startswith("my_rewards.py, line 7, in mine: ") and what in reward.first_error
+    assert len(reward.first_error) < 400 and "\n" not in reward.first_error
+
+
+def test_ctrl_c_within_a_reward_stops_the_run(tmp_path):
+    text = "def mine(problem, text):\n    raise KeyboardInterrupt\n"
+    with pytest.raises(KeyboardInterrupt):
+        read_reward_file(write_rewards(tmp_path, text))["mine"](SUM, "text")
+
+
+def test_an_accuracy_of_ones_own_lies_between_0_and_1(tmp_path):
+    for value in (0, 0.25, 1):
+        assert returning(tmp_path, str(value), "accuracy")(SUM, "text") == value
+    for value in (-0.01, 1.5):
+        reward = returning(tmp_path, str(value), "accuracy")
+        assert reward(SUM, "text") is None
+        assert f"in accuracy: ValueError: it returned {value}; accuracy lies in 0..1" in reward.first_error
+    assert returning(tmp_path, "1.5", "score")(SUM, "text") == 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def mine(problem, text)\n    return 1\n", r"my_rewards.py, line 1: SyntaxError"),
+        ("x = 1\n\ny = 1 / 0\n", r"my_rewards.py, line 3: ZeroDivisionError: division by zero"),
+        ("def _f():\n    return {}['a']\n_f()\n", r"my_rewards.py, line 2: KeyError: 'a'"),
+        ("import os\nimport no_such_module_1\n", r"line 2: ModuleNotFoundError: .*no_such_module_1.*on PYTHONPATH"),
+        ("import sys\nsys.exit(2)\n", r"line 2: SystemExit: 2"),
+        ("open('/nonexistent/x')\n", r"my_rewards.py, line 1: FileNotFoundError"),
+        ("", "my_rewards.py defines no public function; write one, as def my_reward"),
+        ("from math import sqrt\ndef _f(p, t): pass\nclass A: pass\n", "defines no public function"),
+        ("\ndef one(text): return 1\n", r"my_rewards.py, line 2: one\(text\) cannot be called as one\(problem, text\)"),
+        ("def three(a, b, c): return 1\n", r"line 1: three\(a, b, c\) cannot be called.*call it _three"),
+        ("def named(problem, *, text): return 1\n", r"line 1: named\(problem, \*, text\) cannot"),
+        ("def ok(p, t): return 1\ndef preference(p, t): return 1\n", "line 2: preference is a reward model's name"),
+        ("async def mine(problem, text): return 1\n", "line 1: mine is async"),
+        ("def mine(problem, text): yield 1\n", "line 1: mine yields"),
+    ],
+)
+def test_a_reward_file_that_cannot_be_used_is_refused_with_file_line_and_function(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_reward_file(write_rewards(tmp_path, text))
+
+
+def test_a_reward_file_that_is_not_there_or_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none.py cannot be read \(No such file or directory\)"):
+        read_reward_file(tmp_path / "none.py")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_reward_file(tmp_path)
+    (tmp_path / "bytes.py").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="bytes.py, line .*SyntaxError"):
+        read_reward_file(tmp_path / "bytes.py")
+
+
+def test_a_reward_file_may_be_called_like_a_module_and_is_read_anew_each_time(tmp_path):
+    first = read_reward_file(write_rewards(tmp_path, "def mine(p, t): return 1\n", "math.py"))
+    second = read_reward_file(write_rewards(tmp_path, "def mine(p, t): return 2\n", "math.py"))
+    assert (first["mine"](SUM, ""), second["mine"](SUM, "")) == (1.0, 2.0)
+    assert math.sqrt(4) == 2 and [path.name for path in tmp_path.iterdir()] == ["math.py"]
+
+
+def test_rewards_of_ones_own_are_weighed_by_their_names(tmp_path):
+    own = read_reward_file(
+        write_rewards(tmp_path, "def brevity(p, t): return 1 / len(t)\ndef accuracy(p, t): return 1\n")
+    )
+    names = (*NAMES, *own)
+    weights = parse_rewards("accuracy=1,brevity=0.5", names)
+    assert weights == {"accuracy": 1.0, "brevity": 0.5}
+    parts = {name: own[name](SUM, "four") for name in weights}
+    assert combine(parts, weights) == 1.125
+    assert combine({name: own[name](SUM, "") for name in weights}, weights) is None
+    with pytest.raises(
+        ValueError, match="unknown reward 'brevty'.*accuracy, format, language, random, preference, brevity$"
+    ):
+        parse_rewards("brevty=1", names)
