@@ -173,7 +173,7 @@ def figures(
     name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], settings: Settings
 ) -> Figures:
     """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
-    scores = [(row, _score(name, n, run, row, problems[row["index"]], settings)) for row in rows]
+    scores = [(row, score(name, n, run, row, problems[row["index"]], settings)) for row in rows]
     judged = [(row, score) for row, score in scores if score is not None]
     if not judged:
         raise ValueError("no answer could be judged; check the problems' answers")
@@ -215,7 +215,7 @@ def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
     return [(answers, row["sampled"])]
 
 
-def _score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
+def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
     method = METHODS[name]
     groups = [answers for answers, _ in _parts(1 if name == "sample" else n, run, row)]

@@ -41,7 +41,7 @@ GROUPS = [
         "checkpoint",
     },
     {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
-    | {"miniature", "training"},
+    | {"miniature", "training", "paired"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
 TORCH_FREE = {"rewards", "tasks", "grading", "sandbox", "coding", "config"}
