@@ -57,18 +57,22 @@ def compare_files(before: str | Path, after: str | Path) -> str:
     """
     paths = (Path(before), Path(after))
     (rows_a, task_a), (rows_b, task_b) = (read_evaluation(path) for path in paths)
-    scores, notes = {}, []
-    for run_a, run_b in _run_pairs(paths, rows_a, rows_b):
+    scores: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}  # what, from which runs
+    run_pairs = _run_pairs(paths, rows_a, rows_b)
+    for run_a, run_b in run_pairs:
         label = str(run_a) if run_a == run_b else f"{run_a}, {run_b}"
         both = [key for key in rows_a[run_a] if key in rows_b[run_b]]
         alone = (len(rows_a[run_a]) - len(both), len(rows_b[run_b]) - len(both))
-        notes += [f"{label}: {n} problems are in {path} alone" for n, path in zip(alone, paths, strict=True) if n]
+        for n, path in zip(alone, paths, strict=True):
+            if n:
+                left_out.setdefault(f"{n} in {path} alone", []).append(label)
         for name_a, name_b in zip(_methods(run_a, task_a), _methods(run_b, task_b), strict=False):
             shares_a = [_share(name_a, run_a, rows_a[run_a][key], task_a) for key in both]
             shares_b = [_share(name_b, run_b, rows_b[run_b][key], task_b) for key in both]
             judged = [pair for pair in zip(shares_a, shares_b, strict=True) if None not in pair]
             if len(judged) < len(both):
-                notes.append(f"{label}: {len(both) - len(judged)} problems could not be judged")
+                left_out.setdefault(f"{len(both) - len(judged)} that could not be judged", []).append(label)
             for i, what in enumerate(("accuracy", "strict") if judged else ()):
                 of = "majority of " if name_a == "majority" else ""
                 scores[f"{of}{label}: {what}"] = _figures([a[i] for a, _ in judged], [b[i] for _, b in judged])
@@ -76,7 +80,11 @@ def compare_files(before: str | Path, after: str | Path) -> str:
         raise ValueError(f"{before} and {after} have no problem in common that was judged in both")
     width = max(map(len, scores))
     table = [f"{'':<{width}}{HEAD}", *(f"{label:<{width}}{numbers}" for label, numbers in scores.items())]
-    return "\n".join([f"before: {before}, after: {after}", *table, *dict.fromkeys(notes), "", LEGEND])
+    notes = [
+        f"left out: {what}" + (f" ({', '.join(dict.fromkeys(labels))})" if len(run_pairs) > 1 else "")
+        for what, labels in left_out.items()
+    ]
+    return "\n".join([f"before: {before}, after: {after}", *table, *notes, "", LEGEND])
 
 
 def read_evaluation(path: Path) -> tuple[dict[Run, dict[Key, dict]], str]:
