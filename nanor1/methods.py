@@ -234,7 +234,7 @@ def _verdict(method: Method, answers: list[dict], problem: Problem, settings: Se
     if chosen is None:
         return 0.0, 0.0
     right = answers[chosen]["accuracy"]
-    return None if right is None else (right, right * answers[chosen]["format"])
+    return None if right is None else (right, right * (answers[chosen]["format"] == 1))  # None: it could not be judged
 
 
 def _first(answers: list[dict]) -> int:
@@ -251,7 +251,7 @@ def _candidate(answer: dict) -> Candidate:
         answer.get("lowest"),
         answer.get("preference"),
         answer["accuracy"],
-        answer["format"],
+        answer["format"] or 0.0,
     )
 
 
@@ -306,7 +306,8 @@ def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
     """What independent samples came to, in a block of lines; tokens are those of all of a problem's answers."""
     f, powers = figures("sample", run.n, run, rows, problems, Settings()), powers_of_two(run.n)
     answers = [answer for row in rows for answer in row["answers"] if answer["accuracy"] is not None]
-    mean = lambda name: sum(answer[name] for answer in answers) / len(answers)  # noqa: E731
+    known = lambda name: [answer[name] for answer in answers if answer[name] is not None]  # noqa: E731
+    mean = lambda name: sum(known(name)) / len(known(name)) if known(name) else math.nan  # noqa: E731
     wall_s = sum(row["seconds"] for row in rows)
     lines = [
         f"accuracy        {f.accuracy:.3f}   95%: {f.low:.3f} to {f.high:.3f} (n={f.problems}); lenient: in any format",

@@ -88,6 +88,20 @@ def test_a_tie_goes_to_the_larger_summed_log_probability():
     assert accuracy("majority", 2, answer("4", logprob=-0.5), RIGHT) == 0.0
 
 
+def test_a_format_that_could_not_be_judged_is_not_kept_and_ends_nothing():
+    """As a rule of one's own gives it."""
+    unformed = answer("5", form=None)
+    rows = [row(unformed, RIGHT), row(unformed, WRONG, index=1)]
+    found = measured("sample", 1, rows, problems=(SUM, SUM))
+    assert (found.accuracy, found.strict) == (0.75, 0.25)
+    assert measured("best-rule", 2, rows[:1]).strict == 1.0  # of two right ones the one in form
+    assert measured("majority", 2, rows[:1]).accuracy == 1.0
+    text = report(Run("samples", 2), rows, [SUM, SUM])
+    assert re.search(r"^format +1\.000$", text, re.MULTILINE)
+    nowhere = report(Run("samples", 2), [row(unformed, unformed)], [SUM])
+    assert re.search(r"^format +nan$", nowhere, re.MULTILINE)
+
+
 def test_an_answer_that_is_cut_off_or_missing_has_no_vote():
     assert accuracy("majority", 5, RIGHT, SILENT, SILENT, CUT, CUT) == 1.0
 
