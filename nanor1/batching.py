@@ -256,7 +256,7 @@ class Batch:
             length = int(slots.position[slot_F].max())
             cache = KVCache.of(self.model, len(finished), length)
             cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
-        columns_F = [slots.ids[slot_F, :-1], slots.logp[slot_F, :-1], slots.n_new[slot_F], slots.is_stopped[slot_F]]
+        columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
         if self.sampling.confidence_k:
             columns_F.append(slots.confidence[slot_F, :-1])
         self.harvests.append(Harvest(list(finished.values()), columns_F, cache))
@@ -282,19 +282,21 @@ class Batch:
         harvests, self.harvests, made = self.harvests, [], {}
         if not harvests:
             return made
-        columns = (
-            torch.cat(column).tolist() for column in zip(*(harvest.columns_F for harvest in harvests), strict=True)
-        )
+        columns = zip(*(harvest.columns_F for harvest in harvests), strict=True)
+        n_F, is_stopped_F = torch.cat(next(columns)).tolist(), torch.cat(next(columns)).tolist()
+        longest = max(n_F)  # rows have room for the limit, which few of them reach
+        rows_FL = [torch.cat([rows_FL[:, :longest] for rows_FL in column]).cpu() for column in columns]
         places = ((request, h.cache, f) for h in harvests for f, request in enumerate(h.requests))
-        for (request, cache, row), ids, logp, n, is_stopped, *confidence in zip(places, *columns, strict=True):
-            ids, logp, number = ids[:n], logp[:n], self.prompt_of[request]
+        for (request, cache, row), n, is_stopped, *rows_L in zip(places, n_F, is_stopped_F, *rows_FL, strict=True):
+            ids, logp, *confidence = (row_L[:n].tolist() for row_L in rows_L)
+            number = self.prompt_of[request]
             if any(map(math.isnan, logp)):
                 raise ValueError(
                     f"the model's logits after prompt {number} are not numbers: look for nan in its weights"
                 )
             kept = Kept(cache, row, [*self.prompts[number].ids, *ids[:-1]]) if cache else None
-            finish, confidences = "stop" if is_stopped else "length", confidence[0][:n] if confidence else None
-            made[request] = Completion(ids, logp, finish, confidences, kept)
+            finish = "stop" if is_stopped else "length"
+            made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
         return made
 
 
@@ -302,7 +304,7 @@ class Harvest(NamedTuple):
     """What some requests have generated, still on the device."""
 
     requests: list[int]
-    columns_F: list[Tensor]  # ids [F, L], log-probabilities, lengths, is_stopped; confidences if asked for
+    columns_F: list[Tensor]  # lengths, is_stopped, ids [F, L], log-probabilities; confidences if asked for
     cache: KVCache | None
 
 

@@ -388,6 +388,22 @@ def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
 
+@pytest.mark.parametrize("is_stepwise", [False, True])
+def test_completions_far_from_the_length_limit_are_not_turned_into_lists_of_its_size(is_stepwise, monkeypatch):
+    n_listed, tolist = [], torch.Tensor.tolist
+
+    def watched(self):
+        n_listed.append(self.numel())
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", watched)
+    sampler = Sampler(counting_model(context=4096), 4, is_stepwise=is_stepwise)
+    made = sampler.generate([[8], [2], [5]], n=2, max_new_tokens=4000, stop_ids=[9], confidence_k=2)
+    assert ids_of(made) == [[[9]] * 2, [[3, 4, 5, 6, 7, 8, 9]] * 2, [[6, 7, 8, 9]] * 2]
+    assert [[len(c.logprobs), len(c.confidences)] for (c, _) in made] == [[1, 1], [7, 7], [4, 4]]
+    assert max(n_listed) < 100
+
+
 @pytest.mark.parametrize("n", [1, 5, 50, 64])
 def test_steps_on_a_cpu_have_the_rows_of_the_requests_and_no_others(n, monkeypatch):
     n_rows, decode = [], Transformer.decode
