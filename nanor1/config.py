@@ -11,6 +11,7 @@ file. Left out: nested configurations, subcommands, abbreviated names. Source: t
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from pathlib import Path
 T = typing.TypeVar("T")
 Values = dict[str, object]
 BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)  # of printing where a reader ended, a terminal closed; Windows: either
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -52,23 +54,46 @@ def user_errors() -> Iterator[None]:
     """Turn a ValueError or OSError raised by nanor1 or its scripts into `fail`; also a decorator, `@user_errors()`.
 
     The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
-    Ctrl-C ends the program with 130, as a shell expects, and without one. What a console's encoding lacks is printed
-    as a question mark.
+    Ctrl-C ends the program with 130, as a shell expects, and without one. Where nobody reads what it prints, as behind
+    `| head`, it ends with 141 and no word, as programs do that SIGPIPE kills; a run goes on (see runlog.RunLog). What a
+    console's encoding lacks is printed as a question mark.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    consoles = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    for stream in consoles:
+        stream.reconfigure(errors="replace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            for stream in consoles:
+                finish(stream)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         folder = Path(frame.f_code.co_filename).resolve().parent
         if folder not in (PACKAGE, PACKAGE.parent) and frame.f_globals.get("__name__") != "__main__":
             raise
         fail(str(error))
+
+
+def finish(stream: typing.TextIO) -> None:
+    """Print what is left to print; an error is raised once, and not shown again as the interpreter ends."""
+    try:
+        stream.flush()
+    except OSError as error:
+        let_go(stream)
+        if error.errno in GONE:
+            raise BrokenPipeError from error
+        raise
+
+
+def let_go(stream: typing.TextIO) -> None:
+    """What is printed to a stream that nobody reads any more is dropped from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse_args(

@@ -3,6 +3,7 @@
 Left out: several devices (they are torch.distributed's matter). Source: torch; for PEAK_FLOPS the maker's data sheets.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -174,4 +175,5 @@ class Interrupt:
     def ask(self, number: int, frame: object) -> None:
         self.is_asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")  # print is not safe here
+        with contextlib.suppress(OSError):  # `2>&1 | tee`: Ctrl-C ends tee, too
+            os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")  # print is not safe here

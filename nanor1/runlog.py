@@ -8,8 +8,9 @@
     summary.json     what the run came to, written at its end
 
 Every line is flushed as it is written, so a killed run loses at most half a line; a resumed run first cuts the JSON
-lines back to the step it resumes from. Left out: other log services, and processes other than the one that logs (of
-several, let only the first hold a RunLog). Source: the standard library; torch is imported only to ask its version.
+lines back to the step it resumes from. A run outlives its console: hours of work must not end with a terminal, or with
+the program behind a pipe. Left out: other log services, and processes other than the one that logs (of several, let
+only the first hold a RunLog). Source: the standard library; torch is imported only to ask its version.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
+
+from nanor1.config import GONE, let_go
 
 LINE_FILES = ("metrics.jsonl", "rollouts.jsonl", "log.txt")
 CONSOLE_WIDTH = 120
@@ -123,7 +126,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print to the console and to log.txt."""
         self._clear_progress()
-        print(text, file=self.console, flush=True)
+        self._show(f"{text}\n")
         print(text, file=self.files["log.txt"], flush=True)
 
     def say_once(self, key: str, text: str) -> None:
@@ -149,13 +152,26 @@ class RunLog:
             self._clear_progress()
         elif self.console.isatty() and now_s - self.progress_shown_s >= PROGRESS_INTERVAL_S:
             text = f"{label} {done}/{total} ({done / total:.0%})"[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{text}", end="", file=self.console, flush=True)
+            self._show(f"\r\x1b[K{text}")
             self.progress_shown_s, self.is_progress_shown = now_s, True
 
     def _clear_progress(self) -> None:
         if self.is_progress_shown:
-            print("\r\x1b[K", end="", file=self.console, flush=True)
+            self._show("\r\x1b[K")
         self.is_progress_shown = False
+
+    def _show(self, text: str) -> None:
+        """Print to the console. When nobody reads it any more (`| head`, a closed terminal), stderr says so, once."""
+        try:
+            print(text, end="", file=self.console, flush=True)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            let_go(self.console)
+            try:
+                print(f"nobody reads the console; the run goes on: see {self.folder / 'log.txt'}", file=sys.stderr)
+            except OSError:  # 2>&1
+                let_go(sys.stderr)
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json, all of it or none; non-finite numbers are null."""

@@ -1,5 +1,6 @@
 """The machine: what is chosen, what is said of it, and what is measured."""
 
+import os
 import signal
 import time
 
@@ -151,6 +152,21 @@ def test_an_interrupt_asks_once_and_then_lets_ctrl_c_through(capfd):
         assert interrupt.is_asked and "finishing this step" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_interrupt_asks_also_when_nobody_reads_what_it_says(monkeypatch):
+    def gone(descriptor, text):
+        raise BrokenPipeError
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(os, "write", gone)
+    try:
+        interrupt = Interrupt()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.is_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
