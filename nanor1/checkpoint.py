@@ -11,6 +11,7 @@ Nothing is pickled: tensors are safetensors, the rest is JSON (which turns tuple
 Left out: asynchronous and sharded saving; two runs saving into one folder at once.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -190,6 +191,8 @@ def remove_leftovers(root: Path, kind: str) -> None:
 
 
 def is_alive(process: int) -> bool:
+    if hasattr(ctypes, "WinDLL"):  # os.kill sends a signal there, where it only asks elsewhere
+        return _is_alive_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -197,6 +200,17 @@ def is_alive(process: int) -> bool:
     except PermissionError:
         pass  # somebody else's process, but a live one
     return True
+
+
+def _is_alive_on_windows(process: int) -> bool:
+    """Source: Windows' documents on OpenProcess and GetExitCodeProcess; the numbers are those of its headers."""
+    kernel32, code = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.c_ulong()
+    handle = kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if not handle:
+        return ctypes.get_last_error() == 5  # ERROR_ACCESS_DENIED: somebody else's process, but a live one
+    kernel32.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel32.CloseHandle(handle)
+    return code.value == 259  # STILL_ACTIVE
 
 
 def step_of(folder: Path) -> int:

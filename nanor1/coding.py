@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanor1.sandbox import Tests, Verdict, run_many
+from nanor1.sandbox import Tests, Verdict, refuse_unconfined, run_many
 
 TIMEOUT_S = 5  # for a program's calls together, or for one run of a script
 PYTHON = ("python", "python3", "py")
@@ -47,7 +47,11 @@ class CodeTests:
 
 
 def read_row(row: dict) -> tuple[str, str, CodeTests]:
-    """The question, a solution ("" if the row has none) and the tests of one problem; ValueError for other rows."""
+    """The question, a solution ("" if the row has none) and the tests of one problem.
+
+    ValueError for other rows, and where programs cannot be confined: better now than when the first one is sampled.
+    """
+    refuse_unconfined()
     if "entry_point" in row:
         return _humaneval(row)
     if "test_list" in row:

@@ -1,11 +1,13 @@
 """The machine a script runs on: device and dtype, chosen and said with the reason, memory, matrix rate, and Ctrl-C.
 
-Left out: several devices (they are torch.distributed's matter). Source: torch; for PEAK_FLOPS the maker's data sheets.
+Left out: several devices (they are torch.distributed's matter). Sources: torch; for PEAK_FLOPS the maker's data sheets;
+for Windows its documents on GetProcessMemoryInfo and GlobalMemoryStatusEx.
 """
 
 import contextlib
+import ctypes
+import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -15,8 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 SMALL_WIDTH = 512  # a narrower model is bound by overhead: bf16 gains nothing and costs precision
 WORTHWHILE = 1.5  # as fast as fp32, at least, has bf16 to be on a CPU
+UNKNOWN_MEMORY = 4 << 30  # bytes counted on where the system does not tell
 
 # Dense bf16 products with fp32 sums, FLOP/s, by torch's name of the device: NVIDIA's data sheets (H200, H100, A100,
 # L40S, L4) and its white papers on the Ada and Ampere GA102 architectures (RTX). Figures with sparsity are twice these.
@@ -111,11 +119,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype, say: Callable[[str], No
 
 
 def peak_memory_gib() -> float:
-    """Most memory held so far, in GiB: of the GPU where there is one, else of this process."""
+    """Most memory held so far, in GiB: of the GPU where there is one, else of this process; nan if nothing tells."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    if hasattr(ctypes, "WinDLL"):
+        return _windows_memory()[0] / 2**30
+    return math.nan
 
 
 def free_memory(device: torch.device) -> int:
@@ -123,12 +135,26 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    if hasattr(ctypes, "WinDLL"):
+        return _windows_memory()[1]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: half of what there is
+        if not hasattr(os, "sysconf"):
+            return UNKNOWN_MEMORY
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return min(left, *left_in_control_groups())
+
+
+def _windows_memory() -> tuple[int, int]:
+    """Bytes that this process has held at most, and that the machine has left, as 64-bit Windows tells them."""
+    kernel32 = ctypes.WinDLL("kernel32")
+    counters = (ctypes.c_uint64 * 9)(72)  # PROCESS_MEMORY_COUNTERS: its size and page faults, peak working set, ...
+    kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)  # -1: this process
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its size and load, the machine's memory, what is left, ...
+    kernel32.GlobalMemoryStatusEx(status)
+    return counters[1], status[2]
 
 
 def left_in_control_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:

@@ -249,8 +249,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on the disk; where no folder can be opened, for files only."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows waits for what can be written
+    except PermissionError:
+        if is_folder:  # Windows
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -7,6 +7,8 @@ tests never enter the program's process. Their code runs in a second, equally co
 for values and compares them; of scripts this process compares the output. A run that ends well proves nothing: only
 values count.
 
+Where the system cannot confine programs at all (Windows has neither fork nor resource limits), none is run: ValueError.
+
 What this is not: a security boundary against a determined attacker. Program and trainer share a kernel, a user and a
 machine; time and memory can be felt through; and where the system lacks a part, it is done without. `isolation()` says
 what there is. What the program may read: Python's own files and the system's libraries (with Landlock; else whatever
@@ -22,6 +24,7 @@ import contextlib
 import math
 import os
 import re
+import select
 import site
 import subprocess
 import sys
@@ -33,6 +36,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanor1.wire import EXITED, receive, send, shorten
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Without `site` Python starts three times as fast; the folders it would find are added for the program alone.
 START = "import sys; sys.path.insert(0, sys.argv[1]); from nanor1.jail import keep; del sys.path[0]; keep(sys.argv[2:])"
@@ -55,7 +63,7 @@ class Verdict:
 
 
 def run_tests(program: str, tests: Tests, timeout_s: float = 5, memory_mib: int = 512) -> Verdict:
-    """Judge one program. Raises nothing that depends on the program.
+    """Judge one program. Raises nothing that depends on the program; ValueError on a system that cannot confine it.
 
     `tests` is code, in which the names that are neither builtin nor its own are the program's (and those that it
     imports `from program`), or a list of (input, output) for a script. `timeout_s` is for all of the code, and for
@@ -71,6 +79,8 @@ def run_many(
     jobs: Sequence[tuple[str, Tests]], timeout_s: float = 5, memory_mib: int = 512, workers: int | None = None
 ) -> list[Verdict]:
     """Judge (program, tests) pairs as `run_tests` does, `workers` at a time (None: one for each CPU core)."""
+    if jobs:
+        refuse_unconfined()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     workers = min(len(jobs), workers or cores)
     waiting = collections.deque(enumerate(jobs))
@@ -93,8 +103,21 @@ def run_many(
 
 def isolation() -> str:
     """What confines programs on this machine, in words; "none" and the reason if nothing can be run."""
-    verdict = run_tests("def f(): return 1", "assert f() == 1")
+    try:
+        verdict = run_tests("def f(): return 1", "assert f() == 1")
+    except ValueError as error:
+        return f"none: {error}"
     return verdict.isolation if verdict.passed else f"none: {verdict.reason}"
+
+
+def refuse_unconfined() -> None:
+    """ValueError where the system lacks what no program is run without."""
+    parts = {"fork": hasattr(os, "fork"), "resource limits": resource is not None, "poll": hasattr(select, "poll")}
+    if lacking := ", no ".join(name for name, is_there in parts.items() if not is_there):
+        raise ValueError(
+            f"model-written programs are not run here: {sys.platform} has no {lacking} to confine them; take another "
+            "task, or Linux (on Windows: WSL)"
+        )
 
 
 class Jail:

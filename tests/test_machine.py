@@ -1,5 +1,6 @@
 """The machine: what is chosen, what is said of it, and what is measured."""
 
+import math
 import os
 import signal
 import time
@@ -111,6 +112,15 @@ def test_the_peak_of_a_known_gpu_is_the_published_one_and_others_are_measured(ra
 def test_memory_is_in_the_range_of_the_machine():
     assert 0.01 < peak_memory_gib() < 1e4
     assert 2**20 < free_memory(CPU) < 2**50
+
+
+def test_memory_that_no_part_of_the_system_tells_is_said_to_be_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "resource", None)  # as on Windows, where other functions tell: test_windows.py
+    assert math.isnan(peak_memory_gib())
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))  # no /proc
+    assert free_memory(CPU) > 2**28  # half of the machine's
+    monkeypatch.delattr(os, "sysconf")
+    assert free_memory(CPU) == 4 << 30
 
 
 def write_group(folder, names, limit, used, stat):
