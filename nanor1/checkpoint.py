@@ -6,6 +6,7 @@
 A checkpoint is written into a hidden sibling and gets its name by one rename, after every byte is on the disk. The
 manifest, written last, holds each file's SHA-256 and size: a checkpoint is used only if it still matches. So whenever
 the process, the machine or the disk gives out, the checkpoints before are whole and this one is whole or not seen.
+A process that looks for a checkpoint several times hashes a file once, as long as the file stays as it is.
 Nothing is pickled: tensors are safetensors, the rest is JSON (which turns tuples into lists, and keys into strings).
 
 Left out: asynchronous and sharded saving; two runs saving into one folder at once.
@@ -13,12 +14,14 @@ Left out: asynchronous and sharded saving; two runs saving into one folder at on
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from nanor1.runlog import fsync, write_json
 
 Tensors = dict[str, torch.Tensor]
+CLOCK_TICK_NS = 20_000_000  # file systems stamp a change by a clock that moves every 1 to 10 ms
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -230,13 +234,30 @@ def find_damage(folder: Path) -> str | None:
         if manifest["step"] != step_of(folder):
             return f"its manifest is of step {manifest['step']}"
         for name, expected in manifest["files"].items():
-            if digest(folder / name) != expected:
+            if digest_once(folder / name) != expected:
                 return f"{name} is not what was saved"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is broken: {error}"
     return None
+
+
+def digest_once(path: Path) -> dict[str, object]:
+    """`digest`, computed once a process for what the disk holds: a file that has changed since is read again.
+
+    A file younger than a clock's tick is not remembered: it could change once more without a new time.
+    """
+    status = path.stat()
+    changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    if time.time_ns() - changed_ns < CLOCK_TICK_NS:
+        return digest(path)
+    return _remembered_digest(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.cache
+def _remembered_digest(path: Path, *state: int) -> dict[str, object]:
+    return digest(path)
 
 
 def digest(path: Path) -> dict[str, object]:

@@ -7,21 +7,30 @@ import random
 import resource
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from running import call_main, own_process
 from safetensors.torch import load_file, save_file
 
+from nanor1 import checkpoint
 from nanor1.checkpoint import (
     DiskFullError,
     best_step,
     latest_checkpoint,
     load_checkpoint,
+    model_folder,
     random_state,
     save_checkpoint,
     set_random_state,
 )
+from nanor1.miniature import MINIATURES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_zero  # noqa: E402
 
 
 def write_model(folder: Path) -> None:
@@ -127,6 +136,94 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(tmp_path, harm, name):
     assert name in reports[0] or name == "manifest.json"  # a harmed manifest may blame a file that is whole
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         load_checkpoint(damaged)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that were read to be hashed."""
+    paths, real_digest = [], checkpoint.digest
+
+    def digest(path):
+        paths.append(path)
+        return real_digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", digest)
+    return paths
+
+
+TICK_S = 0.03  # a file is remembered when it is older than the tick of the clock that stamps it
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_a_checkpoint_that_is_looked_for_again_and_again_is_hashed_once(tmp_path, hashed):
+    run = tmp_path / "run"
+    folder = save(run / "checkpoints", 1)
+    hashed.clear()
+    time.sleep(TICK_S)
+    for _ in range(3):
+        assert model_folder(run) == latest(run / "checkpoints")[0] == folder
+        load_checkpoint(folder)
+    assert sorted(path.name for path in hashed) == FILES
+
+
+def keep_times(path: Path) -> None:
+    times = path.stat()
+    flip_one_bit(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace_file(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    flip_one_bit(other)
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_one_bit, keep_times, replace_file, Path.unlink])
+@pytest.mark.parametrize("wait_s", [0, TICK_S])
+def test_a_file_that_changes_after_it_was_verified_is_seen(tmp_path, harm, wait_s):
+    folder = save(tmp_path, 1)
+    time.sleep(wait_s)
+    assert latest(tmp_path) == (folder, [])
+    harm(folder / "model.safetensors")
+    assert latest(tmp_path)[0] is None
+    with pytest.raises(ValueError, match="model.safetensors"):
+        load_checkpoint(folder)
+
+
+def test_only_what_changed_is_hashed_again(tmp_path, hashed):
+    folder = save(tmp_path, 1)
+    time.sleep(TICK_S)
+    latest(tmp_path)
+    hashed.clear()
+    state = folder / "state.json"
+    state.write_bytes(state.read_bytes())
+    time.sleep(TICK_S)
+    assert latest(tmp_path)[0] == folder and latest(tmp_path)[0] == folder
+    assert hashed == [state]
+
+
+TINY = replace(MINIATURES["arithmetic"], steps=2, tokens_per_step=100, width=32, mlp_width=32, n_layers=1)
+FLAGS = "--problems 2 --completions 2 --max-new-tokens 4 --eval-problems 2 --eval-samples 1 --threads 1 --workers 1"
+
+
+def test_a_script_hashes_the_checkpoint_that_it_starts_from_once(tmp_path, hashed):
+    with own_process(tmp_path / "cache") as patch:
+        patch.setitem(MINIATURES, "arithmetic", TINY)
+        run = ["--out", tmp_path / "run", "--steps", 1, *FLAGS.split()]
+        assert call_main(train_zero, ["--task", "arithmetic", *run])[0] == 0
+        (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+        files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+        for arguments in (
+            ["--model", tmp_path / "run", "--out", tmp_path / "other", "--steps", 1, *FLAGS.split()],
+            ["--resume", tmp_path / "run", "--steps", 2],
+        ):
+            for path in files:  # as after some time, or in another process
+                path.touch()
+            time.sleep(TICK_S)
+            hashed.clear()
+            assert call_main(train_zero, arguments)[0] == 0
+            assert sorted(path for path in hashed if path.parent == folder) == files
 
 
 def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path):
