@@ -30,7 +30,7 @@ from pathlib import Path
 T = typing.TypeVar("T")
 Values = dict[str, object]
 BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)  # of printing where a reader ended, a terminal closed; Windows: either
+GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)  # of printing: the reader ended, the terminal closed; on Windows the last
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -56,8 +56,11 @@ def user_errors() -> Iterator[None]:
     The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
     Ctrl-C ends the program with 130, as a shell expects, and without one. Where nobody reads what it prints, as behind
     `| head`, it ends with 141 and no word, as programs do that SIGPIPE kills; a run goes on (see runlog.RunLog). What a
-    console's encoding lacks is printed as a question mark.
+    console's encoding lacks is printed as a question mark; where there is no console from the start, all is dropped.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`; pythonw.exe
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     consoles = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     for stream in consoles:
         stream.reconfigure(errors="replace")

@@ -74,6 +74,16 @@ def test_a_console_without_room_is_an_error_that_is_said_once(tmp_path, n_lines)
         assert shown.communicate()[1] == "error: [Errno 28] No space left on device\n" and shown.returncode == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's way to close a stream")
+@pytest.mark.parametrize("closed, other", [("stdout", "stderr"), ("stderr", "stdout")])
+def test_a_stream_that_is_closed_from_the_start_drops_what_it_gets(closed, other):
+    work = f"import sys; print('lost', sys.{closed}.isatty(), file=sys.{closed}); print('kept', file=sys.{other})"
+    command = ["sh", "-c", 'exec "$@" ' + {"stdout": ">&-", "stderr": "2>&-"}[closed], "sh", sys.executable, "-c"]
+    shown = subprocess.run([*command, PRINTING.format(work=work)], cwd=ROOT, capture_output=True, text=True)
+    assert {other: getattr(shown, other), closed: getattr(shown, closed)} == {other: "kept\n", closed: ""}
+    assert shown.returncode == 0
+
+
 @pytest.mark.parametrize("script", ["train_zero", "sample", "distill", "train_sft"])
 def test_all_that_a_script_does_is_watched_over(script):
     (main,) = [f for f in ast.parse((ROOT / f"{script}.py").read_text()).body if getattr(f, "name", "") == "main"]
