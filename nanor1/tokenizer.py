@@ -18,6 +18,7 @@ import codecs
 import functools
 import itertools
 import json
+import operator
 import re
 import unicodedata
 from collections import Counter
@@ -263,13 +264,15 @@ class _ByteLevelModel:
                 )
         self._forms = _normal_forms(tokenizer.get("normalizer"))
         self._splitters = _splitters(tokenizer.get("pre_tokenizer"))
-        self.token_bytes = _bytes_of_tokens({t: i for t, i in model["vocab"].items() if t not in added_texts})
+        ids = {text: i for text, i in model["vocab"].items() if text not in added_texts}
+        self.token_bytes = _bytes_of_tokens(ids)
         ranks = {token: i for i, token in self.token_bytes.items()}
-        _check_ids_are_ranks(model, {i for token, i in ranks.items() if len(token) > 1})
         # SmolLM2 has no token for 21 bytes. The reference drops them from a piece before it merges.
         self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         if self._missing and model.get("unk_token"):
             raise ValueError(f"bytes {self._missing!r} have no token and would become {model['unk_token']!r}")
+        # A dropped byte leaves less than the piece that the reference looks up whole.
+        _check_ids_are_ranks(ids, model["merges"], takes_whole=bool(model.get("ignore_merges")) and not self._missing)
         self._bpe = tiktoken.Encoding("", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
         self._piece_ids = functools.lru_cache(maxsize=2**16)(self._merge)
 
@@ -314,16 +317,70 @@ def _vocabulary(tokenizer: dict, added_texts: set[str]) -> _ByteLevelModel | _Wo
     return kinds[kind](tokenizer, added_texts)
 
 
-def _check_ids_are_ranks(model: dict, long_token_ids: set[int]) -> None:
-    """tiktoken merges by token id, the file by order of its merges: refuse a file where the two could differ.
+def _check_ids_are_ranks(ids: dict[str, int], merges: list, takes_whole: bool) -> None:
+    """Refuse merges that tiktoken, which is told the tokens and their ids alone, would not follow.
 
-    They agree in all supported families: each merge makes a token of a higher id than the merge before, or (Llama 3,
-    which lists every pair that makes a token) the same, and each token of several bytes is made by a merge.
+    The file merges listed pairs, the first listed first. tiktoken merges any neighbours that make a token, the lowest
+    id first, and takes a piece that is a token at once; the file does that only where it `takes_whole` (Llama 3).
+    The two give the same ids if the products' ids do not fall along the list, and each token's bytes are merged into
+    that one token by the file: then any neighbours that tiktoken merges are the listed pair that makes their token.
+    Where the file takes whole pieces, a token may fail that of which all pairs that would make it are listed.
     """
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    made = [model["vocab"].get("".join(pair), -1) for pair in pairs]
-    if any(later < earlier for earlier, later in itertools.pairwise(made)) or not set(made) >= long_token_ids:
+    if len(set(ids.values())) < len(ids):
+        raise ValueError("tokenizer.json gives two tokens the same id")
+    lefts, rights, products = [], [], []  # not one list of tuples: the garbage collector would look at each
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        try:
+            products.append(ids[left + right])
+            lefts.append(ids[left])
+            rights.append(ids[right])
+        except KeyError as error:
+            raise ValueError(
+                f"tokenizer.json merges {left!r} and {right!r}, but {error} is no token or an added one"
+            ) from None
+    if any(map(operator.gt, products, products[1:])):
         raise ValueError("the order of merges in tokenizer.json is not that of the token ids, which tiktoken needs")
+    base = max(ids.values(), default=0) + 1
+    rank_of = {left * base + right: rank for rank, (left, right) in enumerate(zip(lefts, rights, strict=True))}
+    single_ids = [i for text, i in ids.items() if len(text) == 1]
+    made_at = _merges_that_happen(lefts, rights, products, rank_of, base, single_ids)
+    for text in [text for text, i in ids.items() if i not in made_at]:
+        splits = [(ids.get(text[:n]), ids.get(text[n:])) for n in range(1, len(text))]
+        if not takes_whole or any(None not in pair and pair[0] * base + pair[1] not in rank_of for pair in splits):
+            raise ValueError(
+                f"the order of merges in tokenizer.json does not make {text!r} of its bytes; tiktoken would"
+            )
+
+
+def _merges_that_happen(
+    lefts: list[int], rights: list[int], products: list[int], rank_of: dict[int, int], base: int, single_ids: list[int]
+) -> dict[int, int]:
+    """The rank of the merge that makes each token out of its own bytes; a token that no merge makes has none.
+
+    `rank_of[left * base + right]` is that of a pair. It makes a token unless one at the end of left and one at the
+    start of right were merged before. Which two stand there at a time is found by going back in time: the later made of
+    both gives way to its inner part. A token made of later ones is left out: what happens then is not in order.
+    """
+    made_at, left_of, right_of = dict.fromkeys(single_ids, -1), {}, {}
+    for left, right, product in zip(lefts, rights, products, strict=True):
+        if product in made_at or left not in made_at or right not in made_at:
+            continue
+        x, y, x_end, y_end = left, right, len(lefts), len(lefts)  # until when x and y stand there
+        x_start, y_start = made_at[x], made_at[y]
+        while x_start >= 0 or y_start >= 0:
+            if x_start > y_start:
+                x, x_end = right_of[x], x_start
+                x_start = made_at[x]
+            else:  # of two equal neighbours the left one is made first
+                y, y_end = left_of[y], y_start
+                y_start = made_at[y]
+            rank = rank_of.get(x * base + y)
+            if rank is not None and rank < x_end and rank <= y_end:  # the same merge comes to the left one first
+                break
+        else:
+            made_at[product], left_of[product], right_of[product] = rank_of[left * base + right], left, right
+    return made_at
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The tokenizer against recorded ids, against transformers, and by hand on miniature vocabularies."""
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -312,6 +313,110 @@ def test_an_unsupported_tokenizer_is_refused_by_naming_what_is_unsupported(chang
     with pytest.raises(ValueError, match=message.replace("|", r"\|")) as error:
         Tokenizer.from_pretrained(edited_folder(tmp_path, BYTES, **changes))
     assert str(tmp_path) in str(error.value)
+
+
+# Merges that token ids can express, and others.
+
+
+def merging_tokenizer(merges: list[list[str]], vocab: list[str], folder: Path, **options: object) -> Path:
+    """Bytes and the tokens of `vocab`, of ids from 1000 on, made by `merges`; no text is cut."""
+    model = byte_model() | options
+    model |= {"vocab": model["vocab"] | {text: 1000 + n for n, text in enumerate(vocab)}, "merges": merges}
+    byte_level = json.loads(BYTES._files["tokenizer.json"])["pre_tokenizer"] | {"use_regex": False}
+    return edited_folder(folder, BYTES, model=model, pre_tokenizer=byte_level)
+
+
+UNLIKE = {  # merges and vocabulary of a file, and a text that the ids alone would encode otherwise
+    "a whole piece is a token, but its pair is never made": ("a,b b,c a,bc", "ab bc abc", "abc"),
+    "two of three bytes are taken by a merge across the middle": ("b,c a,b c,d ab,cd", "bc ab cd abcd", "abcd"),
+    "of three equal letters the first two are taken": ("a,a a,aa", "aa aaa", "aaa"),
+    "a pair that makes a token is not listed": ("b,c a,b ab,c", "bc ab abc", "abc"),
+    "a token is made by no merge": ("a,b", "ab zz", "zz"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("takes_whole", [False, True])
+def test_merges_that_ids_cannot_express_are_refused(name, takes_whole, tmp_path):
+    """A file that takes whole pieces (as Llama 3's) may hold a token that its merges never reach."""
+    merges, vocab, text = UNLIKE[name]
+    vocab, pairs = vocab.split(), [pair.split(",") for pair in merges.split()]
+    folder, token = merging_tokenizer(pairs, vocab, tmp_path, ignore_merges=takes_whole), 1000 + vocab.index(text)
+    assert token not in reference(folder).encode(f"x{text}").ids
+    if takes_whole and "across the middle" in name:
+        loaded = Tokenizer.from_pretrained(folder)
+        assert loaded.encode(text) == reference(folder).encode(text).ids == [token]
+        assert loaded.encode(f"x{text}") == reference(folder).encode(f"x{text}").ids
+    else:
+        with pytest.raises(ValueError, match="order of merges"):
+            Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("merges", "vocab", "message"),
+    [
+        (["ab,c"], ["abc"], "merges 'ab' and 'c', but 'ab' is no token"),
+        (["a,b", "c,d"], ["ab"], "merges 'c' and 'd', but 'cd' is no token"),
+        (["c,d", "a,b"], ["ab"], "'cd' is no token"),
+        (["a,b", "ab,c"], ["ab", END], "'abc' is no token"),
+    ],
+)
+def test_a_merge_of_what_is_no_token_is_refused_by_name(merges, vocab, message, tmp_path):
+    folder = merging_tokenizer([pair.split(",") for pair in merges], vocab, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_a_merge_that_makes_an_added_token_and_two_tokens_of_one_id_are_refused(tmp_path):
+    folder = merging_tokenizer([["a", "b"]], ["ab"], tmp_path)
+    added = [{"id": 256, "content": END, "special": True}, {"id": 1000, "content": "ab", "special": True}]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": added}))
+    with pytest.raises(ValueError, match="'ab' is no token or an added one"):
+        Tokenizer.from_pretrained(folder)
+    content["model"]["vocab"]["ba"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="two tokens the same id"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("takes_whole", [False, True])
+def test_random_merges_are_followed_exactly_or_refused_where_some_text_differs(takes_whole, tmp_path):
+    """Every text of up to nine letters. What is refused is merged by tiktoken itself, without the check."""
+    tokenizers, tiktoken = pytest.importorskip("tokenizers"), pytest.importorskip("tiktoken")
+    texts = ["".join(letters) for n in range(1, 10) for letters in itertools.product("ab", repeat=n)]
+    rng, n_accepted, n_refused = random.Random(0), 0, 0
+    for _ in range(100):
+        merges, vocab = random_merges(rng, "ab")
+        folder = merging_tokenizer(merges, vocab, tmp_path, ignore_merges=takes_whole)
+        hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        wanted = [hf.encode(text, add_special_tokens=False).ids for text in texts]
+        try:
+            encode, is_refused = Tokenizer.from_pretrained(folder).encode, False
+        except ValueError as error:
+            assert "order of merges" in str(error)
+            ranks = {bytes([i]): i for i in range(256)} | {text.encode(): 1000 + n for n, text in enumerate(vocab)}
+            bpe = tiktoken.Encoding("", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+            encode, is_refused = bpe.encode, True
+        is_different = [encode(text) for text in texts] != wanted
+        # Of pieces taken whole a few files more are refused: a pair unlisted, of tokens that are never made.
+        assert is_different == is_refused or (is_refused and takes_whole), merges
+        n_accepted, n_refused = n_accepted + (not is_refused), n_refused + is_refused
+    assert n_accepted > 50 and n_refused > 10
+
+
+def random_merges(rng: random.Random, letters: str) -> tuple[list[list[str]], list[str]]:
+    """Some merges in the order of the ids of what they make, often several for a token; none makes a long one."""
+    tokens, merges = [*letters], []
+    for _ in range(rng.randint(3, 9)):
+        pair = rng.choices(tokens, k=2)
+        text = "".join(pair)
+        if text in tokens or len(text) > 5:
+            continue
+        ways = [[text[:n], text[n:]] for n in range(1, len(text)) if text[:n] in tokens and text[n:] in tokens]
+        merges += [way for way in ways if way == pair or rng.random() < 0.5]
+        tokens.append(text)
+    return merges, tokens[len(letters) :]
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
