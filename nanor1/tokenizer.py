@@ -15,6 +15,7 @@ Sources: the file format is that of https://github.com/huggingface/tokenizers; b
 """
 
 import codecs
+import copy
 import functools
 import itertools
 import json
@@ -35,9 +36,11 @@ import tiktoken
 
 # Kept byte for byte between loading and saving; the first two must exist. config.json belongs to the model.
 _REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
-_OPTIONAL_FILES = ("special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+_GENERATION = "generation_config.json"
+_OPTIONAL_FILES = ("special_tokens_map.json", _GENERATION, "chat_template.jinja")
 
 _END_OF_TEXT = "<|endoftext|>"
+_PROBE = "7305"  # an answer that no template rewrites or writes by itself
 
 # How GPT-2 cuts text: contractions, letters, digits, the rest (each with one space before), whitespace.
 _GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -46,9 +49,11 @@ _GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 class Tokenizer:
     """The vocabulary of a model folder: `encode`, `decode`, stop tokens and chat template.
 
-    Attributes: `vocab_size` (largest id + 1: sample no id at or above it), `eos_id`, `bos_id`, `pad_id` (None where
-    absent), `stop_ids` (sorted; generation ends on any), `special_ids`, `adds_bos` (the model expects `bos_id` before
-    plain text), `chat_template` (None where absent).
+    Attributes: `vocab_size` (largest id + 1: sample no id at or above it), `n_rows` (of the model's embedding, None
+    where no config.json says), `eos_id`, `bos_id`, `pad_id` (None where absent), `declared_stop_ids` (sorted: those of
+    generation_config.json, config.json and `eos_id`), `turn_end_id`, `stop_ids` (sorted: all of these; generation ends
+    on any), `special_ids`, `adds_bos` (the model expects `bos_id` before plain text), `chat_template` (None where
+    absent).
 
     >>> words = Tokenizer.from_words(["1", "+", "2", "="])
     >>> words.encode("1 + 2 ="), words.decode([0, 1, 2, 3, words.eos_id])
@@ -58,6 +63,7 @@ class Tokenizer:
     def __init__(self, files: dict[str, bytes], model_config: dict | None = None):
         """Build from the bytes of the files of a folder; `from_pretrained` is the usual way in."""
         self._files = files
+        model_config = model_config or {}
         parsed = {name: _parse_json(text, name) for name, text in files.items() if name.endswith(".json")}
         tokenizer, config = (parsed[name] for name in _REQUIRED_FILES)
         added = tokenizer.get("added_tokens") or []
@@ -71,12 +77,16 @@ class Tokenizer:
 
         self._special_texts = _special_texts(parsed.get("special_tokens_map.json", {}) | config)
         self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos_token", "eos_token", "pad_token"))
-        generation_config = parsed.get("generation_config.json", {})
-        stop_ids = {*_id_list(generation_config.get("eos_token_id")), *_id_list(self.eos_id)}
-        self.stop_ids = tuple(sorted(stop_ids or _id_list((model_config or {}).get("eos_token_id"))))
+        configs = {_GENERATION: parsed.get(_GENERATION, {}), "config.json": model_config}
+        stop_ids = {i for name, config_ in configs.items() for i in _eos_ids(config_, name)}
+        self.declared_stop_ids = tuple(sorted(stop_ids | ({self.eos_id} - {None})))
         self.adds_bos = bool(config.get("add_bos_token")) or _template_starts_special(tokenizer.get("post_processor"))
+        self.n_rows = model_config.get("vocab_size")
+        self._without_row = frozenset(i for i in self._token_bytes if self.n_rows and i >= self.n_rows)
+        if self.adds_bos and self.bos_id is not None:
+            self.check_rows([self.bos_id])  # it stands in every text
         template_file = files.get("chat_template.jinja")
-        self.chat_template = template_file.decode() if template_file else config.get("chat_template")
+        self.chat_template = template_file.decode() if template_file else _default_template(config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -135,14 +145,25 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids only where `allow_special`.
 
-        Added tokens that are not special (Qwen3's `<think>`) always become their ids, as in the reference.
+        Added tokens that are not special (Qwen3's `<think>`) always become their ids, as in the reference. ValueError
+        for a token without a row in the model's embedding.
         """
         ids = []
         for plain, added_id in (self._every_added if allow_special else self._ordinary_added).split(text):
             ids += self._model.encode(plain)
             if added_id is not None:
                 ids.append(added_id)
+        self.check_rows(ids)
         return ids
+
+    def check_rows(self, ids: Sequence[int]) -> None:
+        """ValueError for an id for which the model's embedding has no row; a token that is never used may have none."""
+        if self._without_row and not self._without_row.isdisjoint(ids):
+            i = next(i for i in ids if i in self._without_row)
+            raise ValueError(
+                f"the token {self.decode([i])!r} has id {i}, but the model's embedding has {self.n_rows} rows "
+                "(vocab_size in config.json): leave it out of the text or of tokenizer.json, or give a larger model"
+            )
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValueError for an id without a token."""
@@ -172,8 +193,41 @@ class Tokenizer:
             return self._compiled_template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template computes: `''.split('')` raises what Python raises
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+    @functools.cached_property
+    def turn_end_id(self) -> int | None:
+        """The added token, special or not, that the chat template writes behind an answer; None if it writes none.
+
+        None too without a template, and where it cannot render a question and an answer.
+        """
+        conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            _, answer, behind = self.apply_chat_template(conversation).rpartition(_PROBE)
+        except ValueError:
+            return None
+        return next(self._every_added.split(behind))[1] if answer else None
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.declared_stop_ids, self.turn_end_id} - {None}))
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether the folder's own stops hold the end of a turn; a base model that merely has a template does not."""
+        return self.turn_end_id in self.declared_stop_ids
+
+    def with_stop(self, token_id: int) -> "Tokenizer":
+        """The same tokenizer, whose saved generation_config.json ends generation on `token_id` too."""
+        self._bytes_of(token_id)  # refuses what is no token
+        written = _parse_json(self._files.get(_GENERATION, b"{}"), _GENERATION)
+        ids = [*dict.fromkeys([*_eos_ids(written, _GENERATION), *self.declared_stop_ids, token_id])]
+        made = copy.copy(self)
+        made._files = self._files | {_GENERATION: json.dumps(written | {"eos_token_id": ids}, indent=2).encode()}
+        made.declared_stop_ids = tuple(sorted(ids))
+        made.__dict__.pop("stop_ids", None)  # what the copy would keep of the old ones
+        return made
 
     @functools.cached_property
     def template_parameters(self) -> frozenset[str]:
@@ -429,9 +483,12 @@ def _stage_pattern(stage: dict) -> str | None:
 
 def _parse_json(content: bytes, name: str) -> dict:
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:
         raise ValueError(f"{name} is not JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds no JSON object but {found!r:.60}; download it again")
+    return found
 
 
 def _special_texts(config: dict) -> dict[str, str]:
@@ -441,8 +498,20 @@ def _special_texts(config: dict) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _id_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+def _eos_ids(config: dict, name: str) -> list[int]:
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int for i in ids):
+        raise ValueError(f"{name} has eos_token_id {found!r:.60}; expected a token id, a list of them, or null")
+    return ids
+
+
+def _default_template(config: dict) -> str | None:
+    """tokenizer_config.json holds a template, or several with names."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found
 
 
 def _template_starts_special(post_processor: dict | None) -> bool:

@@ -92,7 +92,8 @@ def test_ids_and_text_equal_the_reference_on_every_recorded_line(model):
 def test_special_ids_are_those_of_the_files(model, expected):
     tokenizer = pretrained(model)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == expected
-    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+    assert tokenizer.declared_stop_ids == (tokenizer.eos_id,)
+    assert tokenizer.stop_ids == tuple(sorted({tokenizer.eos_id, tokenizer.turn_end_id} - {None}))
     assert tokenizer.eos_id in tokenizer.special_ids
 
 
@@ -256,20 +257,143 @@ def test_unknown_repeated_and_split_words_are_refused_by_name():
 # Stop tokens.
 
 
-def test_stop_ids_join_the_tokenizer_and_the_generation_config(tmp_path):
+def test_stop_ids_join_the_tokenizer_and_both_configs(tmp_path):
     folder = edited_folder(tmp_path, BYTES, "generation_config.json", eos_token_id=[7, 3])
     edited_folder(tmp_path, BYTES, "config.json", eos_token_id=99)
     loaded = Tokenizer.from_pretrained(folder)
-    assert (loaded.stop_ids, loaded.eos_id) == ((3, 7, 256), 256)
-    loaded.save_pretrained(tmp_path / "copy")
+    assert (loaded.stop_ids, loaded.eos_id) == ((3, 7, 99, 256), 256)
+    loaded.save_pretrained(tmp_path / "copy")  # config.json is the model's to save
     assert Tokenizer.from_pretrained(tmp_path / "copy").stop_ids == (3, 7, 256)
 
 
-def test_stop_ids_fall_back_to_the_model_config(tmp_path):
+def test_stop_ids_may_stand_in_the_model_config_alone_and_need_have_no_token(tmp_path):
     edited_folder(tmp_path, BYTES, "tokenizer_config.json", eos_token=None)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 99}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": [99, 9999]}')
     loaded = Tokenizer.from_pretrained(tmp_path)
-    assert (loaded.stop_ids, loaded.eos_id) == ((99,), None)
+    assert (loaded.stop_ids, loaded.eos_id) == ((99, 9999), None)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["<|endoftext|>", [1, "2"], 2.0, True, {"id": 3}])
+def test_stop_ids_that_are_no_ids_are_refused_in_one_line(name, value, tmp_path):
+    edited_folder(tmp_path, BYTES, name, eos_token_id=value)
+    with pytest.raises(ValueError, match=r"config\.json has eos_token_id .*; expected a token id, a list") as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+START, STOP = "<|im_start|>", "<|im_end|>"
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+STRIPPING = TURNS.replace("m.content", "m.content.split('</think>')[-1].strip()")
+ALTERNATING = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + TURNS
+
+
+def chat_folder(folder: Path, template: object, **stops: object) -> Path:
+    """Bytes, <|endoftext|> (256, the tokenizer's own), <|im_start|> (257), <|im_end|> (258), and a template."""
+    tokenizer = Tokenizer.from_bytes(specials=[START, STOP])
+    edited_folder(folder, tokenizer, "tokenizer_config.json", chat_template=template)
+    return edited_folder(folder, Tokenizer.from_pretrained(folder), "generation_config.json", **stops)
+
+
+@pytest.mark.parametrize("template", [TURNS, STRIPPING, ALTERNATING, TURNS.replace("<|im_end|>", " . <|im_end|>")])
+def test_the_token_that_the_template_writes_behind_an_answer_is_a_stop(template, tmp_path):
+    loaded = Tokenizer.from_pretrained(chat_folder(tmp_path, template, eos_token_id=256))
+    assert (loaded.turn_end_id, loaded.stop_ids, loaded.declared_stop_ids) == (258, (256, 258), (256,))
+    assert not loaded.ends_turns and loaded.eos_id == 256
+
+
+def test_an_end_of_turn_need_not_be_special_and_the_default_of_several_templates_counts(tmp_path):
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": TURNS}]
+    chat_folder(tmp_path, named)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"][2]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_pretrained(tmp_path).turn_end_id == 258
+
+
+def test_among_words_too_the_template_ends_a_turn():
+    template = "{% for m in messages %}{{ m.role }} : {{ m.content }} . <end> {% endfor %}"
+    words = Tokenizer.from_words(["."], specials=["<end>"], chat_template=template)
+    assert (words.turn_end_id, words.stop_ids) == (2, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ raise_exception('never') }}",
+        "{{ messages[9].content }}",
+        "{{ ''.split('') }}",
+        "{{ 1 // 0 }}",
+        7,
+        [{"name": "rag", "template": TURNS}],
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "<|im_start|>",
+        "{{ messages[0].content }}<|im_end|>",
+    ],
+)
+def test_a_template_without_an_end_of_turn_or_at_fault_adds_no_stop(template, tmp_path):
+    loaded = Tokenizer.from_pretrained(chat_folder(tmp_path, template, eos_token_id=[256]))
+    assert (loaded.turn_end_id, loaded.stop_ids, loaded.ends_turns) == (None, (256,), False)
+
+
+@pytest.mark.parametrize("before", [{}, {"eos_token_id": 256, "top_k": 20}, {"eos_token_id": [7], "top_k": 20}])
+def test_a_stop_that_is_added_is_saved_beside_the_others(before, tmp_path):
+    folder = chat_folder(tmp_path, TURNS, **before)
+    if not before:
+        (folder / "generation_config.json").unlink()
+    loaded = Tokenizer.from_pretrained(folder)
+    assert loaded.stop_ids and not loaded.ends_turns
+    added = loaded.with_stop(loaded.turn_end_id)
+    added.save_pretrained(tmp_path / "copy")
+    again = Tokenizer.from_pretrained(tmp_path / "copy")
+    for tokenizer in (added, again):
+        assert tokenizer.ends_turns and tokenizer.stop_ids == (*([7] if 7 in loaded.stop_ids else []), 256, 258)
+        assert tokenizer.encode("a<|im_end|>", allow_special=True) == [97, 258]
+    saved = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert saved["eos_token_id"][-1] == 258 and saved | {"eos_token_id": 0} == before | {"eos_token_id": 0}
+    assert not loaded.ends_turns and added.with_stop(258).stop_ids == added.stop_ids
+    with pytest.raises(ValueError, match="300 is no token id"):
+        loaded.with_stop(300)
+
+
+@needs_conformance
+@pytest.mark.parametrize(
+    ("model", "end"), [("qwen3", "<|im_end|>"), ("smollm2", "<|im_end|>"), ("llama3", "<|eot_id|>")]
+)
+def test_real_templates_end_turns_with_the_token_that_their_models_were_taught(model, end):
+    assert pretrained(model).turn_end_id == pretrained(model).token_id(end) in pretrained(model).stop_ids
+
+
+# Tokens for which the model has no row.
+
+
+def folder_with_rows(folder: Path, n_rows: int, **options: object) -> Path:
+    Tokenizer.from_bytes(specials=["<think>", "</think>"], **options).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"][1:]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": n_rows}))
+    return folder
+
+
+def test_a_text_with_a_token_beyond_the_embedding_is_refused_in_one_line(tmp_path):
+    loaded = Tokenizer.from_pretrained(folder_with_rows(tmp_path, 257))
+    assert loaded.encode("a") == [97] and loaded.vocab_size == 259
+    with pytest.raises(ValueError, match="'</think>' has id 258, but the model's embedding has 257 rows") as error:
+        loaded.encode("a</think>")
+    assert "\n" not in str(error.value)
+    assert Tokenizer.from_pretrained(folder_with_rows(tmp_path, 259)).encode("a</think>") == [97, 258]
+
+
+def test_a_beginning_of_text_beyond_the_embedding_is_refused_at_once(tmp_path):
+    folder = edited_folder(folder_with_rows(tmp_path, 257), BYTES, "tokenizer_config.json")
+    edited = {"bos_token": END, "add_bos_token": True, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(edited))
+    (folder / "config.json").write_text('{"vocab_size": 256}')
+    with pytest.raises(ValueError, match="has id 256, but the model's embedding has 256 rows"):
+        Tokenizer.from_pretrained(folder)
 
 
 def test_special_tokens_may_be_objects_or_stand_in_the_special_tokens_map(tmp_path):
@@ -503,6 +627,8 @@ def test_templates_have_the_names_and_blank_rules_that_models_rely_on(template, 
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 'a' + none }}", "cannot render"),
         ("{% if %}", "cannot render"),
+        ("{{ ''.split('') }}", "cannot render"),
+        ("{{ 1 // 0 }}", "cannot render"),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_a_value_error(template, message):
