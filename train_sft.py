@@ -373,7 +373,7 @@ def read_sources(config: Config, objective: Objective, tokenizer: Tokenizer, log
 
 def key_of(objective: str) -> Callable:
     """Items of one key are held out together, or not at all: all answers to a question."""
-    return (lambda pair: pair.prompt_ids) if objective == "preference" else sft.question
+    return (lambda pair: pair.question or pair.prompt_ids) if objective == "preference" else sft.question
 
 
 def evaluate(run: Run) -> dict:

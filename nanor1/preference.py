@@ -12,8 +12,7 @@ Letters: P pairs, B sequences, N packed tokens, M answers, C width.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches,
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.rewards import after_thinking
-from nanor1.sft import text_end
+from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, text_end, thinking, with_system
 from nanor1.tasks import read_json_lines
 from nanor1.tokenizer import Tokenizer
 
@@ -95,6 +94,7 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float = 0.0  # by how much the chosen one's score is to be higher
+    question: str = field(default="", compare=False)  # its bare text: decides what is held out
 
     @property
     def n_tokens(self) -> int:
@@ -108,16 +108,28 @@ class Pairs:
     pairs: list[Pair]
     n_too_long: int
     n_equal: int  # the two final answers are the same: they say nothing about a preference
+    n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
 
 
-def read_pairs(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Pairs:
+def read_pairs(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    template_arguments: dict[str, object] | None = None,
+    system: str = "",
+) -> Pairs:
     """Read JSON lines of `prompt`, `chosen`, `rejected` and, if there is one, a number `margin`.
 
     `prompt` is a text, used as it is, or messages, dressed by the chat template; `chosen` and `rejected` are texts or
-    lists of one assistant message. No sequence is longer than `max_tokens`. ValueError names file, line and fault.
+    lists of one assistant message. `template_arguments` and `system` are those of sft.read_examples. No sequence is
+    longer than `max_tokens`. ValueError names file, line and fault.
     """
-    found = read_json_lines(path, partial(_to_pair, tokenizer))
-    different = [pair for pair in found if pair.chosen_ids != pair.rejected_ids]
+
+    def to_pair(row: dict) -> tuple[Pair, bool]:
+        return _to_pair(row, tokenizer, template_arguments or {}, system), row.get("split") not in (None, "train")
+
+    found = read_json_lines(path, to_pair)
+    different = [pair for pair, _ in found if pair.chosen_ids != pair.rejected_ids]
     pairs = [pair for pair in different if _longest(pair) <= max_tokens]
     n_equal, n_too_long = len(found) - len(different), len(different) - len(pairs)
     if not pairs:
@@ -125,30 +137,40 @@ def read_pairs(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Pairs
             f"{path}: none of its {len(found)} pairs can be used: {n_too_long} are longer than {max_tokens} tokens, "
             f"{n_equal} have the same final answer twice"
         )
-    return Pairs(pairs, n_too_long, n_equal)
+    return Pairs(pairs, n_too_long, n_equal, sum(is_not_train for _, is_not_train in found))
 
 
 def _longest(pair: Pair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def _to_pair(tokenizer: Tokenizer, row: dict) -> Pair:
-    prompt_ids = _prompt_ids(row.get("prompt"), tokenizer)
+def _to_pair(row: dict, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str) -> Pair:
+    prompt_ids, question = _prompt(row.get("prompt"), tokenizer, template_arguments, system)
     chosen_ids, rejected_ids = (_answer_ids(_answer(row, name), tokenizer) for name in ("chosen", "rejected"))
     margin = row.get("margin", 0.0)
     if type(margin) not in (int, float) or not math.isfinite(margin):
         raise ValueError(f"expected a finite number 'margin', found {margin!r:.60}")
-    return Pair(prompt_ids, chosen_ids, rejected_ids, float(margin))
+    return Pair(prompt_ids, chosen_ids, rejected_ids, float(margin), question)
 
 
-def _prompt_ids(prompt: object, tokenizer: Tokenizer) -> list[int]:
-    """As evaluate.write_prompt does it: a policy is scored behind the very ids that it continued."""
+def _prompt(
+    prompt: object, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str
+) -> tuple[list[int], str]:
+    """Its ids, and the question in it.
+
+    The ids are as evaluate.write_prompt makes them: a policy is scored behind the very ids that it continued.
+    """
     if isinstance(prompt, str) and prompt.strip():
+        if system:
+            raise ValueError(NO_PLACE_FOR_SYSTEM)
         ids = tokenizer.encode(prompt)
-        return [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids
+        return [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids, prompt.strip()
     if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        return tokenizer.encode(text, allow_special=True)
+        for message in prompt:
+            thinking(message)  # refuses what cannot be one text; the template does with it what it does
+        messages = with_system(prompt, system)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
+        return tokenizer.encode(text, allow_special=True), first_question(prompt)
     raise ValueError(
         f"expected 'prompt': a text or messages, each with a 'role' and a text 'content', found {prompt!r:.60}"
     )

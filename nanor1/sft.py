@@ -3,7 +3,8 @@
 A model learns what it would have had to sample. The prompt of a chat's answer is rendered and encoded as it is for
 sampling, the answer is encoded apart from it, as sampled ids begin anew there, and the stop token that ends a turn is
 learned with it. The answer never passes through the chat template, which may strip its thinking (DeepSeek-R1-Distill,
-Qwen3). DeepSeek-R1 (2501.12948, section 2.3) learns its cold start and its rejection-sampled answers this way.
+Qwen3); thinking that stands in a field beside it is written before it. DeepSeek-R1 (2501.12948, section 2.3) learns its
+cold start and its rejection-sampled answers this way.
 
 Special tokens spelled out in an answer stay mere text, so no line can end a turn within it or begin another; added
 tokens that are not special (Qwen3's `<think>`) are what they are in sampling. In the messages of a prompt they count,
@@ -18,7 +19,8 @@ import functools
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -34,7 +36,16 @@ from nanor1.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
-PROBE = "42"  # an answer that no template rewrites
+THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
+TAG = re.compile("</?think>")
+UNLEARNED = (
+    "tool_calls",
+    "function_call",
+    "reasoning_details",
+    "thinking_blocks",
+    "refusal",
+)  # hold words, and not as text
+NO_PLACE_FOR_SYSTEM = "expected messages, before which a system message can stand, found a plain 'prompt'"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -44,6 +55,7 @@ class Example:
 
     ids: list[int]
     is_target: list[bool]
+    question: str = field(default="", compare=False)  # its bare text, if there is one: decides what is held out
 
     def __post_init__(self):
         assert len(self.ids) == len(self.is_target)
@@ -58,6 +70,7 @@ class Examples:
     n_too_long: int = 0  # examples not there
     n_rewritten: int = 0  # earlier assistant turns without a loss: in the prompt the template shows them otherwise
     n_cut: int = 0  # documents that are several examples
+    n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
 
 
 @dataclass(frozen=True)
@@ -77,28 +90,41 @@ class TextBatch:
 # ---- examples from JSON lines
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Examples:
+def read_examples(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    template_arguments: dict[str, object] | None = None,
+    system: str = "",
+) -> Examples:
     """Read JSON lines of `messages` (chat), or of `prompt` and `completion` (text); other fields are ignored.
 
     Messages: a loss on the last one, which is the assistant's, and on its earlier ones that stand in the last one's
-    prompt token for token as they would have been sampled. Text: a loss on the completion and the end-of-text token.
-    Examples longer than `max_tokens` are left out and counted. ValueError names file, line and fault.
+    prompt token for token as they would have been sampled; what the assistant thought (see `said`) is part of it.
+    `template_arguments` are variables of the chat template, `system` is put before messages without a system message.
+    Text: a loss on the completion and the end-of-text token. Examples longer than `max_tokens` are left out and
+    counted. ValueError names file, line and fault.
     """
-    end_id = turn_end(tokenizer)
+    write = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **(template_arguments or {}))
 
-    def to_example(row: dict) -> tuple[Example, int]:
+    def to_example(row: dict) -> tuple[Example, int, bool]:
+        is_not_train = row.get("split") not in (None, "train")
         if "messages" in row:
-            return _chat_example(row["messages"], tokenizer, end_id)
-        return _text_example(row, tokenizer), 0
+            _check_messages(row["messages"])
+            return *_chat_example(with_system(row["messages"], system), tokenizer, write), is_not_train
+        if system:
+            raise ValueError(NO_PLACE_FOR_SYSTEM)
+        return _text_example(row, tokenizer), 0, is_not_train
 
     found = read_json_lines(path, to_example)
-    kept = [(example, n) for example, n in found if len(example.ids) <= max_tokens]
+    kept = [(example, n) for example, n, _ in found if len(example.ids) <= max_tokens]
     if not kept:
         raise ValueError(f"{path}: all of its {len(found)} examples are longer than {max_tokens} tokens; allow more")
     return Examples(
         [example for example, _ in kept],
         n_too_long=len(found) - len(kept),
         n_rewritten=sum(n for _, n in kept),
+        n_not_train=sum(is_not_train for *_, is_not_train in found),
     )
 
 
@@ -109,38 +135,43 @@ def _text_example(row: dict, tokenizer: Tokenizer) -> Example:
             "expected 'messages', or texts 'prompt' and (non-empty) 'completion', "
             f"found prompt {prompt!r:.60} and completion {completion!r:.60} (fields: {', '.join(row)})"
         )
+    if beside := [name for name in THINKING if isinstance(row.get(name), str) and row[name].strip() not in completion]:
+        raise ValueError(f"expected all words to learn in 'completion', found others in {beside[0]!r}; join them")
     before = [*_text_start(tokenizer), *tokenizer.encode(prompt)]
     answer = [*tokenizer.encode(completion), text_end(tokenizer)]
-    return _example(before + answer, [False] * len(before) + [True] * len(answer))
+    return _example(before + answer, [False] * len(before) + [True] * len(answer), prompt.strip())
 
 
-def _chat_example(messages: object, tokenizer: Tokenizer, end_id: int) -> tuple[Example, int]:
+def _chat_example(
+    messages: list[dict], tokenizer: Tokenizer, write: Callable[[list[dict]], str]
+) -> tuple[Example, int]:
     """The example, and how many of the assistant's earlier turns got no loss."""
-    _check_messages(messages)
-    before, answer = _turn(messages, len(messages) - 1, tokenizer, end_id)
+    before, answer = _turn(messages, len(messages) - 1, tokenizer, write)
     is_target, n_rewritten = [False] * len(before) + [True] * len(answer), 0
     for i, message in enumerate(messages[:-1]):
         if message["role"] == "assistant":
-            start, said = _turn(messages, i, tokenizer, end_id)
-            end = len(start) + len(said)
-            if before[:end] == start + said:
-                is_target[len(start) : end] = [True] * len(said)
+            start, made = _turn(messages, i, tokenizer, write)
+            end = len(start) + len(made)
+            if before[:end] == start + made:
+                is_target[len(start) : end] = [True] * len(made)
             else:
                 n_rewritten += 1
-    return _example(before + answer, is_target), n_rewritten
+    return _example(before + answer, is_target, first_question(messages)), n_rewritten
 
 
-def _turn(messages: list[dict], i: int, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], list[int]]:
+def _turn(
+    messages: list[dict], i: int, tokenizer: Tokenizer, write: Callable[[list[dict]], str]
+) -> tuple[list[int], list[int]]:
     """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
-    prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-    answer = continuation(prompt, messages[i]["content"])
-    return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), end_id]
+    prompt = write(messages[:i])
+    answer = continuation(prompt, said(messages[i]))
+    return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), turn_end(tokenizer)]
 
 
-def _example(ids: list[int], is_target: list[bool]) -> Example:
+def _example(ids: list[int], is_target: list[bool], question: str = "") -> Example:
     if len(ids) < 2:
         raise ValueError("expected a text of at least one token, found none that this tokenizer knows")
-    return Example(ids, [False, *is_target[1:]])
+    return Example(ids, [False, *is_target[1:]], question)
 
 
 def _check_messages(messages: object) -> None:
@@ -150,12 +181,52 @@ def _check_messages(messages: object) -> None:
         fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
             raise ValueError(f"expected texts 'role' and 'content', found {message!r:.60} as message {n}")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"expected the assistant to say something, found message {n} without content")
+        if message["role"] == "assistant":
+            _check_said(message, n)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"expected the last message to be the assistant's, found role {messages[-1]['role']!r}")
     if messages[0]["role"] == "assistant":
         raise ValueError("expected a message for the assistant to answer, found the assistant's first")
+
+
+def _check_said(message: dict, n: int) -> None:
+    if not message["content"].strip():
+        raise ValueError(f"expected the assistant to say something, found message {n} without content")
+    if thinking(message) and TAG.search(message["content"] + thinking(message)):
+        raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
+    if unlearned := [name for name in UNLEARNED if message.get(name)]:
+        raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
+
+
+def thinking(message: dict) -> str:
+    """What the assistant thought, from the one of the fields THINKING that has a text; "" if none has."""
+    found = {name: message[name] for name in THINKING if message.get(name) is not None}
+    if wrong := [name for name, thought in found.items() if not isinstance(thought, str)]:
+        raise ValueError(f"expected a text {wrong[0]!r} in a message, found {found[wrong[0]]!r:.60}")
+    thoughts = {thought.strip(): thought for thought in found.values() if thought.strip()}
+    if len(thoughts) > 1:
+        raise ValueError(f"expected one text of what was thought, found different ones in {' and '.join(found)}")
+    return next(iter(thoughts.values()), "")
+
+
+def said(message: dict) -> str:
+    """All that the assistant wrote; thinking that has a field of its own as DeepSeek-R1 and Qwen3 write it.
+
+    >>> said({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"})
+    '<think>\\n2 + 2\\n</think>\\n\\n4'
+    """
+    thought, content = thinking(message).strip("\n"), message["content"]
+    return f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n") if thought else content
+
+
+def with_system(messages: list[dict], system: str) -> list[dict]:
+    """The messages behind a system message of this text, if there is one and they have none of their own."""
+    has_own = any(message["role"] == "system" for message in messages)
+    return messages if has_own or not system else [{"role": "system", "content": system}, *messages]
+
+
+def first_question(messages: list[dict]) -> str:
+    return next((message["content"].strip() for message in messages if message["role"] == "user"), "")
 
 
 def continuation(prompt: str, response: str) -> str:
@@ -171,20 +242,19 @@ def continuation(prompt: str, response: str) -> str:
 
 
 def turn_end(tokenizer: Tokenizer) -> int:
-    """The stop token that the chat template writes behind an answer, else the end-of-text token."""
-    if not tokenizer.chat_template:
+    """The token that the chat template writes behind an answer, else the end-of-text token."""
+    if tokenizer.turn_end_id is None:
         return text_end(tokenizer)
-    chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
-    _, _, rest = tokenizer.apply_chat_template(chat).rpartition(PROBE)
-    ends = [i for i in tokenizer.encode(rest, allow_special=True) if i in tokenizer.stop_ids]
-    return ends[0] if ends else text_end(tokenizer)
+    tokenizer.check_rows([tokenizer.turn_end_id])
+    return tokenizer.turn_end_id
 
 
 def text_end(tokenizer: Tokenizer) -> int:
     """The token that ends a plain text: the tokenizer's own, else the first on which sampling stops."""
-    ends = tokenizer.stop_ids if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ends = [i for i in (tokenizer.eos_id, *tokenizer.declared_stop_ids, *tokenizer.stop_ids) if i is not None]
     if not ends:
         raise ValueError("the tokenizer has no token that ends a text; name an eos_token in its files")
+    tokenizer.check_rows(ends[:1])
     return ends[0]
 
 
@@ -299,8 +369,11 @@ def _epoch(sizes: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[tu
     return chosen
 
 
-def question(example: Example) -> list[int]:
-    """What an example answers: the ids before its first target; all of them where there is one such id at most."""
+def question(example: Example) -> str | list[int]:
+    """What an example answers: its question as nanor1/tasks.py has it; of a text without one the ids before its first
+    target, all of them where there is one such id at most."""
+    if example.question:
+        return example.question
     n_before = example.is_target.index(True)
     return example.ids[:n_before] if n_before > 1 else example.ids
 
@@ -310,8 +383,8 @@ def split(
 ) -> tuple[list[Item], list[Item]]:
     """(to train on, held out): a hash of `key(item)` that never changes holds out about this share.
 
-    Items of the same key, all answers to a question, come to the same side, in whichever file they are. Either side can
-    come out empty.
+    Items of the same key, all answers to a question, come to the same side, in whichever file they are: the side that
+    nanor1/tasks.py gives a problem of this text. Either side can come out empty.
     """
     is_out = [is_in_share(str(key(item)), share) for item in items]
     pairs = list(zip(items, is_out, strict=True))

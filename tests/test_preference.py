@@ -389,6 +389,46 @@ def test_a_pair_is_scored_in_use_as_it_was_in_training(tmp_path):
     assert chosen - rejected == pytest.approx(evaluate_pairs(Workers(model), [item], ONE_EACH).difference, abs=1e-5)
 
 
+SYSTEM_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.reasoning_content }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}bot : {{ mood }}{% endif %}"
+)
+
+
+def test_the_prompt_of_a_pair_takes_variables_a_system_message_and_earlier_thinking(tmp_path):
+    tokenizer = Tokenizer.from_words([*WORDS, "system"], chat_template=SYSTEM_TEMPLATE)
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "bot", "content": "b", "reasoning_content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", {"prompt": prompt, "chosen": "e", "rejected": "f", "split": "all"})
+    read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
+    wanted = "system : g h user : a bot : c b user : d bot : please"
+    assert tokenizer.decode(read.pairs[0].prompt_ids) == wanted
+    assert read.pairs[0].question == "a" and read.n_not_train == 1
+    own = [{"role": "system", "content": "h"}, *prompt]
+    write_lines(path, {"prompt": own, "chosen": "e", "rejected": "f"})
+    read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
+    assert tokenizer.decode(read.pairs[0].prompt_ids).startswith("system : h user : a") and read.n_not_train == 0
+
+
+def test_a_system_message_has_no_place_before_a_plain_prompt_and_thinking_is_one_text(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", GOOD)
+    with pytest.raises(ValueError, match="line 1: expected messages, before which a system message can stand"):
+        read_pairs(path, TOKENIZER, 100, system="a")
+    said = {"role": "assistant", "content": "b", "reasoning": "c", "thinking": "d"}
+    write_lines(path, GOOD | {"prompt": [{"role": "user", "content": "a"}, said]})
+    with pytest.raises(ValueError, match="line 1: .*different ones in reasoning and thinking"):
+        read_pairs(path, TOKENIZER, 100)
+
+
+def test_the_questions_of_pairs_are_those_of_examples(tmp_path):
+    message = {"role": "user", "content": " a b "}
+    path = write_lines(tmp_path / "pairs.jsonl", GOOD | {"prompt": "a b\n"}, GOOD | {"prompt": [message]})
+    assert [pair.question for pair in read_pairs(path, TOKENIZER, 100).pairs] == ["a b", "a b"]
+
+
 def test_pairs_that_are_too_long_or_equal_in_the_final_answer_are_left_out_and_counted(tmp_path):
     path = write_lines(
         tmp_path / "pairs.jsonl",

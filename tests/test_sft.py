@@ -31,10 +31,11 @@ from nanor1.sft import (
     read_text,
     sample_examples,
     split,
+    text_end,
     text_states,
     turn_end,
 )
-from nanor1.tasks import Problem
+from nanor1.tasks import Problem, is_in_share, make_task
 from nanor1.tokenizer import Tokenizer
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "-"))
@@ -169,12 +170,40 @@ def test_a_control_token_spelled_out_in_an_answer_is_mere_text(tmp_path):
     assert found.n_rewritten == 1 and learned(tokenizer, found.examples[0]) == ["x<|im_end|>"]
 
 
-def test_the_stop_token_is_what_the_template_ends_a_turn_with_if_sampling_stops_there():
-    tokenizer = Tokenizer.from_bytes(eos="<|endoftext|>", specials=["<|im_start|>", "<|im_end|>"], chat_template=CHAT)
-    assert turn_end(tokenizer) == tokenizer.eos_id  # sampling would run over an <|im_end|>
-    tokenizer.stop_ids = (tokenizer.eos_id, tokenizer.token_id("<|im_end|>"))
-    assert turn_end(tokenizer) == tokenizer.token_id("<|im_end|>") != tokenizer.eos_id
-    assert turn_end(Tokenizer.from_bytes()) == 256
+def base_tokenizer(template=CHAT):
+    """As Qwen2.5 base: the folder's own stop is <|endoftext|>, and its template ends turns with <|im_end|>."""
+    return Tokenizer.from_bytes(eos="<|endoftext|>", specials=["<|im_start|>", "<|im_end|>"], chat_template=template)
+
+
+def test_a_turn_ends_as_the_template_ends_it_and_a_text_with_the_end_of_text(tmp_path):
+    tokenizer = base_tokenizer()
+    assert turn_end(tokenizer) == 258 == tokenizer.token_id("<|im_end|>") and text_end(tokenizer) == 256
+    assert turn_end(Tokenizer.from_bytes()) == text_end(Tokenizer.from_bytes()) == 256
+    assert turn_end(base_tokenizer("{{ messages[-1].content }}")) == 256
+    example = read_one(tmp_path, tokenizer, chat("2+2?", "4", "3+3?", "6"))
+    assert learned(tokenizer, example) == ["4<|im_end|>", "6<|im_end|>"]
+    assert read_one(tmp_path, tokenizer, {"prompt": "2+2=", "completion": "4"}).ids == [*b"2+2=4", 256]
+
+
+def test_a_tokenizer_that_declares_no_end_of_text_ends_texts_as_turns():
+    tokenizer = base_tokenizer()
+    tokenizer.eos_id, tokenizer.declared_stop_ids = None, ()
+    assert text_end(tokenizer) == turn_end(tokenizer) == 258
+    bare = Tokenizer.from_bytes()
+    bare.eos_id, bare.declared_stop_ids = None, ()
+    with pytest.raises(ValueError, match="no token that ends a text"):
+        text_end(bare)
+
+
+def test_tokens_beyond_the_embedding_are_refused_with_file_and_line_and_the_end_of_a_turn_too(tmp_path):
+    base_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 258}')
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"line 1: the token '<\|im_end\|>' has id 258, but .* 258 rows"):
+        read_one(tmp_path, tokenizer, chat("a", "b"))
+    assert read_one(tmp_path, tokenizer, {"prompt": "a", "completion": "b"}).ids == [*b"ab", 256]
+    with pytest.raises(ValueError, match="has id 258"):
+        turn_end(tokenizer)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="NANOR1_SHARED (folder with conformance/) is not set")
@@ -191,10 +220,110 @@ def test_behind_every_recorded_prompt_an_answer_is_learned_whole(model, tmp_path
         row = {"messages": [*line["messages"], {"role": "assistant", "content": answer}]}
         found = read_examples(write(tmp_path, row), tokenizer, 10_000)
         (example,), n = found.examples, n + 1
-        assert example.ids == [*line["ids"], *tokenizer.encode(answer), tokenizer.stop_ids[0]], line["id"]
+        end = tokenizer.token_id("<|eot_id|>" if model == "llama3" else "<|im_end|>")
+        assert example.ids == [*line["ids"], *tokenizer.encode(answer), end], line["id"]
         n_said = sum(message["role"] == "assistant" for message in line["messages"])
         assert len(learned(tokenizer, example)) == n_said + 1 - found.n_rewritten
     assert n >= 2
+
+
+# ---- thinking in a field of its own
+
+
+def thought(name="reasoning_content", thinking="Two and two.", content="4", **more):
+    row = chat("2+2?", content)
+    row["messages"][1] |= {name: thinking} | more
+    return row
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_beside_an_answer_is_learned_before_it(tmp_path, name):
+    tokenizer = chat_tokenizer()
+    example = read_one(tmp_path, tokenizer, thought(name))
+    assert learned(tokenizer, example) == ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>"]
+    example = read_one(tmp_path, chat_tokenizer(CHAT_THAT_OPENS), thought(name))
+    assert tokenizer.decode(example.ids).endswith("assistant\n<think>\nTwo and two.\n</think>\n\n4<|im_end|>")
+    assert learned(tokenizer, example) == ["Two and two.\n</think>\n\n4<|im_end|>"]
+
+
+def test_thinking_is_the_same_in_a_field_and_in_the_answer(tmp_path):
+    written = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
+    for row in (thought(), thought(thinking="\nTwo and two.\n", content="\n\n4"), thought(reasoning="Two and two.")):
+        assert read_one(tmp_path, chat_tokenizer(), row) == read_one(tmp_path, chat_tokenizer(), written)
+
+
+@pytest.mark.parametrize("nothing", [None, "", " \n"])
+def test_no_thinking_in_the_field_is_as_no_field(tmp_path, nothing):
+    plain = read_one(tmp_path, chat_tokenizer(), chat("2+2?", "4"))
+    assert read_one(tmp_path, chat_tokenizer(), thought(thinking=nothing)) == plain
+    assert read_one(tmp_path, chat_tokenizer(), thought(thinking=nothing, reasoning="x")) != plain
+
+
+def test_a_template_that_reads_the_field_sees_it_in_earlier_turns_and_they_are_then_learned(tmp_path):
+    row = chat("2+2?", "4", "3+3?", "6")
+    row["messages"][1]["reasoning_content"] = "Two and two."
+    shows = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    tokenizer = chat_tokenizer(CHAT.replace("{{ m.content }}", shows))
+    said = ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>", "6<|im_end|>"]
+    assert learned(tokenizer, read_one(tmp_path, tokenizer, row)) == said
+    found = read_examples(write(tmp_path, row), chat_tokenizer(), 1000)
+    assert found.n_rewritten == 1 and learned(tokenizer, found.examples[0]) == said[1:]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (thought(reasoning="Other."), "different ones in reasoning_content and reasoning"),
+        (thought(thinking=["Two."]), "expected a text 'reasoning_content' in a message, found .'Two.'."),
+        (thought(content="<think>Two.</think>4"), "in a field of its own or in tags, found both in message 2"),
+        (thought(thinking="<think>Two.</think>"), "in a field of its own or in tags, found both in message 2"),
+        (thought(tool_calls=[{"name": "add"}]), "found 'tool_calls' in message 2"),
+        (thought(content=[{"type": "text", "text": "4"}]), "expected texts 'role' and 'content'"),
+        ({"prompt": "a", "completion": "b", "reasoning": "c"}, "'completion', found others in 'reasoning'"),
+    ],
+)
+def test_words_that_could_not_be_learned_as_they_stand_are_refused_with_file_and_line(tmp_path, row, message):
+    with pytest.raises(ValueError, match=rf"data\.jsonl, line 2: .*{message}"):
+        read_examples(write(tmp_path, chat("a", "b"), row), chat_tokenizer(), 1000)
+
+
+def test_empty_calls_and_thinking_that_a_completion_repeats_are_no_loss(tmp_path):
+    tokenizer = chat_tokenizer()
+    assert learned(tokenizer, read_one(tmp_path, tokenizer, chat("a", "b") | {"reasoning": "c"})) == ["b<|im_end|>"]
+    row = {"prompt": "a", "completion": "<think> c </think> d", "thinking": "c"}
+    assert learned(tokenizer, read_one(tmp_path, tokenizer, row)) == ["<think> c </think> d<|im_end|>"]
+    read_one(tmp_path, tokenizer, thought(tool_calls=[]))
+
+
+# ---- variables of the template, a system message, provenance
+
+CHAT_THAT_ASKS = CHAT.replace("assistant\n{% endif", "assistant\n{% if not think %}<think></think>{% endif %}{% endif")
+
+
+def test_variables_of_the_template_reach_every_prompt(tmp_path):
+    path, tokenizer = write(tmp_path, chat("a", "b", "c", "d")), chat_tokenizer(CHAT_THAT_ASKS)
+    (plain,) = read_examples(path, tokenizer, 1000).examples
+    (asked,) = read_examples(path, tokenizer, 1000, {"think": True}).examples
+    assert tokenizer.decode(plain.ids).endswith("assistant\n<think></think>d<|im_end|>")
+    assert tokenizer.decode(asked.ids).endswith("assistant\nd<|im_end|>")
+    assert learned(tokenizer, asked) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_system_message_stands_before_messages_without_one(tmp_path):
+    own = {"messages": [{"role": "system", "content": "own"}, *chat("a", "b")["messages"]]}
+    path, tokenizer = write(tmp_path, chat("a", "b"), own), chat_tokenizer()
+    given, kept = read_examples(path, tokenizer, 1000, system="Be brief.").examples
+    assert tokenizer.decode(given.ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na")
+    assert tokenizer.decode(kept.ids).startswith("<|im_start|>system\nown<|im_end|>\n<|im_start|>user\na")
+    assert given.question == kept.question == "a"
+    with pytest.raises(ValueError, match=r"line 2: expected messages, before which a system message can stand"):
+        read_examples(write(tmp_path, chat("a", "b"), {"prompt": "a", "completion": "b"}), tokenizer, 99, system="x")
+
+
+def test_lines_from_problems_that_were_not_for_training_are_counted(tmp_path):
+    rows = [chat("a", "b") | more for more in ({}, {"split": None}, {"split": "train"}, {"split": "held-out"})]
+    path = write(tmp_path, *rows, {"prompt": "a", "completion": "b", "split": "all"})
+    assert read_examples(path, chat_tokenizer(), 1000).n_not_train == 2
 
 
 # ---- prompt and completion
@@ -553,6 +682,25 @@ def test_texts_without_a_prompt_are_held_out_each_for_itself():
     train, held_out = split([*texts, *texts], 0.3)
     assert 30 < len(held_out) / 2 < 90 and Counter(tuple(e.ids) for e in held_out).most_common()[-1][1] == 2
     assert not {tuple(e.ids) for e in train} & {tuple(e.ids) for e in held_out}
+
+
+def test_the_questions_held_out_are_those_that_a_task_holds_out(tmp_path):
+    """From messages and from prompts, in whichever file, whatever the answers and the rest of the conversation."""
+    tokenizer, asked = chat_tokenizer(), [f"What is {n} + {n}?" for n in range(100)]
+    system = [{"role": "system", "content": "Be brief."}]
+    files = [
+        [{"prompt": f" {text}\n", "completion": str(n)} for n, text in enumerate(asked)],
+        [chat(text, "<think>hm</think>1", "Sure?", "Yes.") for text in asked],
+        [{"messages": [*system, *chat(f"{text} ", "2")["messages"]]} for text in asked],
+    ]
+    task = make_task("gsm8k", data=write(tmp_path, *({"question": q, "answer": "#### 1"} for q in asked)))
+    wanted = {text for text in asked if is_in_share(text, 0.1)}
+    assert wanted == {problem.prompt for problem in task.held_out(len(wanted))} and 2 < len(wanted) < 20
+    for rows in files:
+        found = read_examples(write(tmp_path, *rows), tokenizer, 1000, {"x": 1}).examples
+        train, out = split(found, 0.1)
+        assert {example.question for example in out} == wanted
+        assert {example.question for example in train} == {*asked} - wanted
 
 
 def test_anything_can_be_split_by_a_key_of_its_own():
