@@ -48,7 +48,7 @@ from torch import Tensor
 from nanor1.grpo import Rollout, completion_logprobs, pack
 from nanor1.logprobs import BLOCK_BYTES, logit_chunks, loss_of_logits
 from nanor1.parallel import Workers
-from nanor1.sft import Example, TextBatch, pack_examples, text_states
+from nanor1.sft import Example, TextBatch, pack_examples, text_end, text_states, turn_end
 from nanor1.tokenizer import Tokenizer
 
 # ---- the teacher's distributions, on given texts
@@ -264,6 +264,29 @@ def check_same_vocabulary(one: Tokenizer, other: Tokenizer, why: str) -> None:
                 f"{why}, and these two models have different vocabularies ({one.vocab_size} and {other.vocab_size} "
                 f"tokens; first difference at id {i}: {first!r} and {second!r})"
             )
+
+
+def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: str) -> None:
+    """Raise ValueError unless an answer under this prompt template ends with one token for both.
+
+    The two are compared at that token too: a teacher that ends with another would teach the student to go on. Their
+    vocabularies are the same (see `check_same_vocabulary`). `why` opens the message: what needs one end.
+    """
+    ends = [_answer_end(tokenizer, template) for tokenizer in (student, teacher)]
+    if ends[0] == ends[1]:
+        return
+    others = [other for other in ("chat", "r1-zero") if other != template]
+    same = [other for other in others if _answer_end(student, other) == _answer_end(teacher, other)]
+    remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
+    shown = [f"{tokenizer.decode([end])!r}" for tokenizer, end in zip((student, teacher), ends, strict=True)]
+    raise ValueError(
+        f"{why}, and under --template {template} the student's answers end with {shown[0]} and the teacher's with "
+        f"{shown[1]}, which would teach the student not to end; {remedy}--method traces"
+    )
+
+
+def _answer_end(tokenizer: Tokenizer, template: str) -> int:
+    return turn_end(tokenizer) if template == "chat" else text_end(tokenizer)
 
 
 def _text(tokenizer: Tokenizer, token_id: int) -> str | None:

@@ -19,6 +19,7 @@ from nanor1.distillation import (
     DIVERGENCES,
     DivergenceSettings,
     add_gradient,
+    check_same_end,
     check_same_vocabulary,
     divergence_loss,
     mean_loss,
@@ -621,6 +622,45 @@ def test_ids_without_a_token_are_compared_too(tmp_path):
     check_same_vocabulary(sparse, sparse, WHY)
     with pytest.raises(ValueError, match=re.escape("first difference at id 256: '<|endoftext|>' and None")):
         check_same_vocabulary(Tokenizer.from_bytes(), sparse, WHY)
+
+
+TURNS = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+OTHER_TURNS = TURNS.replace("<end>", "<|im_end|>")
+
+
+def ending(eos="<|endoftext|>", template=TURNS):
+    """A tokenizer of the one vocabulary; only its own stop and its template differ."""
+    tokenizer = Tokenizer.from_bytes(specials=["<end>", "<|im_end|>"], chat_template=template)
+    tokenizer.eos_id = tokenizer.token_id(eos)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "agree"),
+    [
+        (ending(), ending(), {"chat", "r1-zero", "bare"}),
+        (ending(), ending(eos="<end>"), {"chat"}),  # base and instruct of one family
+        (ending(), ending(template=OTHER_TURNS), {"r1-zero", "bare"}),
+        (ending(), ending(template=None), {"r1-zero", "bare"}),
+        (ending(), ending(eos="<end>", template=None), {"chat"}),
+        (ending(), ending(eos="<end>", template=OTHER_TURNS), set()),
+    ],
+)
+def test_models_that_end_their_answers_differently_are_not_compared(student, teacher, agree):
+    for template in ("chat", "r1-zero", "bare"):
+        if template in agree:
+            check_same_end(student, teacher, template, WHY)
+            continue
+        with pytest.raises(ValueError, match=f"^{WHY}, and under --template {template} the student's") as error:
+            check_same_end(student, teacher, template, WHY)
+        remedies = [other for other in ("chat", "r1-zero") if f"give --template {other}, under" in str(error.value)]
+        assert set(remedies) <= agree and bool(remedies) == bool(agree)
+        assert str(error.value).endswith("--method traces") and "\n" not in str(error.value)
+
+
+def test_both_ends_are_named():
+    with pytest.raises(ValueError, match=re.escape("end with '<end>' and the teacher's with '<|im_end|>'")):
+        check_same_end(ending(), ending(template=OTHER_TURNS), "chat", WHY)
 
 
 def test_a_vocabulary_of_150_000_is_compared_in_a_moment():
