@@ -278,7 +278,7 @@ def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: s
     others = [other for other in ("chat", "r1-zero") if other != template]
     same = [other for other in others if _answer_end(student, other) == _answer_end(teacher, other)]
     remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
-    shown = [f"{tokenizer.decode([end])!r}" for tokenizer, end in zip((student, teacher), ends, strict=True)]
+    shown = [repr(_text(tokenizer, end)) for tokenizer, end in zip((student, teacher), ends, strict=True)]
     raise ValueError(
         f"{why}, and under --template {template} the student's answers end with {shown[0]} and the teacher's with "
         f"{shown[1]}, which would teach the student not to end; {remedy}--method traces"

@@ -82,6 +82,8 @@ class Tokenizer:
         self.declared_stop_ids = tuple(sorted(stop_ids | ({self.eos_id} - {None})))
         self.adds_bos = bool(config.get("add_bos_token")) or _template_starts_special(tokenizer.get("post_processor"))
         self.n_rows = model_config.get("vocab_size")
+        if self.n_rows is not None and type(self.n_rows) is not int:
+            raise ValueError(f"config.json has vocab_size {self.n_rows!r:.60}; expected a whole number")
         self._without_row = frozenset(i for i in self._token_bytes if self.n_rows and i >= self.n_rows)
         if self.adds_bos and self.bos_id is not None:
             self.check_rows([self.bos_id])  # it stands in every text

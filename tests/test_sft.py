@@ -206,6 +206,18 @@ def test_tokens_beyond_the_embedding_are_refused_with_file_and_line_and_the_end_
         turn_end(tokenizer)
 
 
+def test_a_padding_token_beyond_the_embedding_is_harmless_to_sampling_and_to_the_loss(tmp_path):
+    tokenizer = base_tokenizer()  # 259 tokens, of which the last two have no row
+    model = Transformer(ModelConfig("llama", 257, 24, 40, 2, 4, 2, 6, 64))
+    stops = dict(stop_ids=tokenizer.stop_ids, max_new_tokens=20, seed=1)
+    ((sampled,),), ((wanted,),) = (
+        Sampler(model).generate([[*b"1+1="]], vocab_size=n, **stops) for n in (tokenizer.vocab_size, 257)
+    )
+    assert sampled.ids == wanted.ids
+    example = read_one(tmp_path, tokenizer, {"prompt": "1+1=", "completion": "2"})
+    assert mean_loss(Workers(model), [example], 99, 259) == mean_loss(Workers(model), [example], 99, 257)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="NANOR1_SHARED (folder with conformance/) is not set")
 @pytest.mark.parametrize("model", ["qwen3", "smollm2", "llama3"])
 def test_behind_every_recorded_prompt_an_answer_is_learned_whole(model, tmp_path):
