@@ -38,13 +38,8 @@ Item = TypeVar("Item")
 Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
 TAG = re.compile("</?think>")
-UNLEARNED = (
-    "tool_calls",
-    "function_call",
-    "reasoning_details",
-    "thinking_blocks",
-    "refusal",
-)  # hold words, and not as text
+# What of a message holds words, but not as a text to learn.
+UNLEARNED = ("tool_calls", "function_call", "reasoning_details", "thinking_blocks", "refusal")
 NO_PLACE_FOR_SYSTEM = "expected messages, before which a system message can stand, found a plain 'prompt'"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -103,7 +98,7 @@ def read_examples(
     prompt token for token as they would have been sampled; what the assistant thought (see `said`) is part of it.
     `template_arguments` are variables of the chat template, `system` is put before messages without a system message.
     Text: a loss on the completion and the end-of-text token. Examples longer than `max_tokens` are left out and
-    counted. ValueError names file, line and fault.
+    counted; lines are counted whose `split` is not "train" (see nanor1/traces.py). ValueError names file, line, fault.
     """
     write = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **(template_arguments or {}))
 
