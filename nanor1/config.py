@@ -2,19 +2,22 @@
 
 Every field is an option: `max_new_tokens: int` is set by `--max-new-tokens 5` or `--max-new-tokens=5`; a bool by
 `--compile`, `--no-compile` or `--compile=false`; a tuple or list by `0.9,0.95`, or by JSON (`["a,b","c"]`) where an
-item holds a comma; an Optional is emptied by `none`. Field metadata: `help`; `group`, the heading of this field and of
-those after it; `positional`, for a value that needs no option name. `--config FILE.json` starts from the arguments of
-another run. What wins, weakest first: the default, the preset, the file, the flags; a preset named by a flag beats the
-file. Left out: nested configurations, subcommands, abbreviated names. Source: the standard library only.
+item holds a comma; an Optional is emptied by `none`. What a field accepts beside its type, and what it takes to have
+an effect, is said where it stands (see `option`). Fields that scripts share are those of a base class; `--help` shows
+them behind the script's own. `--config FILE.json` starts from the arguments of another run. What wins, weakest first:
+the default, the preset, the file, the flags; a preset named by a flag beats the file. Left out: nested configurations,
+subcommands, abbreviated names. Source: the standard library only.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import errno
+import inspect
 import io
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -23,22 +26,45 @@ import traceback
 import types
 import typing
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 T = typing.TypeVar("T")
 Values = dict[str, object]
 BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+MANY = 1_000_000  # more of anything that is held in memory at once is a slip of the finger
 GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)  # of printing: the reader ended, the terminal closed; on Windows the last
 PACKAGE = Path(__file__).resolve().parent
 
 
-def option(default, help: str, group: str | None = None, positional: bool = False):
-    """A field of a Config: its default (MISSING: required), its help, the heading it opens, if it is positional."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, positional=positional) | (dict(group=group) if group else {})
-    )
+def option(
+    default,
+    help: str,
+    group: str | None = None,
+    *,
+    positional: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    why: str = "",
+    needs: tuple[str, Callable[[typing.Any], object]] | None = None,
+    alias: str | None = None,
+):
+    """A field of a Config: its default (MISSING: required), its help, and the heading that it opens.
+
+    `positional`: its value needs no option name. A number, or each of several, is at `least` or `above`, and at `most`;
+    `why` is said where it is not. `needs` is what gives the option an effect, in words, and whether a Config has it:
+    see `refuse_idle`. `alias` is another name for it on the command line.
+    """
+    metadata = dict(help=help, group=group, positional=positional, needs=needs, alias=alias)
+    return dataclasses.field(default=default, metadata=metadata | dict(range=(least, above, most, why)))
+
+
+class Given(frozenset[str]):
+    """The names of the fields that the command line set by flags or by `--config`; `flags` are the former alone."""
+
+    flags: frozenset[str] = frozenset()
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -75,6 +101,8 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except MemoryError:
+        fail("this takes more memory than there is; give smaller numbers")
     except (ValueError, OSError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         folder = Path(frame.f_code.co_filename).resolve().parent
@@ -105,10 +133,10 @@ def parse_args(
     *,
     description: str = "",
     presets: dict[str, Values] | None = None,
-) -> tuple[T, frozenset[str]]:
+) -> tuple[T, Given]:
     """Read the command line (default: sys.argv[1:]) into a Config; what the user got wrong ends the program by `fail`.
 
-    Returns the config and the names of the fields set by flags or by `--config`. `presets` maps the value of a field
+    Returns the config and what was set by flags or by `--config`. `presets` maps the value of a field
     named `preset` to what it sets. The config's own `validate()`, if there is one, may raise ValueError.
     """
     assert "config" not in (field.name for field in fields(Config)), "--config FILE.json takes that name"
@@ -116,7 +144,8 @@ def parse_args(
         flags = read_flags(Config, sys.argv[1:] if argv is None else argv, description)
         path = flags.pop("config", None)
         stored = {} if path is None else read_values(Config, load_arguments(path), path)
-        config, given = build(Config, stored | flags, "on the command line"), frozenset(stored | flags)
+        config, given = build(Config, stored | flags, "on the command line"), Given(stored | flags)
+        given.flags = frozenset(flags)
         if presets is not None and config.preset is not None:
             if config.preset not in presets:
                 raise ValueError(f"--preset: expected {'|'.join(presets)}, got {config.preset!r}")
@@ -171,8 +200,31 @@ def build(Config: type[T], values: Values, where: str) -> T:
 
 
 def validated(config: T) -> T:
+    """The config, if its numbers lie in their ranges and its own `validate()`, where it has one, agrees."""
+    for field in fields(config):
+        check_range(field.name, getattr(config, field.name), *field.metadata.get("range", (None, None, None, "")))
     getattr(config, "validate", lambda: None)()
     return config
+
+
+def check_range(name: str, value, least: float | None, above: float | None, most: float | None, why: str) -> None:
+    bounds = [("at least", least, operator.ge), ("above", above, operator.gt), ("at most", most, operator.le)]
+    bounds = [bound for bound in bounds if bound[1] is not None]
+    for number in value if isinstance(value, (tuple, list)) else [value]:
+        if number is not None and not all(holds(number, limit) for _, limit, holds in bounds):
+            words = " and ".join(f"{word} {limit}" for word, limit, _ in bounds)
+            raise ValueError(f"{option_name(name)} is {number}; it must be {words}{why}")
+
+
+def refuse_idle(config, given: Given) -> None:
+    """ValueError for the first flag that was given and has no effect beside the others; call it after all presets.
+
+    What `--config` gives is not looked at: it is all of another run's arguments.
+    """
+    for field in fields(config):
+        needs = field.metadata.get("needs")
+        if needs and field.name in given.flags and not needs[1](config):
+            raise ValueError(f"{option_name(field.name)} has no effect without {needs[0]}; give that, or leave it out")
 
 
 def read_value(value: object, kind: object, where: str, is_text: bool = False) -> object:
@@ -238,6 +290,8 @@ def describe(kind: object) -> str:
 def read_flags(Config: type, argv: Sequence[str], description: str) -> Values:
     """The fields that the command line sets; `--help` prints the help text and exits with 0."""
     kinds = {"config": str} | typing.get_type_hints(Config)
+    aliases = {field.metadata.get("alias"): field.name for field in fields(Config)}
+    aliases = {alias: name for alias, name in aliases.items() if alias and alias not in kinds}
     positional = deque(field.name for field in fields(Config) if field.metadata.get("positional"))
     tokens, values = deque(argv), {}
     while tokens:
@@ -246,7 +300,8 @@ def read_flags(Config: type, argv: Sequence[str], description: str) -> Values:
             print(help_text(Config, description))
             raise SystemExit(0)
         if re.match(r"--\w|-[A-Za-z][\w-]*$", token):
-            name, values[name] = read_option(token, tokens, kinds)
+            name, value = read_option(token, tokens, kinds | {alias: kinds[name] for alias, name in aliases.items()})
+            values[aliases.get(name, name)] = value
         elif positional:
             name = positional.popleft()
             values[name] = read_value(token, kinds[name], name, is_text=True)
@@ -287,10 +342,13 @@ def help_text(Config: type, description: str) -> str:
     kinds = typing.get_type_hints(Config)
     positional = [f"[{field.name.upper()}] " for field in fields(Config) if field.metadata.get("positional")]
     lines = [f"usage: {Path(sys.argv[0]).name} {''.join(positional)}[--option value ...]", "", description.strip()]
-    for index, field in enumerate(fields(Config)):
-        if index == 0 or "group" in field.metadata:
-            lines += ["", field.metadata.get("group", "options")]
+    own = inspect.get_annotations(Config)
+    for index, field in enumerate(sorted(fields(Config), key=lambda field: field.name not in own)):
+        if index == 0 or field.metadata.get("group"):
+            lines += ["", field.metadata.get("group") or "options"]
         name, kind = option_name(field.name), kinds[field.name]
+        alias = field.metadata.get("alias")
+        name += f", {option_name(alias)}" if alias and alias not in kinds else ""
         left = f"{name}, --no-{name[2:]}" if kind is bool else f"{name} {describe(kind)}"
         default = field.default if field.default_factory is MISSING else field.default_factory()
         note = "required" if default is MISSING else f"default: {default}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.config import apply_preset, from_json, load_arguments, parse_args, to_json, user_errors
+from nanor1.config import (
+    apply_preset,
+    from_json,
+    load_arguments,
+    option,
+    parse_args,
+    refuse_idle,
+    to_json,
+    user_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -287,3 +297,81 @@ def test_debug_shows_the_traceback_of_a_user_error(monkeypatch, capsys):
     assert error.startswith("Traceback") and error.endswith(
         "\nerror: unknown key 'stpes' in config.json; did you mean steps?\n"
     )
+
+
+# ---- ranges, and options without an effect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    seed: int = option(0, "of everything random", "shared", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranged(Shared):
+    share: float = option(0.5, "of all", "own", above=0, most=1)
+    sizes: list[int] = dataclasses.field(default_factory=lambda: [1], metadata=dict(range=(1, None, 8, " (bytes)")))
+    limit: int | None = option(None, "none: no limit", least=1)
+    every: int = option(0, "0: never", least=0, needs=("--limit", lambda config: config.limit))
+    few_shot: str | None = option(None, "a file", alias="examples")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--share 0", "--share is 0.0; it must be above 0 and at most 1"),
+        ("--share 1.01", "--share is 1.01; it must be above 0 and at most 1"),
+        ("--share -1", "--share is -1.0"),
+        ("--sizes 1,9", "--sizes is 9; it must be at least 1 and at most 8 (bytes)"),
+        ("--limit 0", "--limit is 0; it must be at least 1"),
+        ("--seed -1", "--seed is -1; it must be at least 0"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_with_the_range(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Ranged, argv.split())
+    assert said in capsys.readouterr().err
+    name, value = argv.removeprefix("--").split()
+    with pytest.raises(ValueError, match=re.escape(said.split(";")[0])):  # and so from a file
+        from_json(Ranged, {name: json.loads(f"[{value}]") if name == "sizes" else json.loads(value)})
+
+
+def test_numbers_on_the_edge_of_a_range_and_none_are_taken():
+    config, _ = parse_args(Ranged, ["--share", "1", "--sizes", "1,8", "--limit", "1", "--seed", "0"])
+    assert (config.share, config.sizes, config.limit) == (1.0, [1, 8], 1)
+    assert parse_args(Ranged, ["--limit", "none"])[0].limit is None
+
+
+def test_a_flag_without_effect_is_refused_even_where_its_value_is_the_default(tmp_path):
+    for argv in (["--every", "3"], ["--every", "0"]):
+        with pytest.raises(ValueError, match="--every has no effect without --limit"):
+            refuse_idle(*parse_args(Ranged, argv))
+    refuse_idle(*parse_args(Ranged, ["--every", "3", "--limit", "5"]))
+    stored = tmp_path / "config.json"
+    stored.write_text(json.dumps({"arguments": {"every": 3}}))
+    refuse_idle(*parse_args(Ranged, ["--config", str(stored)]))  # all arguments of another run, whatever it needed
+
+
+def test_an_option_has_another_name_unless_a_field_is_called_so():
+    assert parse_args(Ranged, ["--examples", "a.jsonl"])[0].few_shot == "a.jsonl"
+    assert "few_shot" in parse_args(Ranged, ["--examples=a.jsonl"])[1]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Taken(Ranged):
+        examples: int = option(16, "an update")
+
+    config, given = parse_args(Taken, ["--examples", "3"])
+    assert (config.examples, config.few_shot) == (3, None) and given == {"examples"}
+
+
+def test_help_shows_a_scripts_own_options_before_those_it_shares(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Ranged, ["--help"])
+    shown = capsys.readouterr().out
+    assert shown.index("own") < shown.index("--share") < shown.index("shared") < shown.index("--seed")
+
+
+def test_a_program_that_asks_for_too_much_memory_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise MemoryError
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: this takes more memory than there is")
