@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -71,6 +71,7 @@ class Batch:
         self.index = partial(index_tensor, device=pool.device)
         self.keep, self.stop_texts, self.decode_text = keep, stop_texts, decode
         self.on_token, self.on_progress = on_token, on_progress
+        self.may_end_text = lru_cache(maxsize=None)(partial(may_end_text, tuple(stop_texts), decode))
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
         is_late = pool.is_stepwise and not (on_token or stop_texts)
         self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
@@ -215,13 +216,16 @@ class Batch:
 
     def _hear(self, request_of: dict[int, int]) -> None:
         """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
+        if not self.on_token and not self.stop_texts:
+            return
+        token_of = dict(zip(request_of, self.slots.token[self.index(request_of)].tolist(), strict=True))
         if self.on_token:
-            tokens = self.slots.token[self.index(request_of)].tolist()
-            for request, token in zip(request_of.values(), tokens, strict=True):
-                prompt = self.prompt_of[request]
-                self.on_token(prompt, request - self.first_P[prompt], token)
-        if self.stop_texts:
-            slot_F = self.index(self._slots_with_text(list(request_of)))
+            for slot, token in token_of.items():
+                prompt = self.prompt_of[request_of[slot]]
+                self.on_token(prompt, request_of[slot] - self.first_P[prompt], token)
+        # few tokens can be the last one of a text, and only these are worth reading what stands before them
+        if self.stop_texts and (slots := [slot for slot, token in token_of.items() if self.may_end_text(token)]):
+            slot_F = self.index(self._slots_with_text(slots))
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
 
     def _slots_with_text(self, slots: list[int]) -> list[int]:
@@ -298,6 +302,12 @@ class Batch:
             finish = "stop" if is_stopped else "length"
             made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
         return made
+
+
+def may_end_text(texts: tuple[str, ...], decode, token: int) -> bool:
+    """Whether the last character of a text may be this token's: it is there, is cut, or is a blank between tokens."""
+    piece = decode([token])
+    return "\ufffd" in piece or any(text[-1] in piece or text[-1].isspace() for text in texts)
 
 
 class Harvest(NamedTuple):
