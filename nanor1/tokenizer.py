@@ -15,10 +15,12 @@ Sources: the file format is that of https://github.com/huggingface/tokenizers; b
 """
 
 import codecs
+import contextlib
 import copy
 import functools
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -92,7 +94,11 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load the tokenizer of a Hugging Face model folder; ValueError says which file is missing or unsupported."""
+        """Load the tokenizer of a Hugging Face model folder; ValueError says which file is missing or unsupported.
+
+        The last ones are remembered by their files' bytes: a script that asks twice, as of which miniature a folder
+        is, gets the same object.
+        """
         folder = Path(folder)
         present = [name for name in _REQUIRED_FILES + _OPTIONAL_FILES if (folder / name).is_file()]
         if missing := [name for name in _REQUIRED_FILES if name not in present]:
@@ -101,10 +107,9 @@ class Tokenizer:
                 f"{folder} has no {missing[0]}: give a folder with {needed} (SentencePiece is unsupported)"
             )
         try:
-            files = {name: (folder / name).read_bytes() for name in present}
+            files = tuple((name, (folder / name).read_bytes()) for name in present)
             config_path = folder / "config.json"
-            model_config = _parse_json(config_path.read_bytes(), "config.json") if config_path.is_file() else None
-            return cls(files, model_config)
+            return _build(files, config_path.read_bytes() if config_path.is_file() else b"{}")
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the tokenizer of {folder}: {error}") from error
 
@@ -202,14 +207,23 @@ class Tokenizer:
     def turn_end_id(self) -> int | None:
         """The added token, special or not, that the chat template writes behind an answer; None if it writes none.
 
-        None too without a template, and where it cannot render a question and an answer.
+        It is there whether or not another question follows: what opens the next turn ends none. Where the template
+        renders only one of the two, it is what stands behind the answer there, without what opens a first question.
+        None too without a template, and where it cannot render questions and answers.
         """
-        conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            _, answer, behind = self.apply_chat_template(conversation).rpartition(_PROBE)
-        except ValueError:
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+        texts = []
+        for chat in ([question, answer], [question, answer, question]):
+            with contextlib.suppress(ValueError):  # as of templates that want a question last
+                texts.append(self.apply_chat_template(chat).partition(_PROBE)[2])
+        if not texts:
             return None
-        return next(self._every_added.split(behind))[1] if answer else None
+        behind = os.path.commonprefix(texts)
+        if len(texts) == 1 and "?" in behind:
+            opening = self.apply_chat_template([question]).rpartition("?")[0]
+            behind = behind.rpartition("?")[0]
+            behind = behind[: len(behind) - len(os.path.commonprefix([behind[::-1], opening[::-1]]))]
+        return next(self._every_added.split(behind))[1]
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -258,6 +272,11 @@ class Tokenizer:
         if token_id not in self._token_bytes:
             raise ValueError(f"{token_id} is no token id: the vocabulary has ids from 0 to {self.vocab_size - 1}")
         return self._token_bytes[token_id]
+
+
+@functools.lru_cache(maxsize=2)
+def _build(files: tuple[tuple[str, bytes], ...], config: bytes) -> Tokenizer:
+    return Tokenizer(dict(files), _parse_json(config, "config.json"))
 
 
 class StreamDecoder:

@@ -311,6 +311,25 @@ def test_an_end_of_turn_need_not_be_special_and_the_default_of_several_templates
     assert Tokenizer.from_pretrained(tmp_path).turn_end_id == 258
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('a question comes last') }}{% endif %}" + TURNS,
+        "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TURNS,
+    ],
+)
+def test_a_template_that_refuses_some_conversations_still_tells_its_end_of_turn(template, tmp_path):
+    assert Tokenizer.from_pretrained(chat_folder(tmp_path, template)).turn_end_id == 258
+
+
+def test_what_opens_a_question_ends_no_turn_where_a_question_has_to_come_last(tmp_path):
+    template = (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '' }}{{ m.content }}{% endfor %}"
+    )
+    assert Tokenizer.from_pretrained(chat_folder(tmp_path, template)).turn_end_id is None
+
+
 def test_among_words_too_the_template_ends_a_turn():
     template = "{% for m in messages %}{{ m.role }} : {{ m.content }} . <end> {% endfor %}"
     words = Tokenizer.from_words(["."], specials=["<end>"], chat_template=template)
@@ -678,3 +697,14 @@ def test_random_unicode_is_encoded_and_decoded_as_transformers_does(model):
         assert tokenizer.decode(ids) == hf.decode(ids, clean_up_tokenization_spaces=False), ascii(text)
     ids = rng.choices(range(tokenizer.vocab_size), k=5000)
     assert tokenizer.decode(ids) == hf.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_folder_is_parsed_once_as_long_as_its_files_stay_as_they_are(tmp_path):
+    made = Tokenizer.from_bytes(specials=["<a>"])
+    made.save_pretrained(tmp_path)
+    first = Tokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path) is first and first.stop_ids == (made.eos_id,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": made.token_id("<a>")}))
+    assert Tokenizer.from_pretrained(tmp_path).stop_ids == (made.eos_id, made.token_id("<a>"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert 7 in Tokenizer.from_pretrained(tmp_path).stop_ids and first.stop_ids == (made.eos_id,)
