@@ -60,7 +60,7 @@ class PackedBatch:
     rollout_M: Tensor  # which of the rollouts given to `pack` they are of
     advantage_M: Tensor  # fp32, and so the two below
     sampler_logp_M: Tensor
-    weight_M: Tensor  # in the step's loss: sums to 1 over all batches of a step (see `token_weights`)
+    weight_M: Tensor  # in an update's loss (see `token_weights`)
 
     def to(self, device) -> "PackedBatch":
         return to_device(self, device, stays=MAKES_LAYOUT)
@@ -91,21 +91,32 @@ def _center(rewards: list[float | None], normalize: str) -> list[float | None]:
     return [None if r is None else (r - mean) / scale for r in rewards]
 
 
-def token_weights(lengths: list[int], aggregate: str, constant_length: int | None = None) -> list[float]:
-    """The weight of each sequence's tokens in the loss of one optimizer step, given all its completion lengths.
+def token_weights(
+    lengths: list[int],
+    aggregate: str,
+    constant_length: int | None = None,
+    n_sequences: float | None = None,
+    mean_length: float | None = None,
+) -> list[float]:
+    """The weight of each sequence's tokens in the loss of one optimizer update, given their completions' lengths.
 
     "token": 1 / all tokens; "sequence": 1 / (sequences * own length); "constant": 1 / (sequences * constant_length).
-    Computed over the whole step, so that the split into micro-batches changes nothing.
+    Counted are `n_sequences` of `mean_length` tokens, as many as an update was to have; by default those that are
+    given. So the weight of a sequence does not depend on which others were left out, and the split into micro-batches
+    changes nothing.
 
     >>> token_weights([1, 3], "token"), token_weights([1, 3], "sequence"), token_weights([1, 3], "constant", 4)
     ([0.25, 0.25], [0.5, 0.16666666666666666], [0.125, 0.125])
+    >>> token_weights([1, 3], "token", n_sequences=4, mean_length=2.5)
+    [0.1, 0.1]
     """
+    n = n_sequences or len(lengths)
     if aggregate == "token":
-        return [1 / sum(lengths)] * len(lengths)
+        return [1 / (n * mean_length if mean_length else sum(lengths))] * len(lengths)
     if aggregate == "sequence":
-        return [1 / (len(lengths) * length) for length in lengths]
+        return [1 / (n * length) for length in lengths]
     if aggregate == "constant":
-        return [1 / (len(lengths) * constant_length)] * len(lengths)
+        return [1 / (n * constant_length)] * len(lengths)
     raise ValueError(f"aggregate is {aggregate!r}; choose token, sequence or constant")
 
 
@@ -209,8 +220,9 @@ def policy_loss(
 
     ratio = exp(logp - old_logp); the loss of a token is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
     (PPO, 1707.06347, eq. 7; DAPO eq. 8 for two bounds). Give `logp.detach()` as old where the batch is used once: the
-    ratio is then 1, no clip is in force, and the loss's value is minus the mean advantage, zero by construction, while
-    its gradient is the policy gradient. `importance_M` multiplies a token's loss (no gradient): the truncated weight of
+    ratio is then 1, no clip is in force, and the loss's value is minus the weighted mean advantage, which says nothing
+    (it is zero where all completions have the same total weight, as advantages are centred in each group), while its
+    gradient is the policy gradient. `importance_M` multiplies a token's loss (no gradient): the truncated weight of
     the sampler-trainer gap. `kl_coef` adds the k2 or k3 estimate of KL(policy || reference).
     """
     ratio = (logp_M - old_logp_M).exp()
@@ -254,6 +266,8 @@ class LossSettings:
     tokens_per_batch: int
     aggregate: str = "token"
     constant_length: int | None = None
+    n_sequences: float | None = None  # that the divisor of an update counts, and their mean length; None: its own
+    mean_length: float | None = None
     is_batch_reused: bool = False  # several updates a batch: the ratio is to the sampler, and the clip is in force
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -272,7 +286,9 @@ def add_gradient(
     None. Returns what each micro-batch adds to the step's metrics.
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
-    weights = token_weights(lengths, settings.aggregate, settings.constant_length)
+    weights = token_weights(
+        lengths, settings.aggregate, settings.constant_length, settings.n_sequences, settings.mean_length
+    )
     weights = [weight * settings.loss_scale for weight in weights]  # at the root: all of the backward is in its range
     batches = pack(rollouts, advantages, weights, settings.tokens_per_batch)
     terms = workers.map(lambda model, batch: _backward(model, reference, batch, settings), batches)

@@ -42,7 +42,7 @@ class MasterAdamW:
             self.adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)} | moments
 
     def step(self, lr: float, max_grad_norm: float) -> float:
-        """Clip the gradients, update, clear them; returns the norm before clipping. Non-finite: no update is made.
+        """Clip the gradients (at 0: not), update, clear them; returns the norm before. Non-finite: no update is made.
 
         The gradients are those of the loss times `loss_scale`; the norm is that of the loss.
         """
@@ -53,7 +53,7 @@ class MasterAdamW:
             for master in self.masters.values():
                 if master.grad is not None:
                     master.grad /= self.loss_scale
-        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm or math.inf))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
