@@ -14,9 +14,10 @@ The last two compare distributions over tokens, so both models need the same voc
 nanor1/sft.py, nanor1/distillation.py and nanor1/grpo.py, the choice of answers in nanor1/traces.py.
 """
 
+import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,98 +27,128 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 import torch
 
 from nanor1 import distillation, sft, traces
-from nanor1.checkpoint import load_checkpoint
-from nanor1.config import option, option_name, parse_args, user_errors
-from nanor1.evaluate import Evaluation, evaluate, write_prompt
-from nanor1.grpo import LossSettings, mean, step_metrics
+from nanor1.checkpoint import digest, load_checkpoint
+from nanor1.config import MANY, option, option_name, parse_args, refuse_idle, user_errors, validated
+from nanor1.evaluate import Evaluation, Rules, evaluate, make_rules, problem_accuracies
+from nanor1.grpo import LossSettings, Rollout, mean, step_metrics
 from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.machine import Interrupt, peak_memory_gib
-from nanor1.miniature import find_miniature, find_model, miniature_task, own_miniature
+from nanor1.miniature import find_miniature, find_model
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard
+from nanor1.paired import change_line, paired_change
 from nanor1.parallel import Workers
+from nanor1.prompts import Prompter, PromptOptions, choose_stop_texts, choose_template, make_prompter
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, Task, format_prompt, make_task, task_parameters
+from nanor1.tasks import STYLES, TASKS, Problem, Task, format_prompt
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
+    TaskOptions,
+    TrainingOptions,
     as_miniature_run,
-    check_least,
     choose_machine,
+    count_failures,
     default_tokens_per_batch,
+    digest_of,
     eval_metrics,
     is_due,
     is_finished,
+    load_task,
     longest_example,
     open_log,
+    own_rewards,
     prepare,
+    report_failures,
     resumed,
     save_run,
+    say_lr_jump,
     update,
     warn_of_gap,
 )
 
 
-@dataclass(frozen=True)
-class Config:
+def asks_teacher(config: "Config") -> bool:
+    """Whether the teacher answers problems before the first step."""
+    return config.method != "on-policy" and not config.trace_file
+
+
+def is_logits(config: "Config") -> bool:
+    return config.method == "logits"
+
+
+def is_on_policy(config: "Config") -> bool:
+    return config.method == "on-policy"
+
+
+def has_task(config: "Config") -> bool:
+    return config.task is not None
+
+
+TRACES_MADE = ("a teacher that answers problems", asks_teacher)
+LOGITS, ON_POLICY = ("--method logits", is_logits), ("--method on-policy", is_on_policy)
+LEARNS_TRACES = ("--method traces or logits", lambda config: config.method != "on-policy")
+EVALUATES = ("--task", has_task)
+SAMPLES = ("a teacher that answers problems, or --method on-policy", lambda c: asks_teacher(c) or is_on_policy(c))
+OF_TASK = [*inspect.get_annotations(TaskOptions), "style", "few_shot"]  # options that problems alone have a use for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingOptions, TaskOptions, PromptOptions):
     model: str | None = option(None, "the student: model or run folder, or miniature/NAME", "what to train")
     teacher: str | None = option(None, "model or run folder, or a file of traces (sample.py --keep correct)")
     method: Literal["traces", "logits", "on-policy"] = option("traces", "see above")
-    task: str | None = option(None, "countdown, arithmetic, gsm8k, math or code: what the teacher answers; evaluation")
-    data: str | None = option(None, "JSON lines of training problems")
-    eval_data: str | None = option(None, "JSON lines of held-out problems; none: a tenth of the data is held out")
-    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
-    template: Literal["auto", "r1-zero", "chat", "bare"] = option("auto", "prompt; auto: chat if the model has one")
-    out: str | None = option(None, "run folder; none: runs/distill-METHOD-TIME")
-    resume: str | None = option(None, "continue the run in this folder")
-    seed: int = option(0, "of everything random")
+    task: Literal[TASKS] | None = option(None, "what the teacher answers, and what the student is evaluated on")
 
     traces: str | None = option(None, "logits: a file of traces; none: made by the teacher", "the teacher's answers")
-    trace_problems: int = option(1000, "problems that the teacher answers")
-    trace_samples: int = option(4, "answers a problem")
-    max_per_problem: int = option(4, "right ones kept of a problem, at most")
-    any_format: bool = option(False, "keep right answers without the format asked for, too")
-    max_new_tokens: int = option(512, "length limit of an answer, the teacher's and the student's")
-    temperature: float = option(1.0, "of sampling")
-    max_rows: int = option(512, "answers made at once")
+    trace_problems: int = option(1000, "problems that the teacher answers", least=1, needs=TRACES_MADE)
+    trace_samples: int = option(4, "answers a problem", least=1, most=MANY, needs=TRACES_MADE)
+    max_per_problem: int = option(4, "right ones kept of a problem, at most", least=1, needs=TRACES_MADE)
+    any_format: bool = option(False, "keep right answers without the format asked for, too", needs=TRACES_MADE)
+    max_new_tokens: int = option(
+        512, "length limit of an answer, the teacher's and the student's", least=1, needs=EVALUATES
+    )
+    temperature: float = option(1.0, "of sampling", above=0, needs=SAMPLES)
+    max_rows: int = option(512, "answers made at once", least=1, needs=EVALUATES)
 
-    epochs: float = option(1.0, "passes over the traces", "a step")
-    steps: int = option(0, "updates; 0: as many as the epochs take; on-policy needs a number")
-    examples: int = option(16, "traces an update")
-    max_tokens: int = option(2048, "longer traces are left out, counted and reported")
-    problems: int = option(16, "on-policy: problems an update")
-    completions: int = option(4, "on-policy: answers a problem")
+    epochs: float = option(1.0, "passes over the traces", "a step", above=0, needs=LEARNS_TRACES)
+    steps: int = option(0, "updates; 0: as many as the epochs take; on-policy needs a number", least=0)
+    examples: int = option(16, "traces an update", least=1, most=MANY, needs=LEARNS_TRACES)
+    max_tokens: int = option(2048, "longer traces are left out, counted and reported", least=2, needs=LEARNS_TRACES)
+    problems: int = option(16, "on-policy: problems an update", least=1, most=MANY, needs=ON_POLICY)
+    completions: int = option(4, "on-policy: answers a problem", least=1, most=MANY, needs=ON_POLICY)
 
-    divergence: Literal["forward", "reverse", "jsd"] = option("forward", "logits: see nanor1/distillation.py", "loss")
-    beta: float = option(0.5, "logits: the teacher's share of jsd's mixture")
-    hard_weight: float = option(0.5, "logits: weight of the token's own loss; the divergence gets the rest")
-    divergence_temperature: float = option(1.0, "logits: softens both distributions")
+    divergence: Literal["forward", "reverse", "jsd"] = option(
+        "forward", "logits: see nanor1/distillation.py", "loss", needs=LOGITS
+    )
+    beta: float = option(
+        0.5,
+        "logits: the teacher's share of jsd's mixture",
+        above=0,
+        most=1,
+        needs=("--divergence jsd", lambda config: is_logits(config) and config.divergence == "jsd"),
+    )
+    hard_weight: float = option(
+        0.5, "logits: weight of the token's own loss; the divergence gets the rest", least=0, most=1, needs=LOGITS
+    )
+    divergence_temperature: float = option(1.0, "logits: softens both distributions", above=0, needs=LOGITS)
 
-    lr: float = option(1e-5, "peak learning rate", "optimizer")
-    warmup: int = option(5, "updates of linear warm-up")
+    lr: float = option(1e-5, "peak learning rate", "schedule", least=0, most=1)
     decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
-    weight_decay: float = option(0.0, "AdamW's, on matrices")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    tokens_per_batch: int = option(
-        0, "tokens a forward and backward pass; 0: 1024 on the CPU (for the memory), else 8192"
-    )
-    checkpoint_activations: bool = option(False, "less memory, for a third more work")
 
-    eval_every: int = option(0, "evaluate every so many updates; 0: only before and after", "evaluation and saving")
-    eval_problems: int = option(200, "held-out problems")
-    eval_samples: int = option(1, "samples a problem")
-    eval_temperature: float = option(0.0, "0 is greedy")
-    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end")
-    keep_last: int = option(2, "checkpoints kept")
-
-    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
+    eval_every: int = option(
+        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0, needs=EVALUATES
     )
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the student's blocks; auto: on cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
-    workers: int = option(0, "copies of the student, one a CPU thread; 0: one, or for a small model all threads")
+    eval_problems: int = option(200, "held-out problems, at most", least=1, needs=EVALUATES)
+    eval_samples: int = option(
+        1,
+        "samples a problem",
+        least=1,
+        most=MANY,
+        needs=("--eval-temperature above 0", lambda config: config.eval_temperature or config.eval_samples == 1),
+    )
+    eval_temperature: float = option(0.0, "0 is greedy", least=0, needs=EVALUATES)
+    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end", least=0)
 
     @property
     def trace_file(self) -> str | None:
@@ -125,12 +156,7 @@ class Config:
         return self.teacher if Path(self.teacher).is_file() else self.traces
 
     def validate(self) -> None:
-        at_least = dict(trace_problems=1, trace_samples=1, max_per_problem=1, max_new_tokens=1, max_rows=1, steps=0)
-        at_least |= dict(examples=1, max_tokens=2, problems=1, completions=1, lr=0, warmup=0, weight_decay=0)
-        at_least |= dict(tokens_per_batch=0, eval_every=0, eval_problems=1, eval_samples=1, save_every=0, keep_last=1)
-        check_least(self, at_least, {})
-        if self.temperature <= 0 or self.epochs <= 0:
-            raise ValueError(f"--temperature {self.temperature}, --epochs {self.epochs}: both must be above 0")
+        super().validate()
         if self.method == "on-policy" and not self.steps:
             raise ValueError("--method on-policy has no epochs; give --steps")
         if self.method != "logits" and self.traces:
@@ -165,8 +191,12 @@ class Progress:
     """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
 
     step: int = 0
+    lr: float | None = None  # of the last update
     wall_s: float = 0.0
     before: dict | None = None
+    before_P: list[float | None] | None = None  # each held-out problem's share of right answers
+    held_out: str | None = None  # which these problems were
+    traces: str | None = None  # the digest of their file
 
 
 @dataclass(frozen=True)
@@ -183,7 +213,8 @@ class Run:
     config: Config
     workers: Workers  # the student, on one CPU thread or more
     sampler: Sampler  # of the student
-    tokenizer: Tokenizer
+    prompter: Prompter  # to the student
+    rules: Rules
     teacher: Teacher | None  # None where its traces are all that is needed
     task: Task | None
     held_out: list[Problem]
@@ -196,6 +227,10 @@ class Run:
     interrupt: Interrupt
     start_s: float  # less what earlier parts of the run took
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompter.tokenizer
+
 
 @user_errors()
 def main() -> None:
@@ -206,12 +241,14 @@ def main() -> None:
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     progress = Progress(**state)
     columns = [column for column in COLUMNS if column[0] not in HIDDEN_COLUMNS[config.method]]
-    with open_log(config, checkpoint, progress.step, f"distill-{config.method}", columns) as log:
+    files = (config.data, config.eval_data, config.few_shot, config.reward_file, config.trace_file)
+    with open_log(config, checkpoint, progress.step, f"distill-{config.method}", columns, files) as log:
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if checkpoint and is_finished(config.resume, progress.step, run.n_steps):
             log.say(f"{config.resume} is finished, {progress.step} steps; to train on, give more --epochs or --steps")
             return
+        say_lr_jump(log, config, progress.step, run.n_steps, progress.lr)
         if progress.before is None and run.held_out:
             evaluate_before(run)
         train(run, STEPS[config.method])
@@ -228,12 +265,12 @@ def train(run: Run, learn: Callable[[Run, int], dict]) -> None:
         step_start_s = time.monotonic()
         metrics = learn(run, progress.step)
         metrics |= update(run.optimizer, guard, config, progress.step, run.n_steps)
-        progress.step += 1
+        progress.step, progress.lr = progress.step + 1, metrics["lr"]
 
         step_s = time.monotonic() - step_start_s
         metrics |= {"step_s": step_s, "tokens_per_s": metrics["tokens"] / step_s, "peak_memory_gib": peak_memory_gib()}
         if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
-            metrics |= eval_metrics(run_evaluation(run).to_dict())
+            metrics |= eval_metrics(run_evaluation(run)[0].to_dict())
         run.log.metrics(progress.step, metrics)
         warn_of_gap(run.log, metrics, run.workers.model.head_weight_VC.dtype, config.temperature)
         run.log.line(progress.step, metrics)
@@ -278,11 +315,12 @@ def learn_on_policy(run: Run, step: int) -> dict:
     """The student samples, the teacher scores each token, and the policy loss follows: no reward is needed."""
     config, vocab_size = run.config, run.tokenizer.vocab_size
     problems = run.task.sample(config.problems, config.seed, step)
-    questions = [traces.ask(problem, config.template, run.tokenizer) for problem in problems]
+    questions = [traces.ask(problem, run.prompter) for problem in problems]
     groups = traces.answer(
         run.sampler,
-        run.tokenizer,
+        run.prompter,
         questions,
+        run.rules,
         n=config.completions,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -313,7 +351,9 @@ def read_command_line() -> tuple[Config, Path | None]:
     """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
     config, given = parse_args(Config, description=__doc__)
     if config.resume:
-        return resumed(config, given)
+        config, checkpoint = resumed(config, given)
+        refuse_idle(config, given)
+        return config, checkpoint
     if config.model is None or config.teacher is None:
         raise ValueError("--model and --teacher are needed: the student, and whom it learns from")
     if config.method != "traces" and Path(config.teacher).is_file():
@@ -322,6 +362,10 @@ def read_command_line() -> tuple[Config, Path | None]:
         config = as_miniature_run(config, given, miniature, MINIATURE_RUN)
     if not config.task and (config.method == "on-policy" or not config.trace_file):
         raise ValueError("--task is needed: the problems to answer")
+    of_task = [] if config.task else [*inspect.get_annotations(TaskOptions), "style", "few_shot", "stop_text"]
+    if idle := [name for name in of_task if getattr(config, name) != getattr(Config, name)]:
+        raise ValueError(f"{option_name(idle[0])} has no effect without --task; give that, or leave it out")
+    refuse_idle(validated(config), given)
     return config, None
 
 
@@ -329,24 +373,32 @@ def set_up(
     config: Config, checkpoint: Path | None, tensors: dict, progress: Progress, log: RunLog, start_s: float
 ) -> Run:
     folder = checkpoint or find_model(config.model, config.seed, log)
-    log.say(f"student: {folder}")
     tokenizer = Tokenizer.from_pretrained(folder)
-    if config.template == "auto":
-        config = replace(config, template=default_template(tokenizer))
+    template, why = choose_template(config.template, tokenizer, "r1-zero", is_base_chat=True)
+    log.say(f"student: {folder}; template: {template} ({why})")
+    prompter = make_prompter(config, tokenizer, template, config.task or "prompt")
     config = replace(config, max_tokens=longest_example(config.max_tokens, folder))
     device, dtype = choose_machine(config, checkpoint, folder, log)
-    task = load_task(config, tokenizer)
-    teacher, examples = load_teaching(config, checkpoint, tokenizer, task, (dtype, device), log)
+    task = None
+    if config.task:
+        parts = ("held-out",) if config.trace_file and config.method != "on-policy" else ("train", "held-out")
+        task = load_task(config, config.task, tokenizer, parts)
+        for part in parts:
+            log.say(f"{'to learn from' if part == 'train' else 'to evaluate on'}: {task.describe(part)}")
+    teacher, examples = load_teaching(config, checkpoint, prompter, task, (dtype, device), log)
+    if config.method != "on-policy":
+        check_traces(config, progress, log)
     model = Transformer.from_pretrained(folder, dtype, device)
     optimizer, workers = prepare(model, config, tensors, device)
     return Run(
         config=config,
         workers=workers,
         sampler=Sampler(model, config.max_rows, memory_share=0.5),  # the other half is for learning
-        tokenizer=tokenizer,
+        prompter=prompter,
+        rules=make_rules(prompter, own=own_rewards(config)),
         teacher=teacher,
         task=task,
-        held_out=task.held_out(config.eval_problems) if task else [],
+        held_out=task.part("held-out", config.eval_problems) if task else [],
         examples=examples,
         n_steps=config.steps or math.ceil(config.epochs * len(examples) / config.examples),
         tokens_per_batch=default_tokens_per_batch(config.tokens_per_batch, device),
@@ -358,16 +410,18 @@ def set_up(
     )
 
 
-def load_task(config: Config, tokenizer: Tokenizer) -> Task | None:
-    if not config.task:
-        return None
-    if miniature := own_miniature(tokenizer):
-        return miniature_task(miniature)
-    return make_task(config.task, data=config.data, eval_data=config.eval_data, **task_parameters(config.task_args))
+def check_traces(config: Config, progress: Progress, log: RunLog) -> None:
+    """The traces that the run made are not edited between its parts, as no other data file is (see `open_log`)."""
+    path = Path(config.trace_file or log.folder / "traces.jsonl")
+    before, progress.traces = progress.traces, digest(path)["sha256"]
+    if before not in (None, progress.traces) and not config.trace_file:
+        if not config.allow_changed_data:
+            raise ValueError(f"{path} has changed since the run began: go on with --allow-changed-data")
+        log.say(f"warning: {path} has changed since the run began")
 
 
 def load_teaching(
-    config: Config, checkpoint: Path | None, tokenizer: Tokenizer, task: Task | None, machine: tuple, log: RunLog
+    config: Config, checkpoint: Path | None, prompter: Prompter, task: Task | None, machine: tuple, log: RunLog
 ) -> tuple[Teacher | None, list[sft.Example]]:
     """The teacher, where the method asks it at each step, and its traces, which are made now where there are none.
 
@@ -375,17 +429,17 @@ def load_teaching(
     """
     path, has_traces = config.trace_file or str(log.folder / "traces.jsonl"), bool(config.trace_file or checkpoint)
     if config.method == "traces" and has_traces:
-        return None, read_traces(config, tokenizer, path, log)
-    teacher = load_teacher(config, tokenizer, machine, log)
+        return None, read_traces(config, prompter, task, path, log)
+    teacher = load_teacher(config, prompter, machine, log)
     if config.method == "on-policy":
         return teacher, []
     if not has_traces:
-        make_traces(config, teacher, task, path, log)
+        make_traces(config, teacher, prompter, task, path, log)
         teacher.model.drop_reordered()  # it scores from here on
-    return teacher if config.method == "logits" else None, read_traces(config, tokenizer, path, log)
+    return teacher if config.method == "logits" else None, read_traces(config, prompter, task, path, log)
 
 
-def load_teacher(config: Config, tokenizer: Tokenizer, machine: tuple, log: RunLog) -> Teacher:
+def load_teacher(config: Config, prompter: Prompter, machine: tuple, log: RunLog) -> Teacher:
     """The teacher in the student's dtype, on its device."""
     folder = find_model(config.teacher, config.seed, log)
     if not folder.exists():
@@ -394,36 +448,55 @@ def load_teacher(config: Config, tokenizer: Tokenizer, machine: tuple, log: RunL
     own = Tokenizer.from_pretrained(folder)
     if config.method != "traces":
         why = f"--method {config.method} compares distributions over tokens (--method traces does not)"
-        distillation.check_same_vocabulary(tokenizer, own, why)
+        distillation.check_same_vocabulary(prompter.tokenizer, own, why)
+        distillation.check_same_end(prompter.tokenizer, own, prompter.template, why)
     return Teacher(folder, Transformer.from_pretrained(folder, *machine).requires_grad_(False), own)
 
 
-def read_traces(config: Config, tokenizer: Tokenizer, path: str, log: RunLog) -> list[sft.Example]:
-    found = sft.read_examples(path, tokenizer, config.max_tokens)
+def read_traces(config: Config, prompter: Prompter, task: Task | None, path: str, log: RunLog) -> list[sft.Example]:
+    found = sft.read_examples(path, prompter.tokenizer, config.max_tokens, prompter.arguments, prompter.system)
+    if found.n_not_train:
+        log.say(f"warning: {path}: {found.n_not_train} traces of problems that are not for training (--split)")
     left_out = f", {found.n_too_long} longer than {config.max_tokens} tokens left out" if found.n_too_long else ""
     log.say(f"traces: {path}: {len(found.examples):,}{left_out}")
-    return found.examples
+    asked = questions_of(task.listed.get("held-out", ())) if task else frozenset()
+    examples = [example for example in found.examples if example.question not in asked]
+    if len(examples) < len(found.examples):
+        log.say(f"traces: {len(found.examples) - len(examples):,} left out, to problems that are held out")
+    if not examples:
+        raise ValueError(f"{path}: all of it answers problems that are held out; give other traces or --eval-data")
+    return examples
 
 
-def make_traces(config: Config, teacher: Teacher, task: Task, path: str, log: RunLog) -> None:
+def questions_of(problems: Sequence[Problem]) -> frozenset[str]:
+    """What traces of these problems may have as their question, in whatever template they were asked."""
+    chats = [sft.first_question(format_prompt(p, "chat", style)) for p in problems for style in STYLES]
+    texts = [format_prompt(p, template).strip() for p in problems for template in ("r1-zero", "bare")]
+    return frozenset(chats + texts)
+
+
+def make_traces(config: Config, teacher: Teacher, prompter: Prompter, task: Task, path: str, log: RunLog) -> None:
     """The teacher answers training problems; its right and readable answers go to `path`, a begun file goes on."""
-    problems = traces.training_problems(task, config.trace_problems, config.seed)
+    problems = task.part("train", config.trace_problems, config.seed)
     selection = traces.Selection("correct", not config.any_format, max_per_problem=config.max_per_problem)
+    asker = to_teacher(config, prompter, teacher.tokenizer)
     sampling = dict(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     ledger = traces.collect(
         Sampler(teacher.model, config.max_rows, memory_share=0.5),
-        teacher.tokenizer,
-        [ask(problem, config.template, teacher.tokenizer) for problem in problems],
+        asker,
+        [traces.ask(problem, asker, prompter) for problem in problems],
+        make_rules(asker, own=own_rewards(config)),
         selection,
         path,
         samples=config.trace_samples,
         batch_size=max(1, traces.WAVES * config.max_rows // config.trace_samples),
         seed=config.seed,
-        source={"model": str(teacher.folder), "step": None, "seed": config.seed},
+        source={"model": str(teacher.folder), "step": None, "seed": config.seed, "split": "train"},
         arguments={"--teacher": str(teacher.folder)} | {option_name(name): getattr(config, name) for name in DECIDING},
         say=log.say,
         **sampling,
     )
+    report_failures(own_rewards(config), log.say_once)
     log.say(traces.summary(ledger, selection))
     if not ledger.is_whole:
         log.say(f"continue with: python distill.py --resume {log.folder}")
@@ -435,36 +508,44 @@ def make_traces(config: Config, teacher: Teacher, task: Task, path: str, log: Ru
         )
 
 
-def ask(problem: Problem, template: str, tokenizer: Tokenizer) -> traces.Question:
-    """The question in the teacher's own template for the teacher, and in the student's `template` to learn from."""
-    own = "bare" if template == "bare" else default_template(tokenizer)
-    return traces.Question(format_prompt(problem, template), write_prompt(problem, own, tokenizer), problem)
+def to_teacher(config: Config, prompter: Prompter, tokenizer: Tokenizer) -> Prompter:
+    """How the teacher is asked what its student is to learn: in its own template, where it has one.
+
+    It is told what its chat template has a variable for.
+    """
+    if prompter.template == "bare":
+        return replace(prompter, tokenizer=tokenizer)
+    template, _ = choose_template("auto", tokenizer, "r1-zero", is_base_chat=True)
+    stop_texts = choose_stop_texts(config, template)
+    if template != "chat":
+        if prompter.system or prompter.examples or prompter.style != "think":
+            raise ValueError(
+                "--system, --style and --few-shot are of chats, and the teacher has no chat template; leave them out"
+            )
+        return Prompter(tokenizer, template, stop_texts=stop_texts)
+    known = {name: value for name, value in prompter.arguments.items() if name in tokenizer.template_parameters}
+    return replace(prompter, tokenizer=tokenizer, template=template, arguments=known, stop_texts=stop_texts)
 
 
-def default_template(tokenizer: Tokenizer) -> str:
-    return "chat" if tokenizer.chat_template else "r1-zero"
-
-
-def run_evaluation(run: Run) -> Evaluation:
+def run_evaluation(run: Run) -> tuple[Evaluation, list[list[Rollout]]]:
     """The student's accuracy on the held-out problems, with the same random numbers each time."""
     config = run.config
-    evaluation, _ = evaluate(
+    return evaluate(
         run.sampler,
-        run.tokenizer,
+        run.prompter,
         run.held_out,
-        config.template,
-        {"accuracy": 1.0},
+        run.rules,
         samples=config.eval_samples if config.eval_temperature else 1,
         temperature=config.eval_temperature,
         max_new_tokens=config.max_new_tokens,
     )
-    return evaluation
 
 
 def evaluate_before(run: Run) -> None:
     """The starting student's evaluation, kept for the end."""
-    evaluation = run_evaluation(run)
-    run.progress.before = evaluation.to_dict()
+    evaluation, rollouts_PG = run_evaluation(run)
+    run.progress.before, run.progress.before_P = evaluation.to_dict(), problem_accuracies(rollouts_PG)
+    run.progress.held_out = digest_of(run.held_out)
     run.log.metrics(0, eval_metrics(run.progress.before))
     run.log.say(f"before: {evaluation}\n")
 
@@ -472,14 +553,23 @@ def evaluate_before(run: Run) -> None:
 def finish(run: Run) -> None:
     """Evaluate the student; say and write what the run came to."""
     progress, log = run.progress, run.log
-    after = run_evaluation(run) if run.held_out else None
+    after, rollouts_PG = run_evaluation(run) if run.held_out else (None, [])
     progress.wall_s = time.monotonic() - run.start_s
     if after:
         log.metrics(progress.step, eval_metrics(after.to_dict()))
+    is_same = progress.held_out in (None, digest_of(run.held_out))  # None: a run begun before it was kept
+    change = paired_change(progress.before_P or [], problem_accuracies(rollouts_PG)) if is_same else None
     times = dict(wall_s=progress.wall_s, steps=progress.step, seed=run.config.seed)
-    log.summary({"before": progress.before, "after": after and after.to_dict()} | times)
-    if after:
-        log.say(f"\nbefore: accuracy {progress.before['accuracy']:.3f}\nafter:  {after}")
+    log.summary({"before": progress.before, "after": after and after.to_dict(), "change": change} | times)
+    if after and after.accuracy is not None:
+        before = progress.before["accuracy"]
+        others = "" if is_same else ", of other held-out problems, with which these cannot be compared"
+        log.say(f"\nbefore: accuracy {'unknown' if before is None else f'{before:.3f}'}{others}\nafter:  {after}")
+    if change:
+        log.say(f"change: {change_line(change)}")
+    report_failures(run.rules.own, log.say_once)
+    if failures := count_failures(run.rules.own):
+        log.say(f"could not be computed: {failures}")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     log.say(f"next: python sample.py --model {log.folder} ...")
 

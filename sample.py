@@ -3,8 +3,9 @@
     python sample.py --model FOLDER "Why is the sky blue?"     one answer, printed as it is made
     python sample.py --model FOLDER                            a conversation (Ctrl-C: stop an answer, Ctrl-D: end)
     python sample.py --model FOLDER --raw < prompt.txt         the text as it is: for base models and miniatures
-    python sample.py --model FOLDER --task gsm8k --data gsm8k_test.jsonl --limit 200 --out answers.jsonl
-    python sample.py --model FOLDER --task gsm8k --data gsm8k_test.jsonl --n 16 --compare --picture compare.svg
+    python sample.py --model FOLDER --task gsm8k --eval-data gsm8k_test.jsonl --limit 200 --out answers.jsonl
+    python sample.py --model FOLDER --task gsm8k --eval-data gsm8k_test.jsonl --n 16 --compare --picture compare.svg
+    python sample.py --paired before.jsonl,after.jsonl            two such files, problem by problem
     python sample.py --model FOLDER --task countdown --n 16 --keep correct --out traces.jsonl    text to train on
     python sample.py --model FOLDER --prompts prompts.jsonl --out general.jsonl                  the same, not judged
 
@@ -12,13 +13,17 @@ FOLDER is a model folder, a run folder (its newest checkpoint is taken) or minia
 where it is not in the cache. Answers and results go to stdout, everything else to stderr. The same command with the
 same seed gives the same result; one that writes to --out goes on where it was stopped. A miniature is known by
 its vocabulary, and --task then takes the miniature's own problems.
+
+A tenth of the problems of --data, or all of --eval-data, is held out, as in training: --task measures on those, the
+same ones as train_zero.py, and --keep makes text to train on of the others. --split takes another part.
 """
 
+import inspect
 import math
 import re
 import sys
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -28,8 +33,9 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 import torch
 
 from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages
-from nanor1.config import apply_preset, option, option_name, parse_args, user_errors
-from nanor1.evaluate import Preference
+from nanor1.checkpoint import digest
+from nanor1.config import MANY, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
+from nanor1.evaluate import Preference, make_rules
 from nanor1.ledger import touch
 from nanor1.machine import choose_device
 from nanor1.measure import Asker, batch_size, measure
@@ -48,80 +54,69 @@ from nanor1.methods import (
     runs_of,
     table,
 )
-from nanor1.miniature import Miniature, find_miniature, find_model, miniature_task, own_miniature
+from nanor1.miniature import find_miniature, find_model, own_miniature
 from nanor1.model import Transformer
+from nanor1.paired import compare_files
 from nanor1.pretrained import read_config
+from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompter, to_system
+from nanor1.rewards import OwnReward
 from nanor1.sampler import Sampler
 from nanor1.search import Scorer, mean_logprob, reward_scorer
-from nanor1.tasks import (
-    BOXED_TASKS,
-    Problem,
-    Style,
-    Task,
-    make_task,
-    parse_object,
-    read_examples,
-    read_json_lines,
-    read_task,
-    task_parameters,
-)
+from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
 from nanor1.tokenizer import Tokenizer
-from nanor1.traces import (
-    SEED_STRIDE,
-    Question,
-    Selection,
-    ask,
-    collect,
-    summary,
-    training_problems,
+from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
+from nanor1.training import (
+    MachineOptions,
+    TaskOptions,
+    count_failures,
+    default_tokens_per_batch,
+    load_reward_model,
+    load_task,
+    own_rewards,
+    report_failures,
+    to_preference,
 )
-from nanor1.training import check_least, default_tokens_per_batch, load_reward_model, to_preference
 
-METHOD_OPTIONS = """method compare picture style examples reward_model step_score step_text wait_text min_thinking
-    max_thinking max_answer window keep_share""".split()
+METHOD_OPTIONS = """method compare picture reward_model step_score step_text wait_text min_thinking max_thinking
+    max_answer window keep_share""".split()
+DRAWS = ("--temperature above 0", lambda config: config.temperature)
 
 
-@dataclass(frozen=True)
-class Config:
-    model: str = option(MISSING, "model folder, run folder, or miniature/NAME")
+@dataclass(frozen=True, kw_only=True)
+class Config(MachineOptions, TaskOptions, PromptOptions):
+    model: str | None = option(None, "model folder, run folder, or miniature/NAME")
     prompt: str = option("", "what to ask; left out: stdin, or on a terminal a conversation", positional=True)
-    system: str = option("", "system message, for models with a chat template")
-    template: Literal["auto", "chat", "r1-zero", "bare"] = option(
-        "auto", "of the prompt; auto: chat if the model has one, else bare (--task: r1-zero, a miniature's bare)"
-    )
-    template_args: str = option(
-        "", 'JSON object of variables of the model\'s chat template, as {"enable_thinking": false} for Qwen3'
-    )
     raw: bool = option(False, "--template bare: the prompt as it is")
-    seed: int = option(0, "of the random numbers, and of a miniature that is named")
+    seed: int = option(0, "of the random numbers, and of a miniature that is named", least=0)
 
-    temperature: float = option(0.6, "0: greedy; with --task the default is 0, and 1 where --n is above 1", "sampling")
-    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all")
-    top_p: float = option(1.0, "draw from the likeliest tokens that hold this probability")
-    max_new_tokens: int = option(1024, "length limit of an answer")
-    n: int = option(1, "answers to a prompt or problem; of a prompt's the first is printed as it is made")
-    stop_text: str = option("", "end an answer that holds this text")
+    temperature: float = option(
+        0.6, "0: greedy; with --task the default is 0, and 1 where --n is above 1", "sampling", least=0
+    )
+    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", least=0, needs=DRAWS)
+    top_p: float = option(
+        1.0, "draw from the likeliest tokens that hold this probability", above=0, most=1, needs=DRAWS
+    )
+    max_new_tokens: int = option(1024, "length limit of an answer", least=1)
+    n: int = option(
+        1, "answers to a prompt or problem; of a prompt's the first is printed as it is made", least=1, most=MANY
+    )
 
-    task: Literal["countdown", "arithmetic", "gsm8k", "math", "code"] | None = option(
-        None, "measure on this task", "evaluation"
+    task: Literal[TASKS] | None = option(None, "measure on this task", "evaluation")
+    split: Literal[("auto", *SPLITS)] = option(
+        "auto", "part of the problems; auto: held-out, or train for --keep; all: the file as it is"
     )
-    data: str | None = option(
-        None, "JSON lines of problems, taken in order; none: generated, held-out ones (--keep: those for training)"
-    )
-    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
-    limit: int = option(0, "problems; 0: all of the file, or 200 generated")
+    limit: int = option(0, "problems, at most; 0: all of the part, or 200 generated", least=0)
+    paired: str | None = option(None, "BEFORE,AFTER: two --out files of evaluations, compared problem by problem")
     out: str | None = option(
         None, "JSON lines: each problem's answers and verdicts, or training text; one begun before goes on"
     )
-    max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take more memory")
+    max_rows: int = option(
+        64, "answers made at once; more are faster, above all on a GPU, and take more memory", least=1
+    )
 
     method: str = option("", f"how to spend --n: one or more, NAME,NAME,..., of {', '.join(METHODS)}", "methods")
     compare: bool = option(False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table")
     picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into")
-    style: Style = option(
-        "think", "of a chat prompt: think between tags, chain of thought in the open, answer directly"
-    )
-    examples: str | None = option(None, "JSON lines of `prompt` and `completion` to show first (few-shot)")
     reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for best-reward")
     step_score: Literal["logprob", "reward"] = option("logprob", "beam, dvts: by what the best steps are kept")
     step_text: str | None = option(None, "beam, dvts: ends a step; none: a line break (a miniature: wait)")
@@ -129,12 +124,16 @@ class Config:
         None, "budget: takes the place of the end of thinking; none: Wait (without tags: on a new line)"
     )
     min_thinking: int | None = option(
-        None, "budget: tokens from which on thinking may end; none: at every end, N - 1 times, it waits"
+        None, "budget: tokens from which on thinking may end; none: at every end, N - 1 times, it waits", least=0
     )
-    max_thinking: int = option(0, "budget: tokens after which thinking is ended by force; 0: what --max-answer leaves")
-    max_answer: int = option(0, "budget: tokens of the answer behind it; 0: a quarter of --max-new-tokens")
-    window: int = option(32, "vote-tail, vote-lowest: tokens over which a confidence is taken")
-    keep_share: float = option(1.0, "vote-tail, vote-lowest: the most confident share of the answers votes")
+    max_thinking: int = option(
+        0, "budget: tokens after which thinking is ended by force; 0: what --max-answer leaves", least=0
+    )
+    max_answer: int = option(0, "budget: tokens of the answer behind it; 0: a quarter of --max-new-tokens", least=0)
+    window: int = option(32, "vote-tail, vote-lowest: tokens over which a confidence is taken", least=1)
+    keep_share: float = option(
+        1.0, "vote-tail, vote-lowest: the most confident share of the answers votes", above=0, most=1
+    )
 
     keep: Literal["correct", "pairs", "all"] | None = option(
         None,
@@ -143,47 +142,38 @@ class Config:
     )
     prompts: str | None = option(None, "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all")
     any_format: bool = option(False, "keep right answers without the format asked for, too")
-    min_language: float = option(0.99, "least share of the thinking's words in the problem's language; 0: any")
-    max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled")
-
-    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of the weights; auto: bfloat16 on cuda and on a CPU that is clearly faster with it; float16: cuda only"
+    min_language: float = option(
+        0.99, "least share of the thinking's words in the problem's language; 0: any", least=0, most=1
     )
-    threads: int = option(0, "CPU threads; 0: torch's choice")
+    max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled", least=1)
 
     def validate(self) -> None:
-        least = dict(temperature=0, top_k=0, max_new_tokens=1, n=1, limit=0, max_rows=1, threads=0, max_per_problem=1)
-        least |= dict(max_thinking=0, max_answer=0, window=1)
-        check_least(self, least, {})
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.min_language <= 1:
-            raise ValueError(f"--min-language is {self.min_language}; it must lie between 0 and 1")
+        if self.paired:
+            self.refuse([field.name for field in fields(self) if field.name != "paired"], "is not for --paired")
+            return
+        if not self.model:
+            raise ValueError("--model is required: no value on the command line")
         if self.raw and self.template not in ("auto", "bare"):
             raise ValueError(f"--raw means --template bare; leave one of --raw and --template {self.template} out")
         parse_object(self.template_args, "--template-args")
-        if not 0 < self.keep_share <= 1:
-            raise ValueError(f"--keep-share is {self.keep_share}; it must be above 0 and at most 1")
-        if self.min_thinking is not None and self.min_thinking < 0:
-            raise ValueError(f"--min-thinking is {self.min_thinking}; it must be at least 0")
         if self.step_score == "reward" and not self.reward_model:
             raise ValueError("--step-score reward needs --reward-model FOLDER")
-        if self.task in ("gsm8k", "math", "code") and not self.data:
-            raise ValueError(f"--task {self.task} needs --data FILE, JSON lines of its problems")
-        if self.task == "arithmetic" and self.data:
-            raise ValueError("--task arithmetic is generated; leave --data out")
+        if self.task not in (None, "countdown", "arithmetic") and not (self.data or self.eval_data):
+            raise ValueError(f"--task {self.task} needs --data FILE or --eval-data FILE, JSON lines of its problems")
+        if self.task == "arithmetic" and (self.data or self.eval_data):
+            raise ValueError("--task arithmetic is generated; leave --data out, and --eval-data")
         self.check_mode()
 
     def check_mode(self) -> None:
         """Every option given belongs to what is done: an evaluation, training text, or a talk."""
+        of_task = [*inspect.get_annotations(TaskOptions), "split", "style", "few_shot"]
         if self.task:
-            self.refuse(["prompt", "system"], "is not for --task, which has its own prompts")
+            self.refuse(["prompt"], "is not for --task, which has its own prompts")
             self.refuse(["prompts"], "takes the place of --task; leave one of them out")
         elif self.prompts:
-            self.refuse(["prompt", "data", "task_args"], "is not for --prompts, which are the questions")
+            self.refuse(["prompt", *of_task], "is not for --prompts, which are the questions")
         else:
-            self.refuse(["data", "task_args", "limit", "out", "keep"], "is for an evaluation: add --task")
+            self.refuse([*of_task, "limit", "out", "keep"], "is for an evaluation: add --task")
         if not self.task or self.keep:
             self.refuse(METHOD_OPTIONS, "is for an evaluation: add --task, and leave --keep out")
         else:
@@ -235,18 +225,23 @@ OPTIONS_OF = {  # methods
     "window keep_share": "vote-tail vote-lowest",
 }
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
-ASKED = "task data task_args limit seed stop_text " + " ".join(SAMPLING)  # what files depend on
-TRACES = ASKED + " n prompts system keep any_format min_language max_per_problem"
-EVALUATION = (
-    ASKED + " style examples reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
+ASKED = (  # what files depend on
+    "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text "
+    + " ".join(SAMPLING)
 )
+TRACES = ASKED + " n prompts keep any_format min_language max_per_problem"
+EVALUATION = ASKED + " reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
 
 
 @user_errors()
 def main() -> None:
     config, given = parse_args(Config, description=__doc__)
+    if config.paired:
+        print(compare_files(*split_pair(config.paired)))
+        return
     if config.task:
         config = apply_preset(config, given, dict(temperature=0.0 if config.n == 1 else 1.0))
+    refuse_idle(config, given)
     runs = {METHODS[name].run for name in config.methods if name in METHODS} or {"samples"}
     if config.n > 1 and config.temperature == 0 and not runs <= UNDRAWN:
         raise ValueError(
@@ -273,21 +268,21 @@ class Engine:
     folder: Path  # of the model
     device: torch.device
     dtype: torch.dtype
-    tokenizer: Tokenizer
-    template: str
-    template_arguments: dict[str, object]  # of the model's chat template
+    prompter: Prompter
     config: Config
 
     @cached_property
     def sampler(self) -> Sampler:
         return Sampler(Transformer.from_pretrained(self.folder, self.dtype, self.device), self.config.max_rows)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompter.tokenizer
+
+    @property
     def sampling(self) -> dict:
         """The arguments of Sampler.generate that are the same for every prompt."""
-        stop_texts = [self.config.stop_text] if self.config.stop_text else []
-        return {name: getattr(self.config, name) for name in SAMPLING} | dict(
-            stop_texts=stop_texts, decode=self.tokenizer.decode
-        )
+        return {name: getattr(self.config, name) for name in SAMPLING}
 
 
 class Console:
@@ -314,45 +309,25 @@ def read_stdin() -> str | None:
         raise ValueError(f"the prompt on stdin is not UTF-8 text ({error}); convert it") from error
 
 
+def split_pair(text: str) -> list[str]:
+    paths = text.split(",")
+    if len(paths) != 2 or not all(paths):
+        raise ValueError(f"--paired {text}: expected two files, BEFORE,AFTER")
+    return paths
+
+
 def make_engine(config: Config) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_model(config.model, config.seed, Console())
     (_, model_config), tokenizer = read_config(folder), Tokenizer.from_pretrained(folder)
-    template, reason = choose_template(config, tokenizer)
-    template_arguments = read_template_arguments(config, template, tokenizer)
-    if config.system and template != "chat":
-        raise ValueError(f"--system needs the template chat, and this is {template}; write it into the prompt")
+    is_asked = config.task and not own_miniature(tokenizer)
+    asked = "bare" if config.raw else config.template
+    template, reason = choose_template(asked, tokenizer, "r1-zero" if is_asked else "bare", not config.task)
+    prompter = make_prompter(config, tokenizer, template, config.task or "prompt")
     device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
     say(f"model: {folder}; template: {template} ({reason})")
-    return Engine(folder, device, dtype, tokenizer, template, template_arguments, config)
-
-
-def choose_template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The prompt template, and why."""
-    if config.raw:
-        return "bare", "asked for"
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise ValueError(f"{config.model} has no chat template; leave out --template chat, or use --raw")
-    if config.template != "auto":
-        return config.template, "asked for"
-    if tokenizer.chat_template:
-        return "chat", "the model's own"
-    is_bare = not config.task or own_miniature(tokenizer)
-    return "bare" if is_bare else "r1-zero", "the model has no chat template"
-
-
-def read_template_arguments(config: Config, template: str, tokenizer: Tokenizer) -> dict[str, object]:
-    """What --template-args tells the chat template; ValueError for what it would pass over in silence."""
-    arguments = parse_object(config.template_args, "--template-args")
-    if arguments and template != "chat":
-        raise ValueError(f"--template-args needs the template chat, and this is {template}; leave it out")
-    if unknown := sorted(arguments.keys() - tokenizer.template_parameters):
-        known = ", ".join(sorted(tokenizer.template_parameters)) or "none"
-        raise ValueError(
-            f"--template-args: the chat template of {config.model} has no variable {unknown[0]!r}; it has {known}"
-        )
-    return arguments
+    return Engine(folder, device, dtype, prompter, config)
 
 
 # ---- one prompt, or a conversation
@@ -361,10 +336,8 @@ def read_template_arguments(config: Config, template: str, tokenizer: Tokenizer)
 def talk(engine: Engine, prompt: str | None) -> None:
     """Answer the prompt, or without one whatever a person types."""
     config = engine.config
-    speaker = Speaker(
-        engine.sampler, engine.tokenizer, engine.template, engine.sampling(), config.n, engine.template_arguments
-    )
-    messages, seed = first_messages(config), config.seed * SEED_STRIDE
+    speaker = Speaker(engine.sampler, engine.prompter, engine.sampling, config.n)
+    messages, seed = to_system(config.system), config.seed * SEED_STRIDE
     if prompt is None:
         converse(speaker, messages, seed)
         return
@@ -373,28 +346,25 @@ def talk(engine: Engine, prompt: str | None) -> None:
         raise SystemExit(130)
 
 
-def first_messages(config: Config) -> list[dict[str, str]]:
-    return [{"role": "system", "content": config.system}] if config.system else []
-
-
 # ---- evaluation
 
 
 def evaluate(engine: Engine) -> None:
     """Answer and judge the problems, and print what came of it; Ctrl-C reports the batches done, and ends with 130."""
-    config, miniature = engine.config, own_miniature(engine.tokenizer)
-    check_miniature(config, miniature)
-    methods = choose_methods(engine)
+    config, methods = engine.config, choose_methods(engine)
     runs = runs_of(methods or ["sample"], config.ns)
     refuse_stop_text(config, runs)
     if config.picture:
         touch(Path(config.picture), "--picture")
-    problems, asker = load_problems(config, miniature), make_asker(engine)
-    rows, is_whole = measure(asker, problems, runs, config.out, deciding_arguments(engine, EVALUATION), say)
+    (problems, split), asker = load_problems(engine), make_asker(engine)
+    arguments = deciding_arguments(engine, EVALUATION, split)
+    rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
+    report_rewards(asker.rules.own)
     if any(rows.values()):
         how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
         begun = "".join(f" (of {run} {len(done)})" for run, done in rows.items() if 0 < len(done) < len(problems))
-        print(f"{config.task}: {len(problems)} problems{begun} x {config.n}, template {engine.template}, {how}")
+        what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
+        print(f"{what}, template {engine.prompter.template}, {how}; part: {split}")
         if methods:
             show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings))
         else:
@@ -403,10 +373,17 @@ def evaluate(engine: Engine) -> None:
         raise SystemExit(130)
 
 
+def report_rewards(own: dict[str, OwnReward]) -> None:
+    """What went wrong in rewards of one's own, and how often."""
+    report_failures(own, lambda _, text: say(text))
+    if failures := count_failures(own):
+        say(f"could not be computed: {failures}")
+
+
 def choose_methods(engine: Engine) -> list[str]:
     """Those of --method; for --compare without it all that can be; ValueError for one that cannot."""
     config = engine.config
-    what = (config.ns, config.task, engine.template, bool(config.reward_model))
+    what = (config.ns, config.task, engine.prompter.template, bool(config.reward_model))
     takes_all = config.compare and not config.methods
     obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
     for why in dict.fromkeys(filter(None, obstacles.values())):
@@ -420,7 +397,7 @@ def choose_methods(engine: Engine) -> list[str]:
 def refuse_stop_text(config: Config, runs: list[Run]) -> None:
     """ValueError where --stop-text would be passed over."""
     deaf = [run.kind for run in runs if run.kind not in ("samples", *SINGLE)]
-    if config.stop_text and deaf:
+    if config.stop_text not in ("auto", "", None) and deaf:
         raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
 
 
@@ -434,8 +411,8 @@ def show_methods(config: Config, methods: list[str], found: list[Figures]) -> No
 
 def make_asker(engine: Engine) -> Asker:
     """The model with all that --task's options say of how it is asked."""
-    config, tokenizer = engine.config, engine.tokenizer
-    is_tagged = engine.template == "r1-zero" or config.style == "think"
+    config, prompter = engine.config, engine.prompter
+    is_tagged = prompter.template == "r1-zero" or config.style == "think"
     max_answer = config.max_answer or max(1, config.max_new_tokens // 4)
     settings = Settings(
         step_text=config.step_text or "\n",
@@ -448,7 +425,6 @@ def make_asker(engine: Engine) -> Asker:
         window=config.window,
         keep_share=config.keep_share,
     )
-    examples = read_examples(config.examples) if config.examples else ()
     preference, scorer = judges(engine) if config.reward_model else (None, mean_logprob)
     if config.step_score == "reward" and is_tagged:
         raise ValueError(
@@ -456,17 +432,12 @@ def make_asker(engine: Engine) -> Asker:
         )
     return Asker(
         engine.sampler,
-        tokenizer,
-        engine.template,
+        prompter,
         config.seed,
-        {name: getattr(config, name) for name in SAMPLING},
-        stop_texts=[config.stop_text] if config.stop_text else [],
-        template_arguments=engine.template_arguments,
-        style=config.style,
-        examples=examples,
-        settings=settings,
-        preference=preference,
-        scorer=scorer if config.step_score == "reward" else mean_logprob,
+        engine.sampling,
+        settings,
+        make_rules(prompter, own=own_rewards(config), preference=preference),
+        scorer if config.step_score == "reward" else mean_logprob,
     )
 
 
@@ -484,28 +455,15 @@ def judges(engine: Engine) -> tuple[Preference, Scorer]:
     return to_preference(model, engine.tokenizer, n_tokens), reward_scorer(model, engine.tokenizer, n_tokens)
 
 
-def load_problems(config: Config, miniature: Miniature | None) -> list[Problem]:
-    """The file's problems in its order, or generated held-out ones, the same ones that train_zero.py evaluates on."""
-    if config.data:
-        return read_file(config)
-    return load_task(config, miniature).held_out(config.limit or N_GENERATED)
-
-
-def read_file(config: Config) -> list[Problem]:
-    problems = read_task(config.task, config.data, **task_parameters(config.task_args))
-    return problems[: config.limit or len(problems)]
-
-
-def load_task(config: Config, miniature: Miniature | None) -> Task:
-    return miniature_task(miniature) if miniature else make_task(config.task, **task_parameters(config.task_args))
-
-
-def check_miniature(config: Config, miniature: Miniature | None) -> None:
-    if miniature and (config.task != miniature.task or config.data or config.task_args):
-        raise ValueError(
-            f"{config.model} is the {miniature.task} miniature and knows no other words; give --task {miniature.task} "
-            "without --data and --task-args"
-        )
+def load_problems(engine: Engine) -> tuple[list[Problem], str]:
+    """The problems of the part that is asked for, and which part it is."""
+    config = engine.config
+    split = ("train" if config.keep else "held-out") if config.split == "auto" else config.split
+    task = load_task(config, config.task, engine.tokenizer, (split,))
+    limit = config.limit or (0 if split in task.listed else N_GENERATED)
+    problems = task.part(split, limit, config.seed)
+    say(f"problems: {len(problems):,} - {task.describe(split)}")
+    return problems, split
 
 
 # ---- training text
@@ -515,43 +473,32 @@ def write_traces(engine: Engine) -> None:
     """Rejection sampling into --out, and what came of it; Ctrl-C keeps the batches done and ends with 130."""
     config = engine.config
     selection = Selection(config.keep or "all", not config.any_format, config.min_language, config.max_per_problem)
-    questions = read_prompts(engine) if config.prompts else ask_problems(engine)
+    problems, split = ([], None) if config.prompts else load_problems(engine)
+    questions = [ask(problem, engine.prompter) for problem in problems] or read_prompts(engine)
     for number, question in enumerate(questions, 1):
         check_room(f"question {number}", question.prompt[1], engine.sampler)
     start_s = time.monotonic()
     ledger = collect(
         engine.sampler,
-        engine.tokenizer,
+        engine.prompter,
         questions,
+        make_rules(engine.prompter, own=own_rewards(config)),
         selection,
         config.out,
         samples=config.n,
         batch_size=batch_size(Run("samples", config.n), config.max_rows),
         seed=config.seed,
-        source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed),
-        arguments=deciding_arguments(engine, TRACES),
+        source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed)
+        | (dict(split=split) if split else {}),
+        arguments=deciding_arguments(engine, TRACES, split),
         say=say,
-        **engine.sampling(),
+        **engine.sampling,
     )
+    report_rewards(own_rewards(config))
     print(summary(ledger, selection))
     say(f"{config.out}, {time.monotonic() - start_s:.1f} s")
     if not ledger.is_whole:
         raise SystemExit(130)
-
-
-def ask_problems(engine: Engine) -> list[Question]:
-    """The file's problems in its order, or generated ones to train on: none of them is held out."""
-    config, miniature = engine.config, own_miniature(engine.tokenizer)
-    check_miniature(config, miniature)
-    if config.data:
-        problems = read_file(config)
-        say(f"problems: {len(problems)} of {config.data}")
-    else:
-        n = config.limit or N_GENERATED
-        problems = training_problems(load_task(config, miniature), n, config.seed)
-        repeated = f"{n - len(problems)} that came twice left out"
-        say(f"problems: {len(problems)} generated ones for training, none held out; {repeated}")
-    return [ask(problem, engine.template, engine.tokenizer, engine.template_arguments) for problem in problems]
 
 
 def read_prompts(engine: Engine) -> list[Question]:
@@ -563,11 +510,12 @@ def read_prompts(engine: Engine) -> list[Question]:
             raise ValueError(
                 "expected a text 'prompt', or 'messages' with texts 'role' and 'content', the last a user's"
             )
-        if "messages" in row and engine.template != "chat":
-            raise ValueError(f"'messages' need the template chat, and this is {engine.template}; give a 'prompt'")
-        messages = first_messages(engine.config) + messages
-        prompt = write_messages(messages, engine.template, engine.tokenizer, engine.template_arguments)
-        return Question(messages if engine.template == "chat" else prompt[0], prompt, None)
+        template = engine.prompter.template
+        if "messages" in row and template != "chat":
+            raise ValueError(f"'messages' need the template chat, and this is {template}; give a 'prompt'")
+        messages = to_system(engine.config.system) + messages
+        prompt = write_messages(messages, engine.prompter)
+        return Question(messages if template == "chat" else prompt[0], prompt, None)
 
     questions = read_json_lines(engine.config.prompts, to_question)[: engine.config.limit or None]
     say(f"prompts: {len(questions)} of {engine.config.prompts}")
@@ -586,12 +534,16 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def deciding_arguments(engine: Engine, names: str) -> dict:
+def deciding_arguments(engine: Engine, names: str, split: str | None) -> dict:
     """The arguments on which the lines depend; --max-rows and the device may change when the command goes on."""
     arguments = {option_name(name): getattr(engine.config, name) for name in names.split()}
-    arguments["--template-args"] = engine.template_arguments  # however they were spelled
+    arguments["--split"] = split  # the part that was taken
+    arguments["--template-args"] = engine.prompter.arguments  # however they were spelled
+    arguments["--stop-text"] = list(engine.prompter.stop_texts)
+    if path := engine.config.reward_file:
+        arguments["--reward-file"] = f"{path} (sha256 {digest(Path(path))['sha256'][:12]})"
     arguments["--dtype"] = str(engine.dtype).removeprefix("torch.")
-    return {"--model": str(engine.folder), "--template": engine.template} | arguments
+    return {"--model": str(engine.folder), "--template": engine.prompter.template} | arguments
 
 
 if __name__ == "__main__":

@@ -25,17 +25,19 @@ import torch
 
 from nanor1 import preference, sft
 from nanor1.checkpoint import load_checkpoint
-from nanor1.config import apply_preset, option, parse_args, user_errors
+from nanor1.config import MANY, apply_preset, option, parse_args, refuse_idle, user_errors, validated
 from nanor1.evaluate import wilson_interval
 from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
 from nanor1.miniature import find_miniature, find_model
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard
 from nanor1.parallel import Workers
+from nanor1.prompts import ChatOptions, read_arguments
 from nanor1.runlog import RunLog
+from nanor1.tasks import HELD_OUT_SHARE, parse_object
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
-    check_least,
+    TrainingOptions,
     choose_machine,
     default_tokens_per_batch,
     eval_metrics,
@@ -46,69 +48,60 @@ from nanor1.training import (
     prepare,
     resumed,
     save_run,
+    say_lr_jump,
     update,
 )
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingOptions, ChatOptions):
     model: str | None = option(
         None, "model or run folder, or miniature/NAME, which is pretrained first", "what to train"
     )
     data: str | None = option(None, "files, as a.jsonl or a.jsonl:3,b.jsonl with weights: epochs of it in one epoch")
-    eval_data: str | None = option(None, "file of held-out examples; none: --held-out of the data")
-    held_out: float = option(0.05, "share of the data held out, by a hash of the question; 0: no evaluation")
+    eval_data: str | None = option(None, "file of held-out examples, in place of --held-out of the data")
+    held_out: float = option(
+        HELD_OUT_SHARE,
+        "share of the data held out, by the hash of the question that holds out problems; 0: no evaluation",
+        least=0,
+        needs=("--data alone, without --eval-data", lambda config: not config.eval_data),
+    )
     objective: Literal["sft", "text", "preference"] = option(
         "sft", "sft: on answers; text: on every token; preference: a reward model from prompt/chosen/rejected"
     )
     from_scratch: bool = option(False, "fresh weights: the folder needs only config.json and the tokenizer")
-    out: str | None = option(None, "run folder; none: runs/OBJECTIVE-TIME")
-    resume: str | None = option(None, "continue the run in this folder")
-    seed: int = option(0, "of everything random")
 
-    epochs: float = option(1.0, "passes over the data", "a step")
-    steps: int = option(0, "updates; 0: as many as the epochs take")
-    examples: int = option(16, "examples, or pairs, an update")
-    max_tokens: int = option(2048, "longer examples (text: is cut) are left out, counted and reported")
+    epochs: float = option(1.0, "passes over the data", "a step", above=0)
+    steps: int = option(0, "updates; 0: as many as the epochs take", least=0)
+    examples: int = option(16, "examples, or pairs, an update", least=1, most=MANY)
+    max_tokens: int = option(2048, "longer examples (text: is cut) are left out, counted and reported", least=2)
 
-    centring: float = option(0.01, "preference: weight of the squared sum of a pair's scores", "loss")
+    centring: float = option(
+        0.01,
+        "preference: weight of the squared sum of a pair's scores",
+        "loss",
+        least=0,
+        needs=("--objective preference", lambda config: config.objective == "preference"),
+    )
 
-    lr: float = option(1e-5, "peak learning rate", "optimizer")
-    warmup: int = option(5, "updates of linear warm-up")
+    lr: float = option(1e-5, "peak learning rate", "schedule", least=0, most=1)
     decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
-    weight_decay: float = option(0.0, "AdamW's, on matrices")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    tokens_per_batch: int = option(
-        0, "tokens a forward and backward pass; 0: 1024 on the CPU (for the memory), else 8192"
-    )
-    checkpoint_activations: bool = option(False, "less memory, for a third more work")
 
-    eval_every: int = option(0, "evaluate every so many updates; 0: only before and after", "evaluation and saving")
-    eval_examples: int = option(500, "held-out examples, at most")
-    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end")
-    keep_last: int = option(2, "checkpoints kept")
-
-    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
+    eval_every: int = option(
+        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0
     )
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
-    workers: int = option(0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads")
+    eval_examples: int = option(500, "held-out examples, at most", least=1)
+    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end", least=0)
 
     def validate(self) -> None:
-        at_least = dict(steps=0, examples=1, max_tokens=2, warmup=0, lr=0, centring=0, weight_decay=0, keep_last=1)
-        at_least |= dict(tokens_per_batch=0, eval_every=0, eval_examples=1, save_every=0, threads=0, workers=0)
-        check_least(self, at_least, {})
-        if self.epochs <= 0:
-            raise ValueError(f"--epochs is {self.epochs}; it must be above 0")
-        if not 0 <= self.held_out < 1:
+        super().validate()
+        if self.held_out >= 1:
             raise ValueError(f"--held-out is {self.held_out}; it must be at least 0 and below 1")
         if self.from_scratch and self.objective == "preference":
             raise ValueError("a reward model starts from a language model; leave out --from-scratch")
-        if self.compile == "on" and self.workers > 1:
-            raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
+        if self.objective == "text" and (self.template_args or self.system):
+            raise ValueError("--template-args and --system are of chats, and --objective text has none; leave them out")
+        parse_object(self.template_args, "--template-args")
         sft.parse_data(self.data or "none")
 
 
@@ -122,6 +115,7 @@ COLUMNS = [
     ("eval_accuracy", "eval acc", "5.3f"),
 ]  # fmt: skip
 PAIR_COLUMNS = {"accuracy", "difference", "eval_accuracy"}  # of --objective preference
+NOT_TRAIN = "to problems that are not for training (sample.py --split): evaluations meet them"
 
 
 @dataclass
@@ -129,6 +123,7 @@ class Progress:
     """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
 
     step: int = 0
+    lr: float | None = None  # of the last update
     wall_s: float = 0.0
     before: dict | None = None
 
@@ -137,7 +132,7 @@ class Progress:
 class Objective:
     """What is read from a file, which model learns from it, and how; an item is an example or a pair."""
 
-    read: Callable  # (path, tokenizer, max_tokens) -> (items, what they are and what was left out)
+    read: Callable  # (path, tokenizer, max_tokens, **how) -> (items, what they are and what was left out)
     load: Callable  # (folder, dtype, device) -> model
     learn: Callable  # (workers, items, tokens_per_batch, loss_scale) -> metrics; adds the mean loss's gradient
     measure: Callable  # the same without a gradient
@@ -172,12 +167,14 @@ def main() -> None:
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     progress = Progress(**state)
     columns = [column for column in COLUMNS if config.objective == "preference" or column[0] not in PAIR_COLUMNS]
-    with open_log(config, checkpoint, progress.step, config.objective, columns) as log:
+    files = [path for path, _ in sft.parse_data(config.data)] + [config.eval_data]
+    with open_log(config, checkpoint, progress.step, config.objective, columns, files) as log:
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if checkpoint and is_finished(config.resume, progress.step, run.n_steps):
             log.say(f"{config.resume} is finished, {progress.step} steps; to train on, give more --epochs or --steps")
             return
+        say_lr_jump(log, config, progress.step, run.n_steps, progress.lr)
         if progress.before is None and run.held_out:
             evaluate_before(run)
         train(run)
@@ -195,7 +192,7 @@ def train(run: Run) -> None:
         items = sft.sample_examples(run.sources, config.examples, config.seed, progress.step)
         metrics = run.objective.learn(run.workers, items, run.tokens_per_batch, loss_scale=run.optimizer.loss_scale)
         metrics |= update(run.optimizer, guard, config, progress.step, run.n_steps)
-        progress.step += 1
+        progress.step, progress.lr = progress.step + 1, metrics["lr"]
 
         metrics |= throughput(run, metrics, time.monotonic() - step_start_s)
         if run.held_out and is_due(config.eval_every, progress.step) and progress.step < run.n_steps:
@@ -224,27 +221,28 @@ def throughput(run: Run, metrics: dict, step_s: float) -> dict:
 # ---- the objectives
 
 
-def make_objective(config: Config, vocab_size: int, is_fresh: bool) -> Objective:
-    """What the three objectives differ in; `vocab_size` is the tokenizer's, `is_fresh`: start from fresh weights."""
+def make_objective(config: Config, tokenizer: Tokenizer, is_fresh: bool) -> Objective:
+    """What the three objectives differ in; `is_fresh`: start from fresh weights."""
+    chats = dict(template_arguments=read_arguments(config, tokenizer), system=config.system)
     if config.objective == "preference":
-        return Objective(
-            read_pairs, preference.RewardModel.from_pretrained, partial(learn_pairs, config.centring), measure_pairs
-        )
+        read, load = partial(read_pairs, **chats), preference.RewardModel.from_pretrained
+        return Objective(read, load, partial(learn_pairs, config.centring), measure_pairs)
     load = partial(Transformer.from_scratch, seed=config.seed) if is_fresh else Transformer.from_pretrained
-    read = read_text if config.objective == "text" else read_answers
-    return Objective(
-        read, load, partial(learn_examples, vocab_size=vocab_size), partial(measure_examples, vocab_size=vocab_size)
-    )
+    read = read_text if config.objective == "text" else partial(read_answers, **chats)
+    sizes = dict(vocab_size=tokenizer.vocab_size)
+    return Objective(read, load, partial(learn_examples, **sizes), partial(measure_examples, **sizes))
 
 
-def read_answers(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sft.Example], str]:
-    found = sft.read_examples(path, tokenizer, max_tokens)
+def read_answers(path: str, tokenizer: Tokenizer, max_tokens: int, **how) -> tuple[list[sft.Example], str]:
+    found = sft.read_examples(path, tokenizer, max_tokens, **how)
     n_targets = sum(sum(example.is_target) for example in found.examples)
     return found.examples, counted(
         (len(found.examples), "examples"),
         (n_targets, "tokens to learn"),
         (found.n_too_long, f"longer than {max_tokens} tokens left out"),
         (found.n_rewritten, "earlier answers without a loss, as the chat template rewrites them"),
+        (found.n_beside, "with thinking beside their messages, which is not learned: put it into the assistant's"),
+        (found.n_not_train, NOT_TRAIN),
     )
 
 
@@ -257,12 +255,13 @@ def read_text(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[sf
     )
 
 
-def read_pairs(path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[preference.Pair], str]:
-    found = preference.read_pairs(path, tokenizer, max_tokens)
+def read_pairs(path: str, tokenizer: Tokenizer, max_tokens: int, **how) -> tuple[list[preference.Pair], str]:
+    found = preference.read_pairs(path, tokenizer, max_tokens, **how)
     return found.pairs, counted(
         (len(found.pairs), "pairs"),
         (found.n_too_long, f"longer than {max_tokens} tokens left out"),
         (found.n_equal, "left out whose two final answers are the same"),
+        (found.n_not_train, NOT_TRAIN),
     )
 
 
@@ -309,12 +308,14 @@ def read_command_line() -> tuple[Config, Path | None]:
     """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
     config, given = parse_args(Config, description=__doc__)
     if config.resume:
-        return resumed(config, given)
+        config, checkpoint = resumed(config, given)
+        refuse_idle(config, given)
+        return config, checkpoint
     if config.model is None or config.data is None:
         raise ValueError("--model and --data are needed: what to train, and on which files")
     if find_miniature(config.model):
         config = apply_preset(config, given, MINIATURE_RUN)
-    config.validate()
+    refuse_idle(validated(config), given)
     return config, None
 
 
@@ -325,9 +326,12 @@ def set_up(
     log.say(f"model: {folder}")
     tokenizer = Tokenizer.from_pretrained(folder)
     is_fresh = config.from_scratch and not checkpoint
-    objective = make_objective(config, tokenizer.vocab_size, is_fresh)
+    objective = make_objective(config, tokenizer, is_fresh)
     config = replace(config, max_tokens=longest_example(config.max_tokens, folder))
     sources, held_out = read_sources(config, objective, tokenizer, log)
+    examples = (item for items, _ in sources for item in items)
+    if config.objective == "sft" and any(example.ids[-1] == tokenizer.turn_end_id for example in examples):
+        tokenizer = tokenizer.with_stop(tokenizer.turn_end_id)  # a base model that learns chats is none after it
     device, dtype = choose_machine(config, checkpoint, folder, log)
     optimizer, workers = prepare(objective.load(folder, dtype=dtype, device=device), config, tensors, device)
     per_epoch = sft.examples_per_epoch(sources)
@@ -353,19 +357,24 @@ def set_up(
 
 def read_sources(config: Config, objective: Objective, tokenizer: Tokenizer, log: RunLog) -> tuple[list, list]:
     """The files to train on with their weights, and the held-out items; says what was read and what left out."""
-    sources, held_out = [], []
-    for path, weight in sft.parse_data(config.data):
-        items, note = objective.read(path, tokenizer, config.max_tokens)
-        log.say(f"data: {path}: {note}" + (f"; weight {weight:g}" if weight != 1 else ""))
-        if not config.eval_data:
-            items, out = sft.split(items, config.held_out, key_of(config.objective))
-            held_out += out
-        if not items:
-            raise ValueError(f"{path}: all of it is held out; lower --held-out, or give --eval-data")
-        sources.append((items, weight))
+    sources, held_out, key = [], [], key_of(config.objective)
     if config.eval_data:
         held_out, note = objective.read(config.eval_data, tokenizer, config.max_tokens)
         log.say(f"held out: {config.eval_data}: {note}")
+    keys = {str(key(item)) for item in held_out}
+    for path, weight in sft.parse_data(config.data):
+        items, note = objective.read(path, tokenizer, config.max_tokens)
+        log.say(f"data: {path}: {note}" + (f"; weight {weight:g}" if weight != 1 else ""))
+        if config.eval_data:
+            n_read, items = len(items), [item for item in items if str(key(item)) not in keys]
+            if n_read > len(items):
+                log.say(f"data: {path}: {n_read - len(items)} left out, whose questions are in {config.eval_data}")
+        else:
+            items, out = sft.split(items, config.held_out, key)
+            held_out += out
+        if not items:
+            raise ValueError(f"{path}: all of it is held out; lower --held-out, or give another --eval-data")
+        sources.append((items, weight))
     n = min(len(held_out), config.eval_examples)
     log.say(f"held out: {n} of {len(held_out)}" if n else "nothing is held out: no evaluation")
     return sources, random.Random("held out").sample(held_out, n)  # of all files, for every seed the same

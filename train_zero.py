@@ -12,6 +12,8 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +22,8 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 import torch
 
 from nanor1.checkpoint import load_checkpoint, model_folder
-from nanor1.config import apply_preset, option, parse_args, user_errors
-from nanor1.evaluate import Evaluation, Preference, evaluate, judge_all, write_prompt
+from nanor1.config import MANY, apply_preset, option, parse_args, refuse_idle, user_errors, validated
+from nanor1.evaluate import Evaluation, Preference, Rules, evaluate, judge_all, make_rules, problem_accuracies
 from nanor1.grpo import (
     LossSettings,
     Rollout,
@@ -35,133 +37,164 @@ from nanor1.grpo import (
     step_metrics,
 )
 from nanor1.machine import Interrupt, peak_flops, peak_memory_gib
-from nanor1.miniature import (
-    MINIATURES,
-    NAMESPACE,
-    find_miniature,
-    find_model,
-    miniature_task,
-    own_miniature,
-)
+from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature, find_model
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW, NonFiniteGuard, learning_rate
+from nanor1.paired import change_line, paired_change
 from nanor1.parallel import Workers
-from nanor1.rewards import overlong_penalty, parse_rewards
+from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompter
+from nanor1.rewards import NAMES, overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, Task, make_task, task_parameters
+from nanor1.tasks import TASKS, Problem, Task
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
+    TaskOptions,
+    TrainingOptions,
     as_miniature_run,
-    check_least,
     choose_machine,
+    count_failures,
     default_tokens_per_batch,
+    digest_of,
     eval_metrics,
     is_due,
     is_finished,
     load_reward_model,
+    load_task,
     open_log,
+    own_rewards,
     prepare,
+    report_failures,
     resumed,
     save_run,
+    say_lr_jump,
     scale_metric,
     to_preference,
     warn_of_gap,
 )
 
 
-@dataclass(frozen=True)
-class Config:
+def has_kl(config: "Config") -> bool:
+    return config.kl_coef > 0
+
+
+def is_reused(config: "Config") -> bool:
+    return config.minibatches > 1
+
+
+def evaluates_samples_during(config: "Config") -> bool:
+    return config.eval_every > 0 and (config.eval_temperature > 0 or config.eval_samples_during == 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingOptions, TaskOptions, PromptOptions):
     model: str | None = option(
         None, "model or run folder, or miniature/NAME, which is pretrained first; none: miniature/TASK", "what to train"
     )
-    task: str = option("countdown", "countdown, arithmetic, gsm8k or math")
-    data: str | None = option(None, "JSON lines of training problems")
-    eval_data: str | None = option(None, "JSON lines of held-out problems; none: a tenth of the data is held out")
-    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
-    template: Literal["auto", "r1-zero", "chat", "bare"] = option("auto", "prompt; auto: chat if the model has one")
-    out: str | None = option(None, "run folder; none: runs/zero-TASK-TIME")
-    resume: str | None = option(None, "continue the run in this folder")
+    task: Literal[TASKS] = option("countdown", "the problems")
     preset: Literal["deepseek"] | None = option(None, "published settings: deepseek (R1's first RL stage)")
-    seed: int = option(0, "of everything random")
 
-    steps: int = option(200, "training steps", "a step")
-    problems: int = option(16, "problems a step (P)")
-    completions: int = option(8, "completions a problem (G), at least 2")
-    max_new_tokens: int = option(512, "length limit of a completion")
-    stop_text: str | None = option(None, "a completion also ends once it holds this text (base models)")
-    temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities")
-    max_rows: int = option(512, "completions sampled at once")
-    resample: int = option(0, "at most this many further rounds of sampling to replace groups of equal reward")
+    steps: int = option(200, "training steps", "a step", least=0)
+    problems: int = option(16, "problems a step (P)", least=1, most=MANY)
+    completions: int = option(
+        8, "completions a problem (G)", least=2, most=MANY, why=" (a group of 1 has no advantage)"
+    )
+    max_new_tokens: int = option(512, "length limit of a completion", least=1)
+    temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities", above=0)
+    max_rows: int = option(512, "completions sampled at once", least=1)
+    resample: int = option(
+        0, "at most this many rounds of further problems for groups of equal accuracy (or reward, without it)", least=0
+    )
 
     rewards: str = option(
         "accuracy=1,format=0.1",
-        "NAME=WEIGHT,... of accuracy, format (a cost: weight * (format - 1)), language, preference, random",
+        "NAME=WEIGHT,... of accuracy, format (a cost: weight * (format - 1)), language, preference, random, and the "
+        "functions of --reward-file",
         "reward",
     )
     reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for preference=WEIGHT")
     overlong: Literal["none", "mask", "penalty"] = option("none", "cut-off completions: no loss, or DAPO's penalty")
-    overlong_buffer: int = option(64, "tokens before the limit in which the penalty grows")
+    overlong_buffer: int = option(
+        64,
+        "tokens before the limit in which the penalty grows",
+        least=1,
+        needs=("--overlong penalty", lambda config: config.overlong == "penalty"),
+    )
 
     advantage: Literal["mean", "std"] = option("mean", "reward - group mean; std: also / deviation", "loss")
     aggregate: Literal["token", "sequence", "constant"] = option("token", "mean over tokens; see nanor1/grpo.py")
-    minibatches: int = option(1, "optimizer updates a step")
-    clip_low: float = option(0.2, "lower clip of the ratio (in force with several minibatches)")
-    clip_high: float = option(0.28, "upper clip")
-    kl_coef: float = option(0.0, "weight of the KL divergence to the reference; 0: no reference is kept")
-    kl: Literal["k2", "k3", "reward"] = option("k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward")
-    reference_every: int = option(0, "renew the reference every so many steps; 0: it stays the start")
-    importance_cap: float = option(0.0, "cap of the sampler-trainer importance weight (about 2); 0: off")
+    minibatches: int = option(1, "optimizer updates a step; fewer where few groups teach something", least=1)
+    clip_low: float = option(0.2, "lower clip of the ratio", least=0, needs=("--minibatches 2 or more", is_reused))
+    clip_high: float = option(0.28, "upper clip", least=0, needs=("--minibatches 2 or more", is_reused))
+    kl_coef: float = option(0.0, "weight of the KL divergence to the reference; 0: no reference is kept", least=0)
+    kl: Literal["k2", "k3", "reward"] = option(
+        "k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward", needs=("--kl-coef above 0", has_kl)
+    )
+    reference_every: int = option(
+        0,
+        "renew the reference every so many steps; 0: it stays the start",
+        least=0,
+        needs=("--kl-coef above 0", has_kl),
+    )
+    importance_cap: float = option(
+        0.0, "cap of the sampler-trainer importance weight (about 2); 0: off", least=0, most=1e6
+    )
 
-    lr: float = option(1e-6, "peak learning rate", "optimizer")
-    warmup: int = option(5, "steps of linear warm-up")
+    lr: float = option(1e-6, "peak learning rate", "schedule", least=0, most=1)
     decay: Literal["constant", "linear", "cosine"] = option("constant", "after warm-up, to a tenth of the peak")
-    weight_decay: float = option(0.0, "AdamW's, on matrices")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    tokens_per_batch: int = option(
-        0, "tokens a forward and backward pass, a prompt counted once; 0: 1024 on the CPU (memory), else 8192"
+
+    eval_every: int = option(20, "evaluate every so many steps; 0: only before and after", "evaluation", least=0)
+    eval_problems: int = option(200, "held-out problems, at most", least=1)
+    eval_samples: int = option(
+        1,
+        "samples a problem before and after the run",
+        least=1,
+        most=MANY,
+        needs=("--eval-temperature above 0", lambda config: config.eval_temperature or config.eval_samples == 1),
     )
-    checkpoint_activations: bool = option(False, "less memory in learning, for a third more work")
-
-    eval_every: int = option(20, "evaluate every so many steps; 0: only before and after", "evaluation")
-    eval_problems: int = option(200, "held-out problems")
-    eval_samples: int = option(1, "samples a problem before and after the run")
-    eval_samples_during: int = option(1, "samples a problem during the run")
-    eval_temperature: float = option(0.0, "0 is greedy")
-
-    save_every: int = option(20, "checkpoint every so many steps; 0: only at the end", "saving")
-    keep_last: int = option(2, "checkpoints kept, besides the best")
-
-    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
+    eval_samples_during: int = option(
+        1,
+        "samples a problem during the run",
+        least=1,
+        most=MANY,
+        needs=("--eval-every and --eval-temperature above 0", evaluates_samples_during),
     )
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
-    workers: int = option(0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads")
+    eval_temperature: float = option(0.0, "0 is greedy", least=0)
+
+    save_every: int = option(20, "checkpoint every so many steps; 0: only at the end", "saving", least=0)
+    log_rollouts: int = option(
+        4, "completions a step that rollouts.jsonl keeps, one of each group first; 0: none", least=0
+    )
 
     def validate(self) -> None:
-        at_least = dict(steps=0, problems=1, completions=2, max_new_tokens=1, max_rows=1, minibatches=1, keep_last=1)
-        at_least |= dict(tokens_per_batch=0, eval_problems=1, eval_samples=1, eval_samples_during=1, resample=0)
-        at_least |= dict(warmup=0, eval_every=0, save_every=0, reference_every=0, threads=0, workers=0, kl_coef=0, lr=0)
-        check_least(self, at_least, dict(completions=" (a group of 1 has no advantage)"))
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature is {self.temperature}; training samples need one above 0")
+        super().validate()
         if self.overlong == "penalty":
             overlong_penalty(0, self.max_new_tokens, self.overlong_buffer)
         if self.importance_cap and self.minibatches > 1:
             raise ValueError("--importance-cap needs --minibatches 1: with several the ratio is to the sampler already")
-        if self.compile == "on" and self.workers > 1:
-            raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
-        if ("preference" in parse_rewards(self.rewards)) != bool(self.reward_model):
+        if not any(self.weights.values()):
+            raise ValueError(f"--rewards {self.rewards} weighs nothing, so nothing would be learned; give a weight")
+        if ("preference" in self.weights) != bool(self.reward_model):
             raise ValueError("--rewards preference=WEIGHT and --reward-model FOLDER need each other; give both or none")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the parts of the reward."""
+        return parse_rewards(self.rewards, (*NAMES, *own_rewards(self)))
+
+    @property
+    def has_kl_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl != "reward"
 
 
 PRESETS = {
-    "deepseek": dict(  # DeepSeek-R1, section 2.2.1: G 16, 32 questions, lr 3e-6, KL 0.001 (k3), clip 10, 16 minibatches
-        problems=32, completions=16, lr=3e-6, kl_coef=0.001, kl="k3", reference_every=400, clip_low=10.0,
-        clip_high=10.0, minibatches=16, advantage="std", aggregate="sequence", temperature=1.0, warmup=0,
+    # DeepSeek-R1 (2501.12948), the first RL stage: a rollout is 512 questions x 16, cut into 16 minibatches of 512
+    # answers, which the paper's training steps are; the reference is renewed every 400 of these. The language reward is
+    # added to accuracy and format. Left out: its length limit of 32,768 tokens.
+    "deepseek": dict(
+        problems=512, completions=16, minibatches=16, reference_every=25, lr=3e-6, kl_coef=0.001, kl="k3",
+        clip_low=10.0, clip_high=10.0, advantage="std", aggregate="sequence", temperature=1.0, warmup=0,
+        rewards="accuracy=1,format=1,language=1",
     )
 }  # fmt: skip
 COLUMNS = [
@@ -199,11 +232,15 @@ class Progress:
     """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
 
     step: int = 0
+    n_drawn: int = 0  # problems: the next step takes the following ones
+    lr: float | None = None  # of the last step
     wall_s: float = 0.0
     before: dict | None = None
+    before_P: list[float | None] | None = None  # each held-out problem's share of right answers
+    held_out: str | None = None  # which these problems were
     transcripts: list[str] | None = None  # the starting model's answers to the first held-out problems
     best_step: int | None = None
-    best_accuracy: float = -1.0
+    best_accuracy: float = -1e9  # its; or, without gold answers, its reward
 
 
 @dataclass(frozen=True)
@@ -212,12 +249,14 @@ class Actor:
 
     workers: Workers  # the model, on one CPU thread or more
     sampler: Sampler  # of the same model
-    tokenizer: Tokenizer
+    prompter: Prompter
     task: Task
-    template: str
-    weights: dict[str, float]
-    preference: Preference | None  # the reward model's
+    rules: Rules  # by which answers are judged
     config: Config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompter.tokenizer
 
     @property
     def tokens_per_batch(self) -> int:
@@ -247,13 +286,16 @@ def main() -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
-    progress = Progress(**state)
+    older = {"n_drawn": state.get("step", 0) * config.problems}  # of runs begun before it was kept
+    progress = Progress(**older | state)
     if checkpoint and is_finished(config.resume, progress.step, config.steps):
         print(
             f"{config.resume} is finished: see summary.json there; to train on, give more than --steps {config.steps}"
         )
         return
-    with open_log(config, checkpoint, progress.step, f"zero-{config.task}", COLUMNS) as log:
+    files = (config.data, config.eval_data, config.few_shot, config.reward_file)
+    with open_log(config, checkpoint, progress.step, f"zero-{config.task}", COLUMNS, files) as log:
+        say_lr_jump(log, config, progress.step, config.steps, progress.lr)
         run = set_up(config, checkpoint, tensors, progress, log, start_s - progress.wall_s)
         del tensors  # twice the model's size
         if progress.before is None:
@@ -270,13 +312,15 @@ def train(run: Run) -> None:
     config, progress, guard = run.config, run.progress, NonFiniteGuard()
     while progress.step < config.steps and not run.interrupt.is_asked:
         step_start_s = time.monotonic()
-        rollouts_PG, advantages_PG = act(run.actor, run.reference, progress.step)
+        rollouts_PG, advantages_PG = act(run.actor, run.reference, progress.n_drawn)
         rollout_s = time.monotonic() - step_start_s
         report_unjudged(run.log, rollouts_PG)
+        report_failures(run.actor.rules.own, run.log.say_once)
         loss_scale, dtype = run.optimizer.loss_scale, run.actor.workers.model.head_weight_VC.dtype
         learned = learn(run.actor, run.reference, run.optimizer, rollouts_PG, advantages_PG, progress.step)
         guard.check(learned["skipped_updates"], learned["updates"], loss_scale)
-        progress.step += 1
+        progress.step, progress.lr = progress.step + 1, learned["lr"]
+        progress.n_drawn += len(rollouts_PG)
         if run.reference and is_due(config.reference_every, progress.step):
             run.reference.load_state_dict(run.actor.workers.model.state_dict())
 
@@ -287,7 +331,7 @@ def train(run: Run) -> None:
         metrics["step_s"] = time.monotonic() - step_start_s
         run.log.metrics(progress.step, metrics)
         warn_of_gap(run.log, metrics, dtype, config.temperature, ", or --importance-cap 2")
-        run.log.rollouts(progress.step, [rollout_row(group[0]) for group in rollouts_PG[:4]])
+        run.log.rollouts(progress.step, rollout_rows(rollouts_PG, config.log_rollouts))
         run.log.line(progress.step, metrics)
         progress.wall_s = time.monotonic() - run.start_s
         is_last = progress.step == config.steps or run.interrupt.is_asked
@@ -302,7 +346,9 @@ def read_command_line() -> tuple[Config, Path | None]:
     """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments."""
     config, given = parse_args(Config, description=__doc__)
     if config.resume:
-        return resumed(config, given)
+        config, checkpoint = resumed(config, given)
+        refuse_idle(config, given)
+        return config, checkpoint
     if config.model is None:
         if config.task not in MINIATURES:
             raise ValueError(f"the task {config.task!r} needs a pretrained model: give --model FOLDER")
@@ -311,7 +357,7 @@ def read_command_line() -> tuple[Config, Path | None]:
         config = as_miniature_run(config, given, miniature, MINIATURE_RUNS[miniature.task])
     if config.preset:
         config = apply_preset(config, given, PRESETS[config.preset])
-    config.validate()
+    refuse_idle(validated(config), given)
     return config, None
 
 
@@ -319,39 +365,31 @@ def set_up(
     config: Config, checkpoint: Path | None, tensors: dict, progress: Progress, log: RunLog, start_s: float
 ) -> Run:
     folder = checkpoint or find_model(config.model, config.seed, log)
-    log.say(f"model: {folder}")
     device, dtype = choose_machine(config, checkpoint, folder, log)
-    model, tokenizer = Transformer.from_pretrained(folder, dtype, device), Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    template, why = choose_template(config.template, tokenizer, "r1-zero")
+    log.say(f"model: {folder}; template: {template} ({why})")
+    task = load_task(config, config.task, tokenizer, ("train", "held-out"))
+    log.say(f"to train on: {task.describe('train')}\nto evaluate on: {task.describe('held-out')}")
+    prompter = make_prompter(config, tokenizer, template, config.task)
+    preference = load_preference(config, tokenizer, device, dtype, log) if config.reward_model else None
+    rules = make_rules(prompter, weights=config.weights, own=own_rewards(config), preference=preference)
+    model = Transformer.from_pretrained(folder, dtype, device)
     reference = make_reference(model, tensors) if config.kl_coef else None
     optimizer, workers = prepare(model, config, tensors, device)
-    task, template, weights = load_task(config, tokenizer)
-    preference = load_preference(config, tokenizer, device, dtype, log) if "preference" in weights else None
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
     return Run(
         config=config,
-        actor=Actor(workers, sampler, tokenizer, task, template, weights, preference, config),
+        actor=Actor(workers, sampler, prompter, task, rules, config),
         reference=reference,
         optimizer=optimizer,
-        held_out=task.held_out(config.eval_problems),
+        held_out=task.part("held-out", config.eval_problems),
         progress=progress,
         log=log,
         interrupt=Interrupt(),
         peak_flops=peak_flops(device, dtype, log.say),
         start_s=start_s,
     )
-
-
-def load_task(config: Config, tokenizer: Tokenizer) -> tuple[Task, str, dict[str, float]]:
-    """The task, the prompt template and the rewards' weights."""
-    miniature = own_miniature(tokenizer)
-    if miniature:
-        task = miniature_task(miniature)
-    else:
-        task = make_task(config.task, data=config.data, eval_data=config.eval_data, **task_parameters(config.task_args))
-    template = config.template
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "r1-zero"
-    return task, template, parse_rewards(config.rewards)
 
 
 def load_preference(config: Config, tokenizer: Tokenizer, device, dtype, log: RunLog) -> Preference:
@@ -393,63 +431,69 @@ def save(run: Run) -> None:
 # ---- act and judge
 
 
-def act(actor: Actor, reference: Transformer | None, step: int) -> tuple[list[list[Rollout]], list[list[float | None]]]:
+def act(
+    actor: Actor, reference: Transformer | None, n_drawn: int
+) -> tuple[list[list[Rollout]], list[list[float | None]]]:
     """Sample and judge a step's groups; returns rollouts_PG and advantages_PG.
 
-    With `--resample R` groups of equal reward are replaced by fresh problems, at most R times (DAPO's dynamic sampling,
-    bounded); what is still missing then stays missing.
+    Problems are those from `n_drawn` on of the task's endless sequence. With `--resample R` further ones are drawn for
+    groups that teach nothing, at most R times (DAPO's dynamic sampling, bounded); what is then missing stays missing.
     """
     config, rollouts_PG, advantages_PG = actor.config, [], []
-    for attempt in range(config.resample + 1):
-        n_useful = sum(any(advantages) for advantages in advantages_PG)
-        if n_useful >= config.problems:
+    for _ in range(config.resample + 1):
+        n_missing = config.problems - sum(map(partial(is_useful, actor), rollouts_PG, advantages_PG))
+        if n_missing <= 0:
             break
-        index = step * (config.resample + 1) + attempt  # of the draw: the same in a resumed run
-        problems = actor.task.sample(config.problems, config.seed, index)[: config.problems - n_useful]
-        groups = answer(actor, problems, index)
+        first = n_drawn + len(rollouts_PG)
+        problems = [problem for i in range(n_missing) for problem in actor.task.sample(1, config.seed, first + i)]
+        groups = charge(answer(actor, problems, first), reference, actor)
         rollouts_PG += groups
-        advantages_PG += group_advantages(rewards(groups, reference, actor), config.advantage)
+        advantages_PG += group_advantages([[r.reward for r in group] for group in groups], config.advantage)
     return rollouts_PG, advantages_PG
 
 
-def answer(actor: Actor, problems: list[Problem], index: int) -> list[list[Rollout]]:
-    """G judged completions of each problem."""
-    config, tokenizer = actor.config, actor.tokenizer
-    prompts = [write_prompt(problem, actor.template, tokenizer) for problem in problems]
+def is_useful(actor: Actor, group: list[Rollout], advantages: list[float | None]) -> bool:
+    """Whether a group need not be replaced: answers differ in accuracy, where that is rewarded, as in DAPO, or else in
+    the reward. Rewards that are hardly ever equal, as for the language, would leave nothing to replace.
+    """
+    accuracies = {rollout.parts["accuracy"] for rollout in group} - {None}
+    return any(advantages) and (len(accuracies) > 1 or not actor.rules.weights.get("accuracy"))
+
+
+def answer(actor: Actor, problems: list[Problem], first: int) -> list[list[Rollout]]:
+    """G judged completions of each problem, of which this is the `first` in the task's sequence."""
+    config, prompts = actor.config, [actor.prompter.write(problem) for problem in problems]
     completions_PG = actor.sampler.generate(
         [ids for _, ids in prompts],
         n=config.completions,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
-        seed=request_seed(config.seed, index),
-        **stop_texts(actor),
+        seed=request_seed(config.seed, first),
+        **actor.prompter.stops,
     )
-    return judge_all(problems, prompts, completions_PG, tokenizer, actor.weights, actor.preference)
+    return judge_all(problems, prompts, completions_PG, actor.tokenizer, actor.rules)
 
 
-def stop_texts(actor: Actor) -> dict:
-    text = actor.config.stop_text
-    return {"stop_texts": [text], "decode": actor.tokenizer.decode} if text else {}
+def request_seed(seed: int, first: int) -> int:
+    return seed * 1_000_003 + first + 1  # 0 is left to evaluations
 
 
-def request_seed(seed: int, index: int) -> int:
-    return seed * 1_000_003 + index + 1  # 0 is left to evaluations
-
-
-def rewards(rollouts_PG: list[list[Rollout]], reference, actor: Actor) -> list[list[float | None]]:
-    """What the advantages are made of: the rules' rewards, less the overlong penalty and the KL where asked for."""
+def charge(rollouts_PG: list[list[Rollout]], reference: Transformer | None, actor: Actor) -> list[list[Rollout]]:
+    """The rollouts with the reward that is optimised, less the overlong penalty and the KL where asked for."""
     config, flat = actor.config, [rollout for group in rollouts_PG for rollout in group]
-    extra = [0.0] * len(flat)
+    costs = {}
     if config.overlong == "penalty":
         limit, buffer = config.max_new_tokens, config.overlong_buffer
-        extra = [overlong_penalty(len(rollout.completion.ids), limit, buffer) for rollout in flat]
+        costs["overlong_penalty"] = [overlong_penalty(len(rollout.completion.ids), limit, buffer) for rollout in flat]
     if config.kl_coef and config.kl == "reward":
-        kls = sequence_kl(reference, flat, actor)
-        extra = [value - config.kl_coef * kl for value, kl in zip(extra, kls, strict=True)]
-    totals = iter(None if r.reward is None else r.reward + more for r, more in zip(flat, extra, strict=True))
-    return [[next(totals) for _ in group] for group in rollouts_PG]
+        costs["kl_penalty"] = [-config.kl_coef * kl for kl in sequence_kl(reference, flat, actor)]
+    for name, values in costs.items():
+        flat = [
+            replace(r, parts=r.parts | {name: value}, reward=None if r.reward is None else r.reward + value)
+            for r, value in zip(flat, values, strict=True)
+        ]
+    charged = iter(flat)
+    return [[next(charged) for _ in group] for group in rollouts_PG]
 
 
 @torch.no_grad()
@@ -469,21 +513,22 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
 
 
 def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantages_PG, step: int) -> dict:
-    """The step's optimizer updates over the groups that teach something; returns its metrics."""
+    """The step's optimizer updates over the completions that teach something; returns its metrics.
+
+    An update stands for P * G / minibatches completions, of the mean length of all that were sampled: these its divisor
+    counts, whichever of them are learned from. So a completion weighs the same whether or not other groups teach
+    nothing, and few groups make few updates of about that size, not many small ones.
+    """
     config, start_s = actor.config, time.monotonic()
-    chosen = [
-        (rollout, advantage)
-        for group, advantages in zip(rollouts_PG, advantages_PG, strict=True)
-        if any(advantages)
-        for rollout, advantage in zip(group, advantages, strict=True)
-        if advantage is not None and not (config.overlong == "mask" and rollout.completion.finish == "length")
-    ]
+    chosen = choose(actor, rollouts_PG, advantages_PG)
     order = list(range(len(chosen)))
     random.Random(f"{config.seed} {step}").shuffle(order)
     lr = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
-    updates, grad_norms, settings = [], [], loss_settings(actor)
-    for i in range(min(config.minibatches, len(chosen))):
-        share = sorted(order[i :: config.minibatches])  # those of one prompt lie side by side and share it
+    updates, grad_norms, settings = [], [], loss_settings(actor, rollouts_PG)
+    n_updates = math.ceil(len(chosen) * config.minibatches / (config.problems * config.completions))
+    n_updates = min(n_updates, len(chosen))
+    for i in range(n_updates):
+        share = sorted(order[i::n_updates])  # those of one prompt lie side by side and share it
         rollouts, advantages = map(list, zip(*(chosen[j] for j in share), strict=True))
         scaled = replace(settings, loss_scale=optimizer.loss_scale)
         updates.append(add_gradient(actor.workers, reference, rollouts, advantages, scaled))
@@ -500,7 +545,24 @@ def learn(actor: Actor, reference, optimizer: MasterAdamW, rollouts_PG, advantag
     }
 
 
-def loss_settings(actor: Actor) -> LossSettings:
+def choose(actor: Actor, rollouts_PG, advantages_PG) -> list[tuple[Rollout, float]]:
+    """The completions to learn from, with their advantages, of P groups: useful ones first, where some were replaced.
+
+    Those without an advantage are left out, and with them groups of equal reward, unless there is a KL loss: it falls
+    on all that the policy samples. Answers cut off have no loss at all with `--overlong mask`.
+    """
+    config, groups = actor.config, list(zip(rollouts_PG, advantages_PG, strict=True))
+    groups.sort(key=lambda group: (not is_useful(actor, *group), not any(group[1])))
+    return [
+        (rollout, advantage or 0.0)
+        for group, advantages in groups[: config.problems]
+        for rollout, advantage in zip(group, advantages, strict=True)
+        if (config.has_kl_loss or any(advantages) and advantage is not None)
+        and not (config.overlong == "mask" and rollout.completion.finish == "length")
+    ]
+
+
+def loss_settings(actor: Actor, rollouts_PG: list[list[Rollout]]) -> LossSettings:
     config = actor.config
     return LossSettings(
         temperature=config.temperature,
@@ -508,12 +570,14 @@ def loss_settings(actor: Actor) -> LossSettings:
         tokens_per_batch=actor.tokens_per_batch,
         aggregate=config.aggregate,
         constant_length=config.max_new_tokens,
+        n_sequences=config.problems * config.completions / config.minibatches,
+        mean_length=mean(len(rollout.completion.ids) for group in rollouts_PG for rollout in group),
         is_batch_reused=config.minibatches > 1,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         importance_cap=config.importance_cap,
-        kl_coef=0.0 if config.kl == "reward" else config.kl_coef,
-        kl="k2" if config.kl == "reward" else config.kl,
+        kl_coef=config.kl_coef if config.has_kl_loss else 0.0,
+        kl=config.kl if config.has_kl_loss else "k2",
     )
 
 
@@ -538,8 +602,16 @@ def report_unjudged(log: RunLog, rollouts_PG: list[list[Rollout]]) -> None:
         log.say_once("unjudged", f"could not be judged, left out (first case): {rollout.parts}\n{shown}")
 
 
-def rollout_row(rollout: Rollout) -> dict:
+def rollout_rows(rollouts_PG: list[list[Rollout]], n: int) -> list[dict]:
+    """`n` completions: the first of each group, then the second of each, and so on."""
+    flat = ((p, g, group[g]) for g in range(len(rollouts_PG[0])) for p, group in enumerate(rollouts_PG))
+    return [rollout_row(*at) for at in islice(flat, n)]
+
+
+def rollout_row(group: int, index: int, rollout: Rollout) -> dict:
     return {
+        "group": group,
+        "index": index,
         "prompt": rollout.problem.prompt,
         "gold": rollout.problem.answer,
         "text": rollout.text,
@@ -555,21 +627,20 @@ def run_evaluation(actor: Actor, problems: list[Problem], samples: int) -> tuple
     config = actor.config
     return evaluate(
         actor.sampler,
-        actor.tokenizer,
+        actor.prompter,
         problems,
-        actor.template,
-        actor.weights,
+        actor.rules,
         samples=samples if config.eval_temperature else 1,
         temperature=config.eval_temperature,
         max_new_tokens=config.max_new_tokens,
-        **stop_texts(actor),
     )
 
 
 def evaluate_before(run: Run) -> None:
     """The starting model's evaluation, kept for the end."""
     evaluation, rollouts_PG = run_evaluation(run.actor, run.held_out, run.config.eval_samples)
-    run.progress.before = evaluation.to_dict()
+    run.progress.before, run.progress.before_P = evaluation.to_dict(), problem_accuracies(rollouts_PG)
+    run.progress.held_out = digest_of(run.held_out)
     run.progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
     run.log.metrics(0, eval_metrics(run.progress.before))
     run.log.say(f"before: {evaluation}\n")
@@ -580,8 +651,9 @@ def evaluate_before(run: Run) -> None:
 def evaluate_during(run: Run) -> dict:
     """An evaluation's metrics; the best one so far is noted, and its checkpoint kept."""
     evaluation, _ = run_evaluation(run.actor, run.held_out, run.config.eval_samples_during)
-    if evaluation.accuracy > run.progress.best_accuracy:
-        run.progress.best_step, run.progress.best_accuracy = run.progress.step, evaluation.accuracy
+    score = evaluation.reward if evaluation.accuracy is None else evaluation.accuracy
+    if score is not None and score > run.progress.best_accuracy:
+        run.progress.best_step, run.progress.best_accuracy = run.progress.step, score
     return eval_metrics(evaluation.to_dict())
 
 
@@ -593,12 +665,22 @@ def finish(run: Run) -> None:
     after = evaluation.to_dict()
     log.metrics(progress.step, eval_metrics(after))
     times = dict(wall_s=progress.wall_s, steps=progress.step, seed=config.seed)
-    log.summary({"before": progress.before, "after": after} | times)
-    say_what_changed(run, after, rollouts_PG)
+    is_same = progress.held_out in (None, digest_of(run.held_out))  # None: a run begun before it was kept
+    change = paired_change(progress.before_P, problem_accuracies(rollouts_PG)) if is_same else None
+    log.summary({"before": progress.before, "after": after, "change": change} | times)
+    if is_same:
+        say_what_changed(run, after, rollouts_PG)
+    else:
+        log.say(f"\nbefore: {progress.before['n']} other held-out problems, with which these cannot be compared")
     log.say(f"\nafter:  {evaluation}")
+    if change:
+        log.say(f"change: {change_line(change)}")
     if progress.best_step:
         best = f"{progress.best_accuracy:.3f} at step {progress.best_step}"
         log.say(f"best evaluation on the way: {best}, checkpoint kept")
+    report_failures(run.actor.rules.own, log.say_once)
+    if failures := count_failures(run.actor.rules.own):
+        log.say(f"could not be computed: {failures}")
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     if config.model.startswith(NAMESPACE):
         other = "countdown" if config.task == "arithmetic" else "arithmetic"
@@ -613,11 +695,12 @@ def say_what_changed(run: Run, after: dict, rollouts_PG: list[list[Rollout]]) ->
         log.say(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
         log.say(f"  before: {shorten(before_text)}")
         log.say(f"  after:  {shorten(rollout.text)}")
-    names = ["accuracy", "format", "language", "response_tokens", "retries", "truncated"]
-    names += [name for name in after if name.startswith("majority") and after[name] is not None]
+    names = ["reward", "accuracy", "format", "language", "response_tokens", "retries", "truncated"]
+    names += [name for name in after if name.startswith("majority")]
     log.say(f"\n{'held-out, ' + str(after['n']) + ' x ' + str(after['samples']):<24}{'before':>9}{'after':>9}")
     for name in names:
-        log.say(f"{name.replace('_', ' '):<24}{before[name]:>9.3f}{after[name]:>9.3f}")
+        if after[name] is not None and before.get(name) is not None:  # of an older run it may lack a figure
+            log.say(f"{name.replace('_', ' '):<24}{before[name]:>9.3f}{after[name]:>9.3f}")
 
 
 def shorten(text: str, limit: int = 400) -> str:

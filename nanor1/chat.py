@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nanor1.prefill import Kept
+from nanor1.prompts import Prompt, Prompter, render
 from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
@@ -29,11 +30,13 @@ class Speaker:
     """A model ready to answer, and how it is asked to."""
 
     sampler: Sampler
-    tokenizer: Tokenizer
-    template: str  # "chat": the model's own; else as in tasks.format_prompt
-    sampling: dict[str, object]  # of Sampler.generate: max_new_tokens, temperature, stop_texts, decode, ...
+    prompter: Prompter
+    sampling: dict[str, object]  # of Sampler.generate: max_new_tokens, temperature, ...
     n: int = 1  # answers to a prompt
-    template_arguments: dict[str, object] = field(default_factory=dict)  # of the model's own
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompter.tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
     """Answer line by line after these messages; with a chat template the model sees what was said before, as text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines and recalls them; not there on Windows
-    has_history = speaker.template == "chat"
+    has_history = speaker.prompter.template == "chat"
     if not has_history:
         say("every line is a prompt of its own: without a chat template there is no conversation")
     say("Ctrl-C stops an answer; an empty line or Ctrl-D ends the conversation")
@@ -112,7 +115,7 @@ def answer(
     With `keep` the answers have their caches; what is kept `behind` the messages is not read again. ValueError for an
     empty prompt, and for one that leaves no room to answer.
     """
-    prompt = write_messages(messages, speaker.template, speaker.tokenizer, speaker.template_arguments)
+    prompt = write_messages(messages, speaker.prompter)
     if any(message["role"] == "assistant" for message in messages):
         check_room("the conversation", prompt[1], speaker.sampler, "say less, or begin a new one")
     else:
@@ -133,17 +136,14 @@ def answer(
     return answers
 
 
-def write_messages(
-    messages: Messages, template: str, tokenizer: Tokenizer, template_arguments: dict[str, object]
-) -> tuple[str, list[int]]:
+def write_messages(messages: Messages, prompter: Prompter) -> Prompt:
     """The text that the model sees and its ids; the user's text may hold special tokens, and they count as such."""
-    last = messages[-1]["content"]
+    last, tokenizer = messages[-1]["content"], prompter.tokenizer
     if not last.strip():
         raise ValueError("the prompt is empty; give it as an argument or on stdin")
-    if template == "chat":
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
-        return text, tokenizer.encode(text, allow_special=True)
-    text = format_prompt(Problem(last, "", "prompt"), template)
+    if prompter.template == "chat":
+        return render(messages, tokenizer, prompter.arguments)
+    text = format_prompt(Problem(last, "", "prompt"), prompter.template)
     ids = tokenizer.encode(text, allow_special=True)
     return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
 
@@ -156,7 +156,7 @@ def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str =
 
 
 def sample_aloud(
-    speaker: Speaker, prompt: tuple[str, list[int]], seed: int, keep: bool, behind: Kept | None
+    speaker: Speaker, prompt: Prompt, seed: int, keep: bool, behind: Kept | None
 ) -> tuple[list[list[int]], list[Kept | None]]:
     """The ids of n answers and their caches; when Ctrl-C comes, what ids there are, and no caches.
 
@@ -176,12 +176,11 @@ def sample_aloud(
         (made_G,) = speaker.sampler.generate(
             [prompt[1]],
             n=speaker.n,
-            stop_ids=tokenizer.stop_ids,
-            vocab_size=tokenizer.vocab_size,
             seed=seed,
             on_token=hear,
             keep=keep,
             behind=[behind],
+            **speaker.prompter.stops,
             **speaker.sampling,
         )
         kept_G = [made.kept for made in made_G]
@@ -193,7 +192,7 @@ def print_title(index: int, n: int) -> None:
         print(f"--- answer {index + 1} of {n}", flush=True)
 
 
-def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker, kept: Kept | None) -> Answer:
+def to_answer(ids: list[int], prompt: Prompt, speaker: Speaker, kept: Kept | None) -> Answer:
     """What was made, and why it ended there."""
     tokenizer, sampling = speaker.tokenizer, speaker.sampling
     context = speaker.sampler.model.config.max_position_embeddings
@@ -201,8 +200,8 @@ def to_answer(ids: list[int], prompt: tuple[str, list[int]], speaker: Speaker, k
     text, ending = tokenizer.decode(ids[:-1] if is_whole else ids), INTERRUPTED
     if is_whole:
         ending = f"ended by {tokenizer.decode(ids[-1:])}"
-    elif any(stop_text in text for stop_text in sampling["stop_texts"]):
-        ending = "ended by --stop-text"
+    elif held := [stop_text for stop_text in speaker.prompter.stop_texts if stop_text in text]:
+        ending = f"ended by --stop-text {held[0].strip() or repr(held[0])}"
     elif len(ids) == sampling["max_new_tokens"]:
         ending = f"cut off by --max-new-tokens {len(ids)}"
     elif len(prompt[1]) + len(ids) == context:

@@ -6,14 +6,15 @@ independent, so the interval is over problems. Left out: methods that spend toke
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from nanor1.coding import code_accuracies
-from nanor1.grpo import Rollout
-from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, final_answer
+from nanor1.grpo import Rollout, mean
+from nanor1.prompts import NEXT_TURN, Prompt, Prompter
+from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, final_answer, marked
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Example, Problem, Style, format_prompt, prefilled
+from nanor1.tasks import Problem, Style, prefilled
 from nanor1.tokenizer import Tokenizer
 from nanor1.voting import Candidate, majority
 
@@ -22,33 +23,35 @@ Preference = Callable[[list[list[int]], list[str]], list[float | None]]
 WAIT = re.compile(r"\bwait\b|等", re.IGNORECASE)
 
 
-def write_prompt(
-    problem: Problem,
-    template: str,
-    tokenizer: Tokenizer,
-    template_arguments: dict[str, object] | None = None,
-    style: Style = "think",
-    examples: Sequence[Example] = (),
-) -> tuple[str, list[int]]:
-    """The text a model sees and its ids; with "chat" the model's own template, whose special tokens count as such.
+@dataclass(frozen=True)
+class Rules:
+    """By what completions are judged, beside accuracy, format and language, which always are."""
 
-    `template_arguments` are of the model's own template; the others have none. For `style` and `examples` see
-    tasks.format_prompt.
-    """
-    prompt = format_prompt(problem, template, style, examples)
-    if template == "chat":
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **(template_arguments or {}))
-        return text, tokenizer.encode(text, allow_special=True)
-    ids = tokenizer.encode(prompt)
-    return prompt, [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids
+    weights: Mapping[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # of the reward's parts
+    own: Mapping[str, Callable] = field(default_factory=dict)  # beside or in place of those of rewards.REWARDS
+    preference: Preference | None = None  # a reward model's
+    style: Style = "think"  # of the prompts: only the first has a form of tags
+    next_turn: str = ""  # what begins another turn: an answer ends before it
+
+
+def make_rules(prompter: Prompter, **fields) -> Rules:
+    """The rules for answers to these prompts; `fields` are the other ones of Rules. ValueError for an idle `own`."""
+    next_turn = NEXT_TURN if NEXT_TURN in prompter.stop_texts else ""
+    rules = Rules(style=prompter.style, next_turn=next_turn, **fields)
+    if rules.own and not rules.own.keys() & {*REPORTED, *rules.weights}:
+        raise ValueError(
+            f"--reward-file: of its functions ({', '.join(rules.own)}) none is used: give one a weight (--rewards of "
+            f"train_zero.py), or the name of what it is to judge, {', '.join(REPORTED)}"
+        )
+    return rules
 
 
 def judge(
     problem: Problem,
-    prompt: tuple[str, list[int]],
+    prompt: Prompt,
     completion: Completion,
     tokenizer: Tokenizer,
-    weights: dict[str, float],
+    rules: Rules,
     known: dict[str, float | None] | None = None,
 ) -> Rollout:
     """Reward one completion by rules. An answer cut off by the length limit is not an answer: its accuracy is 0.
@@ -56,28 +59,30 @@ def judge(
     `known` parts are not judged again. The reward is None where a weighted part is, or is still to come from a reward
     model.
     """
-    response, known = read_response(prompt, completion, tokenizer), known or {}
-    names = {*REPORTED, *weights} & REWARDS.keys()
-    parts = {name: known[name] if name in known else REWARDS[name](problem, response) for name in sorted(names)}
+    response = read_response(prompt, completion, tokenizer, rules.next_turn)
+    form = {} if rules.style == "think" else {"format": marked}
+    functions, known = REWARDS | form | rules.own, known or {}
+    names = {*REPORTED, *rules.weights} & functions.keys()
+    parts = {name: known[name] if name in known else functions[name](problem, response) for name in sorted(names)}
     if completion.finish == "length" and parts["accuracy"] is not None:
         parts["accuracy"] = 0.0
-    reward = combine(parts, weights) if parts.keys() >= weights.keys() else None
+    reward = combine(parts, rules.weights) if parts.keys() >= rules.weights.keys() else None
     return Rollout(problem, prompt[1], completion, response, reward, parts)
 
 
-def read_response(prompt: tuple[str, list[int]], completion: Completion, tokenizer: Tokenizer) -> str:
-    """The text to judge: what the prompt pre-filled and what the model made of it, without the stop token."""
+def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str = "") -> str:
+    """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
     ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
-    return prefilled(prompt[0]) + tokenizer.decode(ids)
+    text = tokenizer.decode(ids)
+    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
 
 
 def judge_all(
     problems: Sequence[Problem],
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[Prompt],
     completions_PG: Sequence[Sequence[Completion]],
     tokenizer: Tokenizer,
-    weights: dict[str, float],
-    preference: Preference | None = None,
+    rules: Rules,
 ) -> list[list[Rollout]]:
     """Reward the completions of each problem; programs run several at a time, a reward model scores all at once."""
     jobs = [
@@ -85,24 +90,24 @@ def judge_all(
         for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
         for completion in group
     ]
-    known = _run_programs(jobs, tokenizer)
-    flat = [judge(*job, tokenizer, weights, known.get(i)) for i, job in enumerate(jobs)]
-    if preference:
-        scores = preference([rollout.prompt_ids for rollout in flat], [rollout.text for rollout in flat])
-        flat = [_with_preference(rollout, score, weights) for rollout, score in zip(flat, scores, strict=True)]
+    known = {} if "accuracy" in rules.own else _run_programs(jobs, tokenizer, rules.next_turn)
+    flat = [judge(*job, tokenizer, rules, known.get(i)) for i, job in enumerate(jobs)]
+    if rules.preference:
+        scores = rules.preference([rollout.prompt_ids for rollout in flat], [rollout.text for rollout in flat])
+        flat = [_with_preference(rollout, score, rules.weights) for rollout, score in zip(flat, scores, strict=True)]
     rollouts = iter(flat)
     return [[next(rollouts) for _ in group] for group in completions_PG]
 
 
-def _run_programs(jobs: list[tuple], tokenizer: Tokenizer) -> dict[int, dict[str, float | None]]:
+def _run_programs(jobs: list[tuple], tokenizer: Tokenizer, next_turn: str) -> dict[int, dict[str, float | None]]:
     """The accuracy of each job that is code, run together: a tenth of the time that one by one would take."""
     code = [i for i, (problem, _, _) in enumerate(jobs) if problem.task == "code"]
-    answers = [after_thinking(read_response(*jobs[i][1:], tokenizer)) for i in code]
+    answers = [after_thinking(read_response(*jobs[i][1:], tokenizer, next_turn)) for i in code]
     accuracies = code_accuracies([jobs[i][0] for i in code], answers) if code else []
     return {i: {"accuracy": value} for i, value in zip(code, accuracies, strict=True)}
 
 
-def _with_preference(rollout: Rollout, score: float | None, weights: dict[str, float]) -> Rollout:
+def _with_preference(rollout: Rollout, score: float | None, weights: Mapping[str, float]) -> Rollout:
     """An answer that is cut off or missing is preferred to none: a reward model may never have seen one."""
     is_there = rollout.completion.finish == "stop" and after_thinking(rollout.text).strip()
     parts = rollout.parts | {"preference": score if is_there else 0.0}
@@ -110,43 +115,31 @@ def _with_preference(rollout: Rollout, score: float | None, weights: dict[str, f
 
 
 def evaluate(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    template: str,
-    weights: dict[str, float],
-    *,
-    samples: int = 1,
-    **sampling,
+    sampler: Sampler, prompter: Prompter, problems: Sequence[Problem], rules: Rules, *, samples: int = 1, **sampling
 ) -> tuple["Evaluation", list[list[Rollout]]]:
     """Answer and judge each problem `samples` times; `sampling` goes to Sampler.generate."""
-    prompts = [write_prompt(problem, template, tokenizer) for problem in problems]
-    completions_PG = sampler.generate(
-        [ids for _, ids in prompts],
-        n=samples,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
-        **sampling,
-    )
-    rollouts_PG = judge_all(problems, prompts, completions_PG, tokenizer, weights)
-    return summarize(rollouts_PG), rollouts_PG
+    prompts = [prompter.write(problem) for problem in problems]
+    completions_PG = sampler.generate([ids for _, ids in prompts], n=samples, **prompter.stops, **sampling)
+    rollouts_PG = judge_all(problems, prompts, completions_PG, prompter.tokenizer, rules)
+    return summarize(rollouts_PG, may_be_unjudged=bool(rules.own)), rollouts_PG
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a model did on a fixed set of problems; shares are in 0..1."""
 
-    accuracy: float
-    accuracy_low: float  # 95% interval
-    accuracy_high: float
+    accuracy: float | None  # and its 95% interval; None: no problem has a gold answer
+    accuracy_low: float | None
+    accuracy_high: float | None
     n: int  # problems
     samples: int  # a problem
-    format: float
-    language: float  # share of the words of the thinking that are in the problem's language
+    format: float | None
+    language: float | None  # share of the words of the thinking that are in the problem's language
     response_tokens: float  # mean
     truncated: float
     retries: float  # mean number of times a response says "wait", or 等
     majority: float | None  # accuracy of the most frequent answer; None with one sample a problem
+    reward: float | None  # mean of the weighted sum of the rules
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields by name, the majority's with its number of samples (`majority_16`)."""
@@ -155,41 +148,56 @@ class Evaluation:
         return values
 
     def __str__(self) -> str:
-        half = (self.accuracy_high - self.accuracy_low) / 2
-        text = f"accuracy {self.accuracy:.3f} +- {half:.3f} (95%, n={self.n} x {self.samples})"
-        text += f", format {self.format:.3f}, language {self.language:.3f}, {self.response_tokens:.1f} tokens"
+        if self.accuracy is None and self.reward is None:
+            text = f"nothing could be judged (n={self.n} x {self.samples})"
+        elif self.accuracy is None:
+            text = f"reward {self.reward:.3f} (n={self.n} x {self.samples}, without gold answers)"
+        else:
+            half = (self.accuracy_high - self.accuracy_low) / 2
+            text = f"accuracy {self.accuracy:.3f} +- {half:.3f} (95%, n={self.n} x {self.samples})"
+        for name in ("format", "language"):  # None: a rule of one's own judged none
+            text += "" if getattr(self, name) is None else f", {name} {getattr(self, name):.3f}"
+        text += f", {self.response_tokens:.1f} tokens"
         text += f", {self.retries:.2f} retries, {self.truncated:.1%} cut"
         return text if self.majority is None else f"{text}, majority@{self.samples} {self.majority:.3f}"
 
 
-def summarize(rollouts_PG: Sequence[Sequence[Rollout]]) -> Evaluation:
+def summarize(rollouts_PG: Sequence[Sequence[Rollout]], may_be_unjudged: bool = False) -> Evaluation:
     """Evaluate judged rollouts, one inner list a problem.
 
     A rollout whose accuracy is None (could not be judged) is left out of its problem's mean, and a problem with none
-    left out of the set.
+    left out of the set. Where that leaves nothing, the accuracy is None and the rest is of all; ValueError where no
+    reward could be computed either, unless that `may_be`: a judge of one's own that is away for a while ends no run.
     """
     judged_PG = [[r for r in group if r.parts["accuracy"] is not None] for group in rollouts_PG]
     judged_PG = [group for group in judged_PG if group]
-    if not judged_PG:
+    has_accuracy, seen_PG = bool(judged_PG), judged_PG or rollouts_PG
+    flat = [r for group in seen_PG for r in group]
+    if not has_accuracy and not may_be_unjudged and all(r.reward is None for r in flat):
         raise ValueError("no rollout could be judged; check the problems' answers")
-    means_P = [sum(r.parts["accuracy"] for r in group) / len(group) for group in judged_PG]
-    flat = [r for group in judged_PG for r in group]
-    mean = lambda values: sum(values) / len(flat)  # noqa: E731
+    means_P = problem_accuracies(judged_PG)
+    low, high = accuracy_interval(means_P) if has_accuracy else (None, None)
+    average = lambda values: sum(values) / len(flat)  # noqa: E731
     samples = max(map(len, rollouts_PG))
-    low, high = accuracy_interval(means_P)
     return Evaluation(
-        accuracy=sum(means_P) / len(means_P),
+        accuracy=sum(means_P) / len(means_P) if has_accuracy else None,
         accuracy_low=low,
         accuracy_high=high,
-        n=len(means_P),
+        n=len(seen_PG),
         samples=samples,
-        format=mean(r.parts.get("format") or 0.0 for r in flat),
+        format=mean(r.parts.get("format", 0.0) for r in flat),
         language=mean(r.parts.get("language", 1.0) for r in flat),
-        response_tokens=mean(len(r.completion.ids) for r in flat),
-        truncated=mean(r.completion.finish == "length" for r in flat),
-        retries=mean(len(WAIT.findall(r.text)) for r in flat),
-        majority=majority_accuracy(judged_PG) if samples > 1 else None,
+        response_tokens=average(len(r.completion.ids) for r in flat),
+        truncated=average(r.completion.finish == "length" for r in flat),
+        retries=average(len(WAIT.findall(r.text)) for r in flat),
+        majority=majority_accuracy(judged_PG) if samples > 1 and has_accuracy else None,
+        reward=mean(r.reward for r in flat),
     )
+
+
+def problem_accuracies(rollouts_PG: Sequence[Sequence[Rollout]]) -> list[float | None]:
+    """Each problem's share of right answers among those that could be judged; None where there is none."""
+    return [mean(rollout.parts["accuracy"] for rollout in group) for group in rollouts_PG]
 
 
 def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:

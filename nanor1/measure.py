@@ -10,20 +10,20 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from nanor1.budget import force_budget, least_room, refine
 from nanor1.chat import check_room
-from nanor1.evaluate import Preference, judge_all, to_candidate, write_prompt
+from nanor1.evaluate import Rules, judge_all, to_candidate
 from nanor1.grpo import Rollout
 from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
 from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
-from nanor1.rewards import marked
+from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
 from nanor1.search import Found, Scorer, beam_search, mean_logprob
-from nanor1.tasks import Example, Problem, Style, format_prompt
+from nanor1.tasks import Problem
 from nanor1.token_beams import token_beam_search
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, WAVES
@@ -37,20 +37,16 @@ class Asker:
     """A model that is asked, and how: all that does not change from run to run."""
 
     sampler: Sampler
-    tokenizer: Tokenizer
-    template: str
+    prompter: Prompter
     seed: int
     sampling: dict  # temperature, top_k, top_p, max_new_tokens
-    stop_texts: Sequence[str] = ()
-    template_arguments: dict = field(default_factory=dict)
-    style: Style = "think"
-    examples: Sequence[Example] = ()
     settings: Settings = Settings()
-    preference: Preference | None = None  # a reward model's, of whole answers
+    rules: Rules = Rules()
     scorer: Scorer = mean_logprob  # of steps
 
-    def prompt(self, problem: Problem) -> tuple[str, list[int]]:
-        return write_prompt(problem, self.template, self.tokenizer, self.template_arguments, self.style, self.examples)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompter.tokenizer
 
 
 # ---- runs: ways to produce answers
@@ -63,7 +59,7 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
     if run.kind in ("samples", "greedy", "direct"):
         if run.kind != "samples":
             sampling["temperature"] = 0.0
-        return _sample(asker.sampler, prompts, run.n, seed=seeds, stop_texts=asker.stop_texts, **stops, **sampling)
+        return _sample(asker.sampler, prompts, run.n, seed=seeds, **asker.prompter.stops, **sampling)
     if run.kind in ("beam", "dvts"):
         branching = min(MAX_BRANCHING, run.n)
         n_beams = run.n // branching
@@ -81,8 +77,8 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         arguments = {name: getattr(settings, name) for name in names} | dict(max_waits=run.n - 1, seeds=seeds)
         return force_budget(asker.sampler, tokenizer, prompts, **arguments, **sampling)
     assert run.kind == "refine", run
-    messages_P = [format_prompt(problem, "chat", asker.style, asker.examples) for problem in problems]
-    arguments = dict(request=settings.request, template_arguments=asker.template_arguments)
+    messages_P = [asker.prompter.show(problem) for problem in problems]
+    arguments = dict(request=settings.request, template_arguments=asker.prompter.arguments)
     return refine(asker.sampler, tokenizer, messages_P, rounds=run.n - 1, seeds=seeds, **arguments, **sampling)
 
 
@@ -107,7 +103,7 @@ def measure(
     runs; the problems as they are shown are added to the arguments. ValueError for a problem that leaves no room to
     answer.
     """
-    shown = [asker.prompt(problem) for problem in problems]
+    shown = [asker.prompter.write(problem) for problem in problems]
     _check_room(asker, runs, [ids for _, ids in shown])
     asked = [(text, repr(problem)) for (text, _), problem in zip(shown, problems, strict=True)]
     P, n_units, rows = len(problems), len(runs) * len(problems), {run: [] for run in runs}
@@ -171,14 +167,15 @@ def batch_size(run: Run, max_rows: int) -> int:
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
     """The rows of problems `first`, `first` + 1, ...; each has random numbers of its own."""
     if run.kind == "direct":
-        asker = replace(asker, style="direct")
+        prompter, rules = replace(asker.prompter, style="direct"), replace(asker.rules, style="direct")
+        asker = replace(asker, prompter=prompter, rules=rules)
     start_s = time.monotonic()
-    prompts = [asker.prompt(problem) for problem in problems]
+    prompts = [asker.prompter.write(problem) for problem in problems]
     seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
     hear = progress.hear if run.kind in ("samples", *SINGLE) else progress.count
     found_P = produce(asker, run, [ids for _, ids in prompts], list(problems), seeds, hear)
     completions_PG = [found.completions for found in found_P]
-    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, {"accuracy": 1.0}, asker.preference)
+    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, asker.rules)
     wall_s = time.monotonic() - start_s
     return [
         to_row(asker, run, first + i, found, group, wall_s / len(problems))
@@ -208,15 +205,14 @@ def to_row(asker: Asker, run: Run, index: int, found: Found, group: list[Rollout
 
 def to_answer(asker: Asker, rollout: Rollout, score: float) -> dict:
     """One answer, judged; what a method chooses by stands with it."""
-    problem, made, parts = rollout.problem, rollout.completion, rollout.parts
+    made, parts = rollout.completion, rollout.parts
     candidate = to_candidate(rollout)
     tail, lowest = window_confidences(made.confidences, asker.settings.window) if made.confidences else (None, None)
-    form = parts["format"] if asker.style == "think" else marked(problem, rollout.text)
     return {
         "text": rollout.text,
         "answer": candidate.answer,
         "accuracy": parts["accuracy"],
-        "format": form,
+        "format": parts["format"],
         "language": parts["language"],
         "tokens": len(made.ids),
         "finish": made.finish,

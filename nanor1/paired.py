@@ -171,3 +171,23 @@ def _figures(before_P: list[float], after_P: list[float]) -> str:
         f"{n:>9}   {sum(before_P) / n:.3f}   {sum(after_P) / n:.3f}      {mean:+.3f}  {low:+.3f} to {high:+.3f}"
         f"{n_up:>5}{n_down:>6}{n - n_up - n_down:>6}"
     )
+
+
+def paired_change(
+    before_P: Sequence[float | None] | None, after_P: Sequence[float | None]
+) -> dict[str, float | int] | None:
+    """The paired difference over the problems that could be judged both times, by name; None where there is none.
+
+    `before_P` is None of a run whose first evaluation kept no problem's share.
+    """
+    pairs = [(a, b) for a, b in zip(before_P or (), after_P, strict=False) if a is not None and b is not None]
+    if not pairs:
+        return None
+    mean, low, high = paired_difference(*map(list, zip(*pairs, strict=True)))
+    return {"accuracy": mean, "low": low, "high": high, "n": len(pairs)}
+
+
+def change_line(change: dict[str, float | int]) -> str:
+    """`paired_change` in words."""
+    interval = f"95%: {change['low']:+.3f} to {change['high']:+.3f}"
+    return f"accuracy {change['accuracy']:+.3f} ({interval}, paired over {change['n']} problems)"

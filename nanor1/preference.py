@@ -24,8 +24,9 @@ from nanor1.model import Transformer
 from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
+from nanor1.prompts import render
 from nanor1.rewards import after_thinking
-from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, text_end, thinking, with_system
+from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, text_end, thought_in, with_system
 from nanor1.tasks import read_json_lines
 from nanor1.tokenizer import Tokenizer
 
@@ -156,21 +157,15 @@ def _to_pair(row: dict, tokenizer: Tokenizer, template_arguments: dict[str, obje
 def _prompt(
     prompt: object, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str
 ) -> tuple[list[int], str]:
-    """Its ids, and the question in it.
-
-    The ids are as evaluate.write_prompt makes them: a policy is scored behind the very ids that it continued.
-    """
+    """Its ids, which are those that a policy continued, and the question in it."""
     if isinstance(prompt, str) and prompt.strip():
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
-        ids = tokenizer.encode(prompt)
-        return [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids, prompt.strip()
+        return render(prompt, tokenizer, {})[1], prompt.strip()
     if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
         for message in prompt:
-            thinking(message)  # refuses what cannot be one text; the template does with it what it does
-        messages = with_system(prompt, system)
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
-        return tokenizer.encode(text, allow_special=True), first_question(prompt)
+            thought_in(message)  # refuses what cannot be one text; the template does with it what it does
+        return render(with_system(prompt, system), tokenizer, template_arguments)[1], first_question(prompt)
     raise ValueError(
         f"expected 'prompt': a text or messages, each with a 'role' and a text 'content', found {prompt!r:.60}"
     )

@@ -34,6 +34,12 @@ from nanor1.coding import code_accuracy, write_program
 from nanor1.grading import extract_answer, math_equal
 from nanor1.tasks import BOXED_TASKS, Problem, check_countdown
 
+LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means
+    "step reward response_tokens response_tokens_max truncated rollouts unjudged groups dropped_groups kl loss entropy "
+    "overlong_penalty kl_penalty clipped logp_gap_mean logp_gap_max learned_tokens learn_flops loss_scale grad_norm "
+    "updates skipped_updates lr learn_s learn_flops_per_s rollout_s rollout_tokens_per_s learn_tokens_per_s mfu "
+    "peak_memory_gib step_s".split()
+)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _NUMBER_TASKS = ("arithmetic", "gsm8k")
 _UNWORKED = re.compile(r"[\d)}]\s*(?:[-+*/^×÷·−–]|\\(?:times|cdot|div)\b)|\\[dt]?frac|\\sqrt")  # 47 + 85, \frac{36}{2}
@@ -265,7 +271,9 @@ class OwnReward:
         try:
             result = self.function(problem, text)
             return None if result is None else self._to_number(result)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:  # the user's
+            raise
+        except BaseException as error:
             self.n_failed += 1
             if self.first_error is None:
                 line = _line_in(self.path, error) or _first_line(self.function)
@@ -334,6 +342,8 @@ def _check_reward(reward: OwnReward) -> None:
     where, function = f"{reward.path}, line {_first_line(reward.function)}: {reward.name}", reward.function
     if reward.name == "preference":
         raise ValueError(f"{where} is a reward model's name, not a function's; give it another one")
+    if reward.name in LOGGED:
+        raise ValueError(f"{where} is the name of another figure in metrics.jsonl; give it another one")
     if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
         raise ValueError(f"{where} is async; a reward is a plain function, which returns its number")
     if inspect.isgeneratorfunction(function):

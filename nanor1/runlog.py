@@ -68,9 +68,16 @@ class RunLog:
 
     @classmethod
     def create(
-        cls, folder: str | Path, arguments: Mapping[str, object], columns: Columns = (), console: TextIO | None = None
+        cls,
+        folder: str | Path,
+        arguments: Mapping[str, object],
+        columns: Columns = (),
+        data_sha256: Mapping[str, str] | None = None,
+        console: TextIO | None = None,
     ) -> "RunLog":
         """Start a run in a new folder and write its config.json; ValueError where the folder holds a run.
+
+        `data_sha256` are the digests of the files that it reads its data from.
 
         A run that failed before it logged a first line of metrics may be started again in its folder.
         """
@@ -83,7 +90,8 @@ class RunLog:
             raise ValueError(
                 f"the run folder {folder} cannot be made ({error.strerror}); choose another --out"
             ) from error
-        write_json(folder / "config.json", {"arguments": dict(arguments)} | environment())
+        made_of = {"arguments": dict(arguments), "data_sha256": dict(data_sha256 or {})}
+        write_json(folder / "config.json", made_of | environment())
         return cls(folder, columns, console)
 
     @classmethod

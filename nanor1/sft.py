@@ -38,8 +38,11 @@ Item = TypeVar("Item")
 Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
 TAG = re.compile("</?think>")
-# What of a message holds words, but not as a text to learn.
-UNLEARNED = ("tool_calls", "function_call", "reasoning_details", "thinking_blocks", "refusal")
+# fields of a message that hold words to learn, and not as one of these texts does
+UNLEARNED = tuple(
+    "tool_calls function_call refusal reasoning_details thinking_blocks thinking_content reasoning_text thought "
+    "thoughts chain_of_thought cot analysis".split()
+)
 NO_PLACE_FOR_SYSTEM = "expected messages, before which a system message can stand, found a plain 'prompt'"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -65,6 +68,7 @@ class Examples:
     n_too_long: int = 0  # examples not there
     n_rewritten: int = 0  # earlier assistant turns without a loss: in the prompt the template shows them otherwise
     n_cut: int = 0  # documents that are several examples
+    n_beside: int = 0  # lines with thinking beside their messages, which may be no more than a label: not learned
     n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
 
 
@@ -98,14 +102,18 @@ def read_examples(
     prompt token for token as they would have been sampled; what the assistant thought (see `said`) is part of it.
     `template_arguments` are variables of the chat template, `system` is put before messages without a system message.
     Text: a loss on the completion and the end-of-text token. Examples longer than `max_tokens` are left out and
-    counted; lines are counted whose `split` is not "train" (see nanor1/traces.py). ValueError names file, line, fault.
+    counted. ValueError names file, line and fault.
     """
     write = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **(template_arguments or {}))
 
+    n_beside = 0
+
     def to_example(row: dict) -> tuple[Example, int, bool]:
+        nonlocal n_beside
         is_not_train = row.get("split") not in (None, "train")
         if "messages" in row:
             _check_messages(row["messages"])
+            n_beside += _thinking_beside(row, " ".join(map(said, row["messages"]))) is not None
             return *_chat_example(with_system(row["messages"], system), tokenizer, write), is_not_train
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
@@ -119,6 +127,7 @@ def read_examples(
         [example for example, _ in kept],
         n_too_long=len(found) - len(kept),
         n_rewritten=sum(n for _, n in kept),
+        n_beside=n_beside,
         n_not_train=sum(is_not_train for *_, is_not_train in found),
     )
 
@@ -130,11 +139,17 @@ def _text_example(row: dict, tokenizer: Tokenizer) -> Example:
             "expected 'messages', or texts 'prompt' and (non-empty) 'completion', "
             f"found prompt {prompt!r:.60} and completion {completion!r:.60} (fields: {', '.join(row)})"
         )
-    if beside := [name for name in THINKING if isinstance(row.get(name), str) and row[name].strip() not in completion]:
-        raise ValueError(f"expected all words to learn in 'completion', found others in {beside[0]!r}; join them")
+    if beside := _thinking_beside(row, completion):
+        raise ValueError(f"expected all words to learn in 'completion', found others in {beside!r}; join them")
     before = [*_text_start(tokenizer), *tokenizer.encode(prompt)]
     answer = [*tokenizer.encode(completion), text_end(tokenizer)]
     return _example(before + answer, [False] * len(before) + [True] * len(answer), prompt.strip())
+
+
+def _thinking_beside(row: dict, learned: str) -> str | None:
+    """The field of the line itself that holds thinking which is not among what is learned."""
+    found = {name: row[name] for name in THINKING if isinstance(row.get(name), str | list | dict) and row[name]}
+    return next((n for n, text in found.items() if not isinstance(text, str) or text.strip() not in learned), None)
 
 
 def _chat_example(
@@ -187,13 +202,13 @@ def _check_messages(messages: object) -> None:
 def _check_said(message: dict, n: int) -> None:
     if not message["content"].strip():
         raise ValueError(f"expected the assistant to say something, found message {n} without content")
-    if thinking(message) and TAG.search(message["content"] + thinking(message)):
+    if thought_in(message) and TAG.search(message["content"] + thought_in(message)):
         raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
     if unlearned := [name for name in UNLEARNED if message.get(name)]:
         raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
 
 
-def thinking(message: dict) -> str:
+def thought_in(message: dict) -> str:
     """What the assistant thought, from the one of the fields THINKING that has a text; "" if none has."""
     found = {name: message[name] for name in THINKING if message.get(name) is not None}
     if wrong := [name for name, thought in found.items() if not isinstance(thought, str)]:
@@ -210,7 +225,7 @@ def said(message: dict) -> str:
     >>> said({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"})
     '<think>\\n2 + 2\\n</think>\\n\\n4'
     """
-    thought, content = thinking(message).strip("\n"), message["content"]
+    thought, content = thought_in(message).strip("\n"), message["content"]
     return f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n") if thought else content
 
 

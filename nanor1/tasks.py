@@ -151,7 +151,7 @@ class Task:
             n_train, n_out, n_all = (len(self.listed.get(name, ())) for name in SPLITS)
             raise ValueError(
                 f"{self.name}: {n_train} of {n_all} problems are left to train on, {n_out} to evaluate on; give more "
-                "data, or an eval_data file of other problems"
+                "data, or an eval_data file of other problems (sample.py: or --split all)"
             )
         return self.listed[split]
 

@@ -18,18 +18,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from nanor1.evaluate import judge_all, write_prompt
+from nanor1.evaluate import Rules, judge_all, read_response
 from nanor1.grpo import Rollout
 from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
+from nanor1.prompts import Prompt, Prompter
 from nanor1.rewards import after_thinking
 from nanor1.runlog import rounded
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, Task, format_prompt, prefilled
+from nanor1.tasks import Problem, prefilled
 from nanor1.tokenizer import Tokenizer
 
 SEED_STRIDE = 1_000_003  # apart are the random numbers of one seed and the next: problems count up from it
@@ -68,20 +69,13 @@ class Question:
     """What a model is asked: the text or messages shown, their rendered text and ids, and what judges the answer."""
 
     shown: str | list[dict[str, str]]
-    prompt: tuple[str, list[int]]
+    prompt: Prompt
     problem: Problem | None  # None: the answer is not judged
 
 
-def ask(
-    problem: Problem, template: str, tokenizer: Tokenizer, template_arguments: dict[str, object] | None = None
-) -> Question:
-    prompt = write_prompt(problem, template, tokenizer, template_arguments)
-    return Question(format_prompt(problem, template), prompt, problem)
-
-
-def training_problems(task: Task, n: int, seed: int) -> list[Problem]:
-    """Of `n` problems drawn for training, none of which is held out, each once."""
-    return list({(problem.prompt, problem.answer): problem for problem in task.sample(n, seed, 0)}.values())
+def ask(problem: Problem, prompter: Prompter, learner: Prompter | None = None) -> Question:
+    """What a model is asked by its prompter, and as what it is learned: by the learner's, and without the examples."""
+    return Question(replace(learner or prompter, examples=()).show(problem), prompter.write(problem), problem)
 
 
 # ---- what is kept of one problem's samples
@@ -132,15 +126,18 @@ def find_fault(rollout: Rollout, selection: Selection) -> str | None:
     parts = rollout.parts
     if rollout.completion.finish != "stop":
         return "cut off"
+    is_empty = rollout.text.strip() in ("", "<think>")  # the tag may be the prompt's
     if selection.keep == "all":
-        return "empty" if rollout.text.strip() in ("", "<think>") else None  # the tag may be the prompt's
+        return "empty" if is_empty else None
     if parts["accuracy"] is None:
         return "not judged"
     if parts["accuracy"] < 1:
         return "wrong"
+    if is_empty:  # right by a rule of one's own; train_sft.py refuses to learn nothing
+        return "empty"
     if selection.needs_format and parts["format"] != 1:
         return "format"
-    if parts["language"] < selection.min_language:
+    if (parts["language"] or 0.0) < selection.min_language:
         return "language"
     return "looping" if is_looping(rollout.text) else None
 
@@ -218,8 +215,9 @@ def line_key(line: dict) -> bytes:
 
 def collect(
     sampler: Sampler,
-    tokenizer: Tokenizer,
+    prompter: Prompter,
     questions: Sequence[Question],
+    rules: Rules,
     selection: Selection,
     path: str | Path,
     *,
@@ -251,7 +249,8 @@ def collect(
         while not ledger.is_whole:
             batch = questions[ledger.n_done : ledger.n_done + batch_size]
             seeds = [seed * SEED_STRIDE + ledger.n_done + i for i in range(len(batch))]
-            groups = answer(sampler, tokenizer, batch, n=samples, seed=seeds, on_progress=progress.hear, **sampling)
+            how = dict(n=samples, seed=seeds, on_progress=progress.hear) | sampling
+            groups = answer(sampler, prompter, batch, rules, **how)
             progress.end_batch(len(batch) * samples)
             lines, counts = keep_batch(batch, ledger.n_done, groups, selection, source, seen)
             ledger = append(path, ledger, lines, len(batch), counts)
@@ -265,24 +264,23 @@ def collect(
     return ledger
 
 
-def answer(sampler: Sampler, tokenizer: Tokenizer, questions: Sequence[Question], **sampling) -> list[list[Rollout]]:
+def answer(
+    sampler: Sampler, prompter: Prompter, questions: Sequence[Question], rules: Rules, **sampling
+) -> list[list[Rollout]]:
     """The answers to each question, judged if the questions are problems."""
     prompts = [question.prompt for question in questions]
     problems = [question.problem for question in questions]
-    completions_PG = sampler.generate(
-        [ids for _, ids in prompts], stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, **sampling
-    )
+    completions_PG = sampler.generate([ids for _, ids in prompts], **prompter.stops, **sampling)
     if None not in problems:
-        return judge_all(problems, prompts, completions_PG, tokenizer, {"accuracy": 1.0})
+        return judge_all(problems, prompts, completions_PG, prompter.tokenizer, rules)
     return [
-        [unjudged(prompt, completion, tokenizer) for completion in group]
+        [unjudged(prompt, completion, prompter.tokenizer, rules) for completion in group]
         for prompt, group in zip(prompts, completions_PG, strict=True)
     ]
 
 
-def unjudged(prompt: tuple[str, list[int]], completion: Completion, tokenizer: Tokenizer) -> Rollout:
-    made = tokenizer.decode(i for i in completion.ids if i not in tokenizer.stop_ids)
-    return Rollout(None, prompt[1], completion, prefilled(prompt[0]) + made, None, {})
+def unjudged(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, rules: Rules) -> Rollout:
+    return Rollout(None, prompt[1], completion, read_response(prompt, completion, tokenizer, rules.next_turn), None, {})
 
 
 def keep_batch(

@@ -1,30 +1,34 @@
 """What every training script does around its loop: start or resume a run, choose the machine, update, save.
 
-A script keeps a Config (a frozen dataclass with `out`, `resume`, `device`, `dtype`, ...), a Progress (a dataclass with
-`step`, all that a resumed run needs besides weights and moments) and a RunLog. Left out: the loops themselves.
+A script keeps a Config (TrainingOptions and its own), a Progress (a dataclass with all that a resumed run needs besides
+weights and moments) and a RunLog. Left out: the loops themselves.
 """
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nanor1.checkpoint import checkpoint_folders, latest_checkpoint, model_folder, save_checkpoint
-from nanor1.config import apply_preset, from_json, load_arguments, option_name, to_json
+from nanor1.checkpoint import checkpoint_folders, digest, latest_checkpoint, model_folder, save_checkpoint
+from nanor1.config import apply_preset, from_json, load_arguments, option, option_name, to_json
 from nanor1.distillation import check_same_vocabulary
 from nanor1.evaluate import Preference
+from nanor1.ledger import digest as digest_asked
 from nanor1.machine import choose_device
-from nanor1.miniature import Miniature
+from nanor1.miniature import Miniature, miniature_task, own_miniature
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 from nanor1.parallel import Workers, start_workers
 from nanor1.preference import RewardModel, load_scorer, preference, score
-from nanor1.pretrained import read_config
+from nanor1.pretrained import read_config, read_json
+from nanor1.rewards import OwnReward, read_reward_file
 from nanor1.runlog import Columns, RunLog, default_run_folder
+from nanor1.tasks import Problem, Task, make_task, parse_fields, task_parameters
 from nanor1.tokenizer import Tokenizer
 
 C = TypeVar("C")
@@ -32,6 +36,106 @@ C = TypeVar("C")
 # The mean of |trainer's - sampler's log-probability| a token that rounding explains. Measured at temperature 1: bf16
 # 0.034 (SmolLM2-135M) and 0.015 (Qwen2.5-Coder-0.5B), fp16 0.0041 and 0.0021, fp32 5e-7.
 NORMAL_GAP = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
+    )
+    threads: int = option(0, "CPU threads; 0: torch's choice", least=0, most=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(MachineOptions):
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
+    workers: int = option(
+        0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads", least=0, most=1024
+    )
+    tokens_per_batch: int = option(
+        0, "tokens a forward and backward pass, a prompt counted once; 0: 1024 on the CPU (memory), else 8192", least=0
+    )
+    checkpoint_activations: bool = option(False, "less memory in learning, for a third more work")
+
+    weight_decay: float = option(0.0, "AdamW's, on matrices", "optimizer", least=0)
+    warmup: int = option(5, "updates (of train_zero.py: steps) of linear warm-up", least=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", least=0)
+
+    out: str | None = option(None, "run folder; none: one in runs/ that is named after what is done and when", "run")
+    resume: str | None = option(None, "continue the run in this folder")
+    allow_changed_data: bool = option(
+        False, "resume although a data file is not what it was", needs=("--resume", lambda config: config.resume)
+    )
+    keep_last: int = option(2, "checkpoints kept, besides the best", least=1)
+    seed: int = option(0, "of everything random", least=0)
+
+    def validate(self) -> None:
+        if self.compile == "on" and self.workers > 1:
+            raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    data: str | None = option(
+        None, "JSON lines of problems; a tenth of them, chosen by a hash of the question, is held out", "problems"
+    )
+    eval_data: str | None = option(None, "JSON lines of problems that are all held out, in place of that tenth")
+    fields: str = option(
+        "",
+        "columns of other names, as question=prompt,answer=gold: the task's field, and the file's",
+        needs=("--data or --eval-data", lambda config: config.data or config.eval_data),
+    )
+    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
+    reward_file: str | None = option(
+        None, "your Python file of functions (problem, text) -> float or None, each a reward; see nanor1/rewards.py"
+    )
+
+
+def load_task(options: TaskOptions, name: str, tokenizer: Tokenizer, parts: Sequence[str]) -> Task:
+    """The task that the options name, of which these parts are needed; a miniature has its own problems."""
+    if miniature := own_miniature(tokenizer):
+        if name != miniature.task or options.data or options.eval_data or options.task_args:
+            raise ValueError(
+                f"the model is the {miniature.task} miniature and knows no other words; give --task {miniature.task} "
+                "without --data, --eval-data and --task-args"
+            )
+        return miniature_task(miniature)
+    parameters = task_parameters(options.task_args)
+    if name == "text" and options.reward_file:
+        parameters = dict(needs_answer=False) | parameters
+    return make_task(
+        name,
+        data=options.data,
+        eval_data=options.eval_data,
+        fields=parse_fields(options.fields),
+        parts=parts,
+        **parameters,
+    )
+
+
+def own_rewards(options: TaskOptions) -> dict[str, OwnReward]:
+    """The rewards of --reward-file by name; the file is run once, unless it changes."""
+    path = options.reward_file
+    return _run_reward_file(path, Path(path).stat().st_mtime_ns if Path(path).exists() else 0) if path else {}
+
+
+@lru_cache(maxsize=1)
+def _run_reward_file(path: str, changed_ns: int) -> dict[str, OwnReward]:
+    return read_reward_file(path)
+
+
+def report_failures(own: dict[str, OwnReward], say_once: Callable[[str, str], None]) -> None:
+    """Show the first thing that went wrong in each reward of one's own; how often is in what is said at the end."""
+    for name, reward in own.items():
+        if reward.first_error:
+            say_once(name, f"warning: {reward.first_error}: None, as is all that goes wrong there (said once)")
+
+
+def count_failures(own: dict[str, OwnReward]) -> str:
+    """How often rewards of one's own could not be computed; empty where they always could."""
+    return ", ".join(f"{reward.n_failed} values of {name}" for name, reward in own.items() if reward.n_failed)
 
 
 def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
@@ -43,7 +147,14 @@ def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
     if "preset" in given:
         raise ValueError("--preset is for a new run; with --resume give the single flags")
     folder, values = Path(config.resume), to_json(config)
-    stored = load_arguments(folder / "config.json") | {name: values[name] for name in given}
+    stored = load_arguments(folder / "config.json")
+    for name in {"model", "out", "from_scratch"} & {*given}:
+        if values[name] != stored.get(name) and (name, values[name]) != ("out", config.resume):
+            raise ValueError(
+                f"{option_name(name)} has no effect with --resume, which goes on from the run's newest checkpoint in "
+                "its own folder; leave it out, or begin a new run"
+            )
+    stored |= {name: values[name] for name in given}
     config = from_json(type(config), stored, f"{folder}/config.json")
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
@@ -60,11 +171,60 @@ def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, set
     return replace(apply_preset(config, given, settings), task=miniature.task)
 
 
-def open_log(config, checkpoint: Path | None, step: int, name: str, columns: Columns) -> RunLog:
-    """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME."""
-    if config.resume:
-        return RunLog.open(config.resume, step if checkpoint else None, columns)
-    return RunLog.create(config.out or default_run_folder(name), to_json(config), columns)
+def open_log(
+    config, checkpoint: Path | None, step: int, name: str, columns: Columns, files: Sequence[str | None] = ()
+) -> RunLog:
+    """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME.
+
+    `files` are those that the run reads its data from. Their digests are kept in config.json; ValueError where one is
+    not what it was when the run began, unless --allow-changed-data.
+    """
+    digests = {path: digest(Path(path))["sha256"] for path in files if path and Path(path).is_file()}
+    if not config.resume:
+        return RunLog.create(config.out or default_run_folder(name), to_json(config), columns, digests)
+    changes = changed_data(read_json(Path(config.resume) / "config.json").get("data_sha256"), digests)
+    if changes and not config.allow_changed_data:
+        raise ValueError(
+            f"{'; '.join(changes)} since {config.resume} began: begin a new run from its checkpoint with --model, or "
+            "go on with --allow-changed-data"
+        )
+    log = RunLog.open(config.resume, step if checkpoint else None, columns)
+    for change in changes:
+        log.say(f"warning: {change} since the run began")
+    return log
+
+
+def changed_data(before: dict[str, str] | None, now: dict[str, str]) -> list[str]:
+    """How the digests of data files differ, in words; of a run that kept none nothing is said.
+
+    A file of another name that holds what one held before was moved, and has not changed.
+    """
+    if before is None:
+        return []
+    words = {path: "has changed" if path in before else "was added" for path in now if now[path] != before.get(path)}
+    words |= {path: "is gone, or no longer given," for path in before if path not in now}
+    moved = {path for path in words if path in before and before[path] in now.values()}
+    moved |= {path for path in words if path not in before and now[path] in before.values()}
+    return [f"{path} {what}" for path, what in words.items() if path not in moved]
+
+
+def say_lr_jump(log: RunLog, config, step: int, n_steps: int, last_lr: float | None) -> None:
+    """Say where a resumed run's learning rate does not go on from that of its last update (`step` were made)."""
+    if step == 0 or last_lr is None:
+        return
+    expected, following = (
+        learning_rate(at, n_steps, config.lr, config.warmup, config.decay) for at in (step - 1, min(step, n_steps - 1))
+    )
+    if not math.isclose(expected, last_lr, rel_tol=1e-3, abs_tol=1e-15):
+        log.say(
+            f"warning: the learning rate goes from {last_lr:.3g} to {following:.3g}: the schedule is now that of "
+            f"{n_steps} steps, --lr {config.lr:g}, --warmup {config.warmup}, --decay {config.decay}"
+        )
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """Changes when a problem does, or their order."""
+    return digest_asked([(problem.prompt, problem.answer) for problem in problems])
 
 
 def is_finished(folder: str | Path, step: int, n_steps: int) -> bool:
@@ -200,12 +360,3 @@ def save_run(
         keep_last=keep_last,
         keep_best=keep_best,
     )
-
-
-def check_least(config, least: dict[str, float], why: dict[str, str]) -> None:
-    """ValueError for the first field below its least value, with the reason in `why` where there is one."""
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise ValueError(
-                f"{option_name(name)} is {getattr(config, name)}; it must be at least {value}{why.get(name, '')}"
-            )

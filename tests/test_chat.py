@@ -12,6 +12,7 @@ import torch
 from nanor1 import chat
 from nanor1.chat import INTERRUPTED, Answer, Dimmer, Speaker, answer, converse
 from nanor1.model import ModelConfig, Transformer
+from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
 from nanor1.tokenizer import Tokenizer
 
@@ -42,11 +43,11 @@ class Scripted:
         return [[Completion([], [], "stop")] * arguments["n"]]
 
 
-def speaker(*texts, chat_template=TEMPLATE, context=1000, **arguments):
+def speaker(*texts, chat_template=TEMPLATE, context=1000, template_arguments=None, stop_texts=(), **arguments):
     tokenizer = Tokenizer.from_bytes(chat_template=chat_template)
-    sampling = {"max_new_tokens": 500, "stop_texts": []}
-    arguments = {"template": "chat" if chat_template else "bare", "sampling": sampling} | arguments
-    return Speaker(Scripted(tokenizer, *texts, context=context), tokenizer, **arguments)
+    prompter = Prompter(tokenizer, "chat" if chat_template else "bare", template_arguments or {}, stop_texts=stop_texts)
+    arguments = {"sampling": {"max_new_tokens": 500}} | arguments
+    return Speaker(Scripted(tokenizer, *texts, context=context), prompter, **arguments)
 
 
 def ask(talker, text="Hi", seed=0):
@@ -165,8 +166,8 @@ def test_the_last_line_counts_the_tokens_of_all_answers_and_those_of_the_prompt_
 
 
 def test_the_sampler_gets_the_seed_and_the_sampling_arguments_and_the_template_its_own():
-    talker = speaker("4" + END, sampling={"max_new_tokens": 7, "stop_texts": [], "temperature": 0.5})
-    talker = Speaker(**{**vars(talker), "template_arguments": {"think": True}})
+    sampling = {"max_new_tokens": 7, "temperature": 0.5}
+    talker = speaker("4" + END, sampling=sampling, template_arguments={"think": True})
     ask(talker, seed=11)
     (call,) = talker.sampler.calls
     assert (call["text"], call["seed"], call["n"]) == ("<user>Hi<assistant><think>\n", 11, 1)
@@ -221,7 +222,7 @@ def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lin
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_bytes(chat_template=TEMPLATE)
     model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 32, 40, 2, 4, 2, 8, 512))
-    sampling = {"max_new_tokens": 20, "stop_texts": [], "decode": tokenizer.decode}
+    sampling = {"max_new_tokens": 20}
     read, forward = [], Transformer.forward
 
     def counting_forward(self, ids_N, *rest, **more):
@@ -231,7 +232,11 @@ def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lin
     def talk():
         read.clear()
         type_lines("What is 2 + 3?", "And 4 + 5 + 6?", "Why?")
-        converse(Speaker(Sampler(model), tokenizer, "chat", sampling), [{"role": "system", "content": "Be brief."}], 0)
+        converse(
+            Speaker(Sampler(model), Prompter(tokenizer, "chat"), sampling),
+            [{"role": "system", "content": "Be brief."}],
+            0,
+        )
         return capsys.readouterr().out, list(read)
 
     monkeypatch.setattr(Transformer, "forward", counting_forward)

@@ -29,6 +29,7 @@ from nanor1 import traces, training
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task, new_model
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
+from nanor1.prompts import Prompter
 from nanor1.rewards import REWARDS
 from nanor1.tasks import make_task
 from nanor1.tokenizer import Tokenizer
@@ -39,10 +40,17 @@ import distill  # noqa: E402
 import train_sft  # noqa: E402
 
 TINY = dataclasses.replace(MINIATURES["arithmetic"], width=32, mlp_width=32, n_layers=1)
-FLAGS = (
-    "--examples 8 --lr 1e-2 --threads 1 --max-new-tokens 16 --eval-problems 8 --eval-samples 2 --trace-problems 24 "
-    "--trace-samples 2 --max-rows 8 --problems 4 --completions 4 --warmup 0"
-)
+FLAGS = "--lr 1e-2 --threads 1 --max-new-tokens 16 --eval-problems 8 --eval-samples 2 --max-rows 8 --warmup 0"
+
+
+def with_common(flags):
+    """The flags, behind those that all runs of these tests share as far as they have an effect."""
+    if "on-policy" in flags:
+        return f"{FLAGS} --problems 4 --completions 4 {flags}"
+    is_made = ".jsonl" not in flags and "--teacher none" not in flags
+    return f"{FLAGS} --examples 8 {'--trace-problems 24 --trace-samples 2' if is_made else ''} {flags}"
+
+
 METHODS = {
     "traces": "--steps 8 --save-every 3",
     "logits": "--method logits --hard-weight 0 --steps 8 --save-every 3",
@@ -66,9 +74,10 @@ def folders(tmp_path_factory):
         }
         for problem in miniature_task(TINY).sample(64, 0, 0)
     ]
-    flags = f"--model {folder}/untrained --data {write_lines(folder / 'data.jsonl', rows)} --steps 20 --lr 2e-2"
+    flags = f"--model {folder}/untrained --data {write_lines(folder / 'data.jsonl', rows)} --steps 20 --held-out 0"
     with own_process(folder / "cache"):
-        code, _, err = call_main(train_sft, shlex.split(f"{flags} --threads 1 --examples 16 --out {folder}/teacher"))
+        flags = f"{flags} --lr 2e-2 --threads 1 --examples 16 --out {folder}/teacher"
+        code, _, err = call_main(train_sft, shlex.split(flags))
     assert code == 0, err
     return folder
 
@@ -90,8 +99,8 @@ def run(process, folders, tmp_path):
     """A run of the tiny student into tmp_path/run, or a resumed one; returns exit code, stdout and stderr."""
 
     def call(flags, is_new=True):
-        new = f"--model {folders}/student --teacher {folders}/teacher {FLAGS} --out {tmp_path}/run" if is_new else ""
-        return call_main(distill, shlex.split(f"{new} {flags}"))
+        new = f"--model {folders}/student --teacher {folders}/teacher --out {tmp_path}/run"
+        return call_main(distill, shlex.split(f"{new} {with_common(flags)}" if is_new else flags))
 
     return call
 
@@ -114,7 +123,8 @@ def whole(folders, tmp_path_factory):
     def once(method):
         if method not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            flags = f"--model {folders}/student --teacher {folders}/teacher {FLAGS} {METHODS[method]} --out {folder}"
+            models = f"--model {folders}/student --teacher {folders}/teacher"
+            flags = f"{models} {with_common(METHODS[method])} --out {folder}"
             with own_process(folder.parent / "cache") as patch:
                 patch.setitem(REWARDS, "accuracy", mostly_right)
                 code, out, err = call_main(distill, shlex.split(flags))
@@ -214,16 +224,16 @@ def test_evaluations_meet_no_problem_that_is_trained_on(process, whole, train):
     asked = {row["prompt"] for row in read_lines(whole("traces")[0] / "traces.jsonl")}
     sampled, answer = [], traces.answer
 
-    def see_and_answer(sampler, tokenizer, questions, **sampling):
+    def see_and_answer(sampler, prompter, questions, rules, **sampling):
         sampled.extend(question.shown for question in questions)
-        return answer(sampler, tokenizer, questions, **sampling)
+        return answer(sampler, prompter, questions, rules, **sampling)
 
     process.setattr(traces, "answer", see_and_answer)
     evaluated, evaluate = [], distill.evaluate
 
-    def see_and_evaluate(sampler, tokenizer, problems, *arguments, **sampling):
+    def see_and_evaluate(sampler, prompter, problems, *arguments, **sampling):
         evaluated.append([problem.prompt for problem in problems])
-        return evaluate(sampler, tokenizer, problems, *arguments, **sampling)
+        return evaluate(sampler, prompter, problems, *arguments, **sampling)
 
     process.setattr(distill, "evaluate", see_and_evaluate)
     train("--method on-policy --steps 2 --eval-every 1")
@@ -240,9 +250,9 @@ def test_a_gap_beyond_rounding_is_said_once_on_policy(process, train):
 def test_each_step_on_policy_asks_other_problems_with_other_random_numbers(process, train):
     seen, answer = [], traces.answer
 
-    def see_and_answer(sampler, tokenizer, questions, **sampling):
+    def see_and_answer(sampler, prompter, questions, rules, **sampling):
         seen.append((tuple(question.shown for question in questions), sampling["seed"]))
-        return answer(sampler, tokenizer, questions, **sampling)
+        return answer(sampler, prompter, questions, rules, **sampling)
 
     process.setattr(traces, "answer", see_and_answer)
     train("--method on-policy --steps 3")
@@ -297,13 +307,28 @@ def test_each_of_two_models_is_asked_in_its_own_template(tmp_path):
     problem = make_task("arithmetic").sample(1, 0, 0)[0]
     plain = Tokenizer.from_bytes()
     chat = Tokenizer.from_bytes(chat_template=CHAT, specials=["<|user|>", "<|model|>"])
-    asked = distill.ask(problem, "r1-zero", chat)
-    assert asked.shown.endswith("<think>") and problem.prompt in asked.shown
-    assert asked.prompt[0].startswith("<|user|>") and asked.prompt[0].endswith("<|model|>")
-    asked = distill.ask(problem, "chat", plain)
-    assert [message["role"] for message in asked.shown] == ["user"]
-    assert asked.prompt == (asked.prompt[0], plain.encode(asked.prompt[0])) and "<think>" in asked.prompt[0]
-    assert distill.ask(problem, "bare", chat).prompt[0] == problem.prompt
+    config = distill.Config(model="m", teacher="t")
+    ask = lambda template, student, teacher: distill.to_teacher(  # noqa: E731
+        config, Prompter(student, template), teacher
+    ).write(problem)
+    assert Prompter(plain, "r1-zero").show(problem).endswith("<think>")
+    text, _ = ask("r1-zero", plain, chat)
+    assert text.startswith("<|user|>") and text.endswith("<|model|>") and problem.prompt in text
+    text, ids = ask("chat", chat, plain)
+    assert ids == plain.encode(text) and "<think>" in text and problem.prompt in text
+    assert ask("bare", plain, chat)[0] == problem.prompt
+
+
+def test_a_teacher_is_told_what_its_own_chat_template_has_a_variable_for():
+    loud, deaf = (
+        Tokenizer.from_bytes(chat_template=f"{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{more}")
+        for more in ("{% if loud %}!{% endif %}", "?")
+    )
+    student = Prompter(loud, "chat", {"loud": True}, system="Be brief.", style="cot")
+    config, problem = distill.Config(model="m", teacher="t"), make_task("arithmetic").sample(1, 0, 0)[0]
+    for tokenizer, end in ((loud, "!"), (deaf, "?")):
+        text, _ = distill.to_teacher(config, student, tokenizer).write(problem)
+        assert text.startswith("Be brief.") and "step by step" in text and text.endswith(end)
 
 
 # ---- runs that survive
@@ -407,7 +432,7 @@ def test_a_student_of_traces_goes_on_without_its_teacher(whole, run, folders, tm
         ("--traces x.jsonl", ["--traces", "--method logits"]),
         ("--method logits --hard-weight 2", ["weight is 2"]),
         ("--method logits --divergence jsd --beta 1", ["beta is 1"]),
-        ("--epochs 0", ["--epochs 0"]),
+        ("--epochs 0", ["--epochs is 0"]),
         ("--trace-samples 0", ["--trace-samples is 0"]),
         ("--data x.jsonl", ["--data", "miniature"]),
         ("--resume /nowhere/at/all", ["/nowhere/at/all"]),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanor1.evaluate import (
+    Rules,
     accuracy_interval,
     evaluate,
     judge,
@@ -15,10 +16,10 @@ from nanor1.evaluate import (
     majority_accuracy,
     summarize,
     wilson_interval,
-    write_prompt,
 )
 from nanor1.grpo import Rollout
 from nanor1.model import ModelConfig, Transformer
+from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
 from nanor1.tasks import Problem, code_problem
 from nanor1.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from nanor1.tokenizer import Tokenizer
 SUM = Problem("2 + 3 =", "5", "arithmetic", (2, 3))
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 WORDS = [*TAGS, "+", "=", "wait", *map(str, range(10))]
-WEIGHTS = {"accuracy": 1.0, "format": 0.1}
+RULES = Rules({"accuracy": 1.0, "format": 0.1})
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,11 @@ def test_what_could_not_be_judged_is_left_out_of_its_problem_and_a_problem_witho
         summarize([[unjudged], [unjudged]])
 
 
+def test_a_judge_of_ones_own_may_have_judged_nothing():
+    evaluation = summarize([[answered(5, None)], [answered(5, None)]], may_be_unjudged=True)
+    assert evaluation.accuracy is evaluation.reward is None and "nothing could be judged (n=2 x 1)" in str(evaluation)
+
+
 def test_the_majority_is_named_with_its_number_of_samples():
     many = summarize([[answered(5, 1.0)] * 16]).to_dict()
     assert many["majority_16"] == 1.0 and "majority" not in many
@@ -196,7 +202,7 @@ def test_the_majority_is_named_with_its_number_of_samples():
 def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(tokenizer):
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     done = completion(tokenizer, f"{text} <end>")
-    rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, WEIGHTS)
+    rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, RULES)
     assert (rollout.text, rollout.reward, rollout.parts) == (
         text,
         1.0,
@@ -208,28 +214,28 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
 
 def test_an_answer_that_is_cut_off_is_not_right_but_its_format_is_judged(tokenizer):
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
-    rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
+    rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
     assert (rollout.text, rollout.reward, rollout.parts) == (
         text,
         0.0,
         {"accuracy": 0.0, "format": 1.0, "language": 1.0},
     )
     no_gold = Problem("2 + 3 =", "", "arithmetic")
-    rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, WEIGHTS)
+    rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
     assert rollout.reward is None and rollout.parts["accuracy"] is None
 
 
 def test_a_tag_that_the_prompt_has_opened_belongs_to_the_text(tokenizer):
     done = completion(tokenizer, "2 + 3 = 5 </think> <answer> 5 </answer> <end>")
-    opened = judge(SUM, ("Assistant: <think>", []), done, tokenizer, WEIGHTS)
+    opened = judge(SUM, ("Assistant: <think>", []), done, tokenizer, RULES)
     assert opened.text.startswith("<think>2 + 3") and opened.parts["format"] == 1.0
-    bare = judge(SUM, ("Assistant:", []), done, tokenizer, WEIGHTS)
+    bare = judge(SUM, ("Assistant:", []), done, tokenizer, RULES)
     assert bare.parts["format"] == 0.0 and bare.reward == pytest.approx(0.9)
 
 
 def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokenizer):
     wrong = completion(tokenizer, "<answer> 4 </answer> <end>")
-    rollout = judge(SUM, ("", []), wrong, tokenizer, {"format": 1.0})
+    rollout = judge(SUM, ("", []), wrong, tokenizer, Rules({"format": 1.0}))
     assert rollout.parts == {"accuracy": 0.0, "format": 0.0, "language": 1.0} and rollout.reward == -1.0
 
 
@@ -237,10 +243,10 @@ def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokeniz
 
 
 def test_a_bare_prompt_is_the_question_with_the_models_first_token_where_it_has_one(tokenizer):
-    assert write_prompt(SUM, "bare", tokenizer) == ("2 + 3 =", tokenizer.encode("2 + 3 ="))
+    assert Prompter(tokenizer, "bare").write(SUM) == ("2 + 3 =", tokenizer.encode("2 + 3 ="))
     bytes_tokenizer = Tokenizer.from_bytes(specials=["<s>"])
     bytes_tokenizer.adds_bos, bytes_tokenizer.bos_id = True, bytes_tokenizer.token_id("<s>")
-    assert write_prompt(SUM, "bare", bytes_tokenizer) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
+    assert Prompter(bytes_tokenizer, "bare").write(SUM) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
 
 
 def test_a_chat_prompt_is_the_template_with_its_special_tokens():
@@ -248,7 +254,7 @@ def test_a_chat_prompt_is_the_template_with_its_special_tokens():
         "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
     )
     tokenizer = Tokenizer.from_bytes(specials=["<|im_start|>"], chat_template=template)
-    text, ids = write_prompt(SUM, "chat", tokenizer)
+    text, ids = Prompter(tokenizer, "chat").write(SUM)
     assert text.startswith("<|im_start|>2 + 3 =") and text.endswith("!")
     assert ids == [tokenizer.token_id("<|im_start|>"), *text.removeprefix("<|im_start|>").encode()]
 
@@ -260,9 +266,9 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
     torch.manual_seed(0)
     model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 8, 16, 1, 2, 1, 4, 32))
     problems, heard = [SUM, Problem("4 + 4 =", "8", "arithmetic", (4, 4))], []
-    arguments = dict(samples=3, max_new_tokens=6, temperature=1.0, seed=1)
+    prompter, arguments = Prompter(tokenizer, "bare"), dict(samples=3, max_new_tokens=6, temperature=1.0, seed=1)
     evaluation, rollouts_PG = evaluate(
-        Sampler(model), tokenizer, problems, "bare", WEIGHTS, on_token=lambda *token: heard.append(token), **arguments
+        Sampler(model), prompter, problems, RULES, on_token=lambda *token: heard.append(token), **arguments
     )
     assert (evaluation.n, evaluation.samples) == (2, 3)
     assert [[r.problem for r in group] for group in rollouts_PG] == [[problem] * 3 for problem in problems]
@@ -270,7 +276,7 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
     for p, group in enumerate(rollouts_PG):
         for g, rollout in enumerate(group):
             assert [token for *at, token in heard if at == [p, g]] == rollout.completion.ids
-    again, _ = evaluate(Sampler(model), tokenizer, problems, "bare", WEIGHTS, **arguments)
+    again, _ = evaluate(Sampler(model), prompter, problems, RULES, **arguments)
     assert again == evaluation
 
 
@@ -282,8 +288,18 @@ def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
     )
     answers = [f"```python\ndef f(n):\n    return {n} * n\n```" for n in (2, 3)]
     made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in answers]] * 2
-    groups = judge_all([double, triple], [("Q", [1])] * 2, made, tokenizer, {"accuracy": 1.0})
+    groups = judge_all([double, triple], [("Q", [1])] * 2, made, tokenizer, Rules())
     assert [[rollout.reward for rollout in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_new_turn_behind_a_program_is_no_part_of_it():
+    tokenizer = Tokenizer.from_bytes()
+    problem = code_problem({"text": "Double.", "test_list": ["assert f(2) == 4"], "code": "def f(n): ..."})
+    answer = tokenizer.encode("def f(n):\n    return 2 * n\nUser: thanks")
+    made, prompts = [[Completion(answer, [0.0], "stop")]], [("Q", [1])]
+    for next_turn, accuracy in (("", 0.0), ("\nUser:", 1.0)):
+        ((rollout,),) = judge_all([problem], prompts, made, tokenizer, Rules(next_turn=next_turn))
+        assert rollout.parts["accuracy"] == accuracy
 
 
 def test_a_reward_model_is_asked_once_for_all_its_none_is_left_out_and_no_answer_is_worth_nothing():
@@ -295,8 +311,8 @@ def test_a_reward_model_is_asked_once_for_all_its_none_is_left_out_and_no_answer
 
     made = [[Completion([*tokenizer.encode(a), tokenizer.eos_id], [0.0], "stop") for a in ("5", "6", "<think>")]]
     made[0].append(Completion(tokenizer.encode("5"), [0.0], "length"))
-    weights = {"accuracy": 1.0, "preference": 0.5}
-    (group,) = judge_all([SUM], [("2 + 3 =", [7])], made, tokenizer, weights, preference)
+    rules = Rules({"accuracy": 1.0, "preference": 0.5}, preference=preference)
+    (group,) = judge_all([SUM], [("2 + 3 =", [7])], made, tokenizer, rules)
     assert asked == [([[7]] * 4, ["5", "6", "<think>", "5"])]
     assert [rollout.parts["preference"] for rollout in group] == [0.25, None, 0.0, 0.0]  # still thinking; cut off
     assert [rollout.reward for rollout in group] == [1.125, None, 0.0, 0.0]

@@ -25,7 +25,7 @@ GROUPS = [
         "machine",
         "openmp",
     },
-    {"rewards", "tasks", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
+    {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
     {"model", "logprobs"},
     {
         "prefill",
@@ -44,7 +44,7 @@ GROUPS = [
     | {"miniature", "training", "paired"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
-TORCH_FREE = {"rewards", "tasks", "grading", "sandbox", "coding", "config"}
+TORCH_FREE = {"rewards", "tasks", "prompts", "grading", "sandbox", "coding", "config"}
 RUN_TIME_PACKAGES = {"torch", "tiktoken", "numpy", "safetensors"}
 INSTALLED_BY_THEM = {"sympy", "mpmath", "jinja2", "regex", "triton"}
 

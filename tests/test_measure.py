@@ -79,7 +79,16 @@ def run(folder):
     """Run main() on the problems of gsm8k; returns its exit code, stdout and stderr."""
 
     def run_main(*argv, data=None):
-        options = ["--model", folder / "model", "--task", "gsm8k", "--data", data or folder / "problems.jsonl"]
+        options = [
+            "--model",
+            folder / "model",
+            "--task",
+            "gsm8k",
+            "--data",
+            data or folder / "problems.jsonl",
+            "--split",
+            "all",
+        ]
         return call_main(sample, [*options, "--max-new-tokens", "24", "--device", "cpu", *argv])
 
     return run_main
@@ -307,8 +316,8 @@ def begin_and_die(argv):
 
 def test_a_killed_evaluation_goes_on_to_the_rows_of_an_uninterrupted_one(run, folder, tmp_path):
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    argv = ["--model", folder / "model", "--task", "gsm8k", "--data", folder / "problems.jsonl", "--device", "cpu"]
-    argv = [*map(str, [*argv, "--max-new-tokens", "24", *KILLED, "--out", killed])]
+    argv = ["--model", folder / "model", "--task", "gsm8k", "--data", folder / "problems.jsonl", "--split", "all"]
+    argv = [*map(str, [*argv, "--device", "cpu", "--max-new-tokens", "24", *KILLED, "--out", killed])]
     program = f"import test_measure; test_measure.begin_and_die({argv!r})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment)

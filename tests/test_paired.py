@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nanor1.paired import compare_files, paired_difference
+from nanor1.paired import change_line, compare_files, paired_change, paired_difference
 
 # ---- the interval
 
@@ -230,3 +230,17 @@ def test_the_table_names_its_files_and_explains_its_words(tmp_path):
     assert head.split() == ["problems", "before", "after", "difference", "95%", "up", "down", "same"]
     assert {len(row) for row in (head, *rest[:2])} == {len(head)}
     assert "interval" in rest[-1]
+
+
+# ---- a run's own two evaluations
+
+
+def test_the_change_of_a_run_is_over_the_problems_that_were_judged_both_times():
+    change = paired_change([0.0, None, 0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0, 1.0, None])
+    assert change == pytest.approx({"accuracy": 0.5, "low": -0.165658, "high": 0.832325, "n": 4}, abs=1e-6)
+    assert change_line(change) == "accuracy +0.500 (95%: -0.166 to +0.832, paired over 4 problems)"
+
+
+@pytest.mark.parametrize("before", [None, [], [None, None]])
+def test_a_run_that_kept_no_shares_before_has_no_change_to_tell(before):
+    assert paired_change(before, [1.0, 0.0]) is None

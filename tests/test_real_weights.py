@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1.evaluate import evaluate, write_prompt
+from nanor1.evaluate import Rules, evaluate
 from nanor1.grading import extract_answer
 from nanor1.model import Transformer
+from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
 from nanor1.tasks import make_task
 from nanor1.tokenizer import Tokenizer
@@ -47,11 +48,10 @@ def test_greedy_gsm8k_answers_of_qwen_are_those_of_transformers():
     tokenizer = Tokenizer.from_pretrained(folder)
     problems = make_task("gsm8k", data=str(data)).held_out(N_PROBLEMS)
     model = Transformer.from_pretrained(folder, torch.float32)
-    evaluation, rollouts_PG = evaluate(
-        Sampler(model), tokenizer, problems, "chat", {"accuracy": 1.0}, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS
-    )
+    prompter, sampling = Prompter(tokenizer, "chat"), dict(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    evaluation, rollouts_PG = evaluate(Sampler(model), prompter, problems, Rules(), **sampling)
     del model
-    prompts = [write_prompt(problem, "chat", tokenizer)[1] for problem in problems]
+    prompts = [prompter.write(problem)[1] for problem in problems]
     references = reference_answers(folder, prompts, MAX_NEW_TOKENS)
 
     n_same_text = n_same_answer = 0

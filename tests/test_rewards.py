@@ -724,6 +724,7 @@ def divide(problem, text):
     [
         ("return mine(problem, text)", "RecursionError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise BaseException('x')", "BaseException: x"),
         ("raise Odd()", "Odd"),
         ("raise ValueError('a\\nb' * 1000)", "ValueError: a b"),
         ("assert text == 'x', 'not x'", "AssertionError: not x"),
@@ -775,6 +776,8 @@ def test_an_accuracy_of_ones_own_lies_between_0_and_1(tmp_path):
         ("def three(a, b, c): return 1\n", r"line 1: three\(a, b, c\) cannot be called.*call it _three"),
         ("def named(problem, *, text): return 1\n", r"line 1: named\(problem, \*, text\) cannot"),
         ("def ok(p, t): return 1\ndef preference(p, t): return 1\n", "line 2: preference is a reward model's name"),
+        ("def step(p, t): return 1\n", "line 1: step is the name of another figure in metrics.jsonl"),
+        ("def reward(p, t): return 1\n", "line 1: reward is the name of another figure"),
         ("async def mine(problem, text): return 1\n", "line 1: mine is async"),
         ("def mine(problem, text): yield 1\n", "line 1: mine yields"),
     ],

@@ -352,7 +352,7 @@ def test_the_chat_template_is_told_its_arguments_wherever_it_is_used(told, tmp_p
     prompts, problems = tmp_path / "prompts.jsonl", tmp_path / "problems.jsonl"
     prompts.write_text('{"prompt": "Hi"}\n')
     problems.write_text('{"question": "Hi", "answer": "#### 3"}\n')
-    task = ["--task", "gsm8k", "--data", str(problems)]
+    task = ["--task", "gsm8k", "--split", "all", "--data", str(problems)]
     keep = [*task, "--keep", "all"]
     options = {"talk": ["Hi"], "task": task, "keep": keep, "prompts": ["--prompts", str(prompts)]}[way]
     for name, arguments, start in [("a", {}, "Hi"), ("b", {"loud": 1}, "<|system|>plainHi"), ("c", LOUD, SHOWN)]:
@@ -400,7 +400,9 @@ def test_template_arguments_that_the_template_does_not_read_are_refused(told, te
 
 
 def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folder, problem_file):
-    code, out, err = run("--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--template", "bare")
+    code, out, err = run(
+        "--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare"
+    )
     assert code == 0
     for line in [
         "gsm8k: 3 problems x 1, template bare, greedy",
@@ -419,14 +421,25 @@ def test_an_evaluation_shows_the_language_only_where_an_answer_leaves_it(run, tm
     folder = save_rigged(tmp_path / "mixed", Tokenizer.from_words([*WORDS, "等"], eos="<end>"), words)
     data = tmp_path / "problems.jsonl"
     data.write_text('{"question": "go so go =", "answer": "#### 3"}\n{"question": "go so go :", "answer": "#### 3"}\n')
-    options = ["--task", "gsm8k", "--data", str(data), "--template", "bare"]
+    options = ["--task", "gsm8k", "--data", str(data), "--split", "all", "--template", "bare"]
     _, out, _ = run("--model", folder, *options)
     assert re.search("^language +0.500 ", out, re.MULTILINE)
     assert "language" not in run("--model", rigged_folder, *options)[1]
 
 
 def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_folder, problem_file):
-    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-new-tokens", "6"]
+    options = [
+        "--task",
+        "gsm8k",
+        "--data",
+        problem_file,
+        "--split",
+        "all",
+        "--template",
+        "bare",
+        "--max-new-tokens",
+        "6",
+    ]
     code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0 and re.search("^accuracy +0.333", out, re.MULTILINE)  # only the \boxed{3} of two tokens is left
     assert re.search("^cut off +0.667", out, re.MULTILINE)
@@ -434,7 +447,20 @@ def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_fold
 
 def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder, problem_file, tmp_path):
     out_file = tmp_path / "answers.jsonl"
-    options = ["--data", problem_file, "--template", "bare", "--out", str(out_file), "--n", "2", "--max-rows", "1"]
+    options = [
+        "--data",
+        problem_file,
+        "--split",
+        "all",
+        "--template",
+        "bare",
+        "--out",
+        str(out_file),
+        "--n",
+        "2",
+        "--max-rows",
+        "1",
+    ]
     code, out, _ = run("--model", rigged_folder, "--task", "gsm8k", *options)
     rows = [json.loads(line) for line in out_file.read_text().splitlines()]
     assert code == 0 and "3 problems x 2, template bare, temperature 1," in out
@@ -460,7 +486,19 @@ def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers
     data.write_text('{"question": "Same?", "answer": "#### 1"}\n' * 8)
 
     def texts(name, *options):
-        options = ["--task", "gsm8k", "--data", str(data), "--temperature", "1", "--max-new-tokens", "16", *options]
+        options = [
+            "--task",
+            "gsm8k",
+            "--data",
+            str(data),
+            "--split",
+            "all",
+            "--temperature",
+            "1",
+            "--max-new-tokens",
+            "16",
+            *options,
+        ]
         code, _, err = run("--model", chat_folder, "--out", str(tmp_path / name), "--max-rows", "1", *options)
         assert code == 0, err
         rows = map(json.loads, (tmp_path / name).read_text().splitlines())
@@ -494,7 +532,20 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Sampler, "generate", interrupted)
-    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--max-rows", "1", "--n", "2"]
+    options = [
+        "--task",
+        "gsm8k",
+        "--data",
+        problem_file,
+        "--split",
+        "all",
+        "--template",
+        "bare",
+        "--max-rows",
+        "1",
+        "--n",
+        "2",
+    ]
     code, out, err = run("--model", rigged_folder, *options)
     assert code == 130 and err.splitlines()[-1] == "stopped by Ctrl-C after 2 of 3 problems (1 under way lost)"
     assert out.startswith("gsm8k: 3 problems (of samples-2 2) x 2,")
@@ -502,7 +553,7 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
 
 
 def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run, rigged_folder, problem_file):
-    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--n", "6"]
+    options = ["--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare", "--n", "6"]
     code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0 and "3 problems x 6, template bare, temperature 1, seed 0" in out
     for name in ("pass@", "majority@"):  # all samples of a problem are the same
@@ -521,10 +572,11 @@ def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped
     run, rigged_folder, problem_file, tmp_path
 ):
     out_file = str(tmp_path / "traces.jsonl")
-    options = ["--task", "gsm8k", "--data", problem_file, "--template", "bare", "--n", "3"]
+    options = ["--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare", "--n", "3"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
     (line,) = lines(out_file)
-    assert code == 0 and f"problems: 3 of {problem_file}" in err
+    assert code == 0 and "problems: 3 - 3 problems of problems.jsonl, all of them" in err
+    assert line["split"] == "all"
     assert (line["prompt"], line["completion"]) == ("1 + 2 =", "<think> so </think> <answer> 3 </answer>")
     assert (line["model"], line["step"], line["seed"]) == (rigged_folder, None, 0)
     assert (line["problem"], line["sample"], line["tokens"]) == (0, 0, 7)
@@ -561,7 +613,9 @@ def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoi
     options = ["--model", str(tmp_path / "run"), "--task", "arithmetic", "--seed", "3"]
     code, _, err = run(*options, "--limit", "50", "--keep", "all", "--out", out_file)
     made, held_out = lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
-    assert code == 0 and f"model: {folder};" in err and "generated ones for training, none held out" in err
+    assert (
+        code == 0 and f"model: {folder};" in err and "problems: 50 - generated, none of the held-out instances" in err
+    )
     assert [row["prompt"] for row in made] == [p.prompt for p in miniature_task(miniature).sample(50, 3, 0)]
     assert not held_out & {row["prompt"] for row in made}
     assert {(row["model"], row["step"], row["seed"], row["completion"]) for row in made} == {(str(folder), 40, 3, "7")}
@@ -597,7 +651,19 @@ def test_pairs_are_written_from_the_command_line(run, rigged_folder, tmp_path):
     data, out_file = tmp_path / "problems.jsonl", str(tmp_path / "pairs.jsonl")
     data.write_text('{"question": "1 + 2 :", "answer": "#### 3"}\n')
     hot = ["--temperature", "40", "--seed", "1", "--n", "64", "--any-format", "--max-per-problem", "2"]
-    options = ["--task", "gsm8k", "--data", str(data), "--template", "bare", *hot, "--max-new-tokens", "12"]
+    options = [
+        "--task",
+        "gsm8k",
+        "--data",
+        str(data),
+        "--split",
+        "all",
+        "--template",
+        "bare",
+        *hot,
+        "--max-new-tokens",
+        "12",
+    ]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "pairs", "--out", out_file)
     assert code == 0, err
     assert len(lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
@@ -615,7 +681,18 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
             return GENERATE(*arguments, **options)
         raise KeyboardInterrupt
 
-    options = ["--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--template", "bare"]
+    options = [
+        "--model",
+        rigged_folder,
+        "--task",
+        "gsm8k",
+        "--data",
+        problem_file,
+        "--split",
+        "all",
+        "--template",
+        "bare",
+    ]
     options += ["--keep", "all", "--out", out_file, "--n", "4", "--max-rows", "1"]  # a problem a batch
     monkeypatch.setattr(Sampler, "generate", interrupted)
     code, out, err = run(*options)
@@ -646,11 +723,11 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
         (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
         (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "LONG"],
+            ["--model", "CHAT", "--task", "gsm8k", "--split", "all", "--data", "LONG"],
             "problem 2 is .* tokens; the model's context is 256",
         ),
         (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--out", "GOOD"],
+            ["--model", "CHAT", "--task", "gsm8k", "--split", "all", "--data", "GOOD", "--out", "GOOD"],
             "good.jsonl is there already, without good.jsonl.progress.json to continue it",
         ),
         (["--model", "MISSING", "hi"], "no folder"),

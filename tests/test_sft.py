@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.evaluate import write_prompt
 from nanor1.model import ModelConfig, Transformer
 from nanor1.parallel import Workers
+from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
 from nanor1.sft import (
     Example,
@@ -109,7 +109,7 @@ def test_an_example_is_the_rendered_chat_up_to_its_stop_token(tmp_path):
 
 def test_the_prompt_is_the_one_that_sampling_sees(tmp_path):
     tokenizer, problem = chat_tokenizer(), Problem("1 + 1?", "2", "arithmetic")
-    _, prompt_ids = write_prompt(problem, "chat", tokenizer)
+    _, prompt_ids = Prompter(tokenizer, "chat").write(problem)
     asked = tokenizer.decode(prompt_ids).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
     assert read_one(tmp_path, tokenizer, chat(asked, "2")).ids == [*prompt_ids, *b"2", tokenizer.eos_id]
 
@@ -292,6 +292,8 @@ def test_a_template_that_reads_the_field_sees_it_in_earlier_turns_and_they_are_t
         (thought(tool_calls=[{"name": "add"}]), "found 'tool_calls' in message 2"),
         (thought(content=[{"type": "text", "text": "4"}]), "expected texts 'role' and 'content'"),
         ({"prompt": "a", "completion": "b", "reasoning": "c"}, "'completion', found others in 'reasoning'"),
+        ({"prompt": "a", "completion": "b", "thinking": ["c"]}, "'completion', found others in 'thinking'"),
+        (thought(thinking_content="Other."), "found 'thinking_content' in message 2, which cannot be learned"),
     ],
 )
 def test_words_that_could_not_be_learned_as_they_stand_are_refused_with_file_and_line(tmp_path, row, message):
@@ -305,6 +307,11 @@ def test_empty_calls_and_thinking_that_a_completion_repeats_are_no_loss(tmp_path
     row = {"prompt": "a", "completion": "<think> c </think> d", "thinking": "c"}
     assert learned(tokenizer, read_one(tmp_path, tokenizer, row)) == ["<think> c </think> d<|im_end|>"]
     read_one(tmp_path, tokenizer, thought(tool_calls=[]))
+
+
+def test_thinking_beside_messages_is_counted(tmp_path):
+    rows = [chat("a", "b") | {"reasoning": "c"}, chat("a", "b") | {"thinking": "b", "reasoning": True}, chat("a", "b")]
+    assert read_examples(write(tmp_path, *rows), chat_tokenizer(), 1000).n_beside == 1
 
 
 # ---- variables of the template, a system message, provenance

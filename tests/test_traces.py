@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 
 import nanor1.ledger
 from nanor1 import traces
+from nanor1.evaluate import Rules
 from nanor1.grpo import Rollout
 from nanor1.ledger import ledger_path
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
+from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem
+from nanor1.tasks import Example, Problem
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import DROPPED, Question, Selection, ask, collect, is_looping, select, to_line
 
@@ -60,8 +62,9 @@ def tiny_model():
 
 def sample(path, problems=PROBLEMS, selection=Selection(), say=print, **options):  # noqa: B008
     sampler, tokenizer = tiny_model()
-    questions = [ask(problem, "bare", tokenizer) for problem in problems]
-    return collect(sampler, tokenizer, questions, selection, path, say=say, **DEFAULTS | options)
+    prompter = Prompter(tokenizer, "bare")
+    questions = [ask(problem, prompter) for problem in problems]
+    return collect(sampler, prompter, questions, Rules(), selection, path, say=say, **DEFAULTS | options)
 
 
 def rows(path):
@@ -105,6 +108,11 @@ def test_format_and_language_are_asked_for_only_as_the_selection_says():
     assert select(group, Selection())[0] == [(2,)]
     assert select(group, Selection(needs_format=False))[0] == [(0,), (2,)]
     assert select(group, Selection(min_language=0.5))[0] == [(1,), (2,)]
+
+
+def test_nothing_said_is_no_training_text_however_right_a_rule_finds_it():
+    kept, dropped = select([rollout("<think>"), rollout(" "), rollout("a")], Selection(needs_format=False))
+    assert kept == [(2,)] and dropped == {"empty": 2}
 
 
 def test_all_keeps_what_ended_and_says_something_right_or_wrong_as_often_as_it_comes():
@@ -205,7 +213,7 @@ def test_a_line_of_plain_text_is_prompt_and_completion_with_their_provenance():
 
 def test_an_answer_to_messages_holds_the_think_tag_that_the_template_pre_filled(tmp_path):
     tokenizer = Tokenizer.from_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
-    question = ask(PROBLEMS[0], "chat", tokenizer)
+    question = ask(PROBLEMS[0], Prompter(tokenizer, "chat"))
     line = to_line(question, 0, [rollout("<think>so</think> 3")], (0,), {})
     assert line["messages"] == [*question.shown, {"role": "assistant", "content": "<think>so</think> 3"}]
     assert question.shown[0]["content"].startswith("1 + 2 =\n\nThink first")
@@ -344,3 +352,12 @@ def test_other_arguments_or_problems_do_not_continue_a_file(tmp_path, options, m
     with pytest.raises(ValueError, match=message):
         sample(path, **options)
     assert path.read_bytes() == before
+
+
+def test_examples_that_were_shown_are_no_part_of_what_is_learned():
+    tokenizer = Tokenizer.from_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
+    shots = (Example("1 + 1 =", "2"),)
+    for template, asked in (("bare", "1 + 1 =\n2\n\n"), ("chat", "1 + 1 =")):
+        question = ask(PROBLEMS[0], Prompter(tokenizer, template, examples=shots))
+        assert asked in question.prompt[0] and "1 + 1" not in str(question.shown)
+        assert question.shown == Prompter(tokenizer, template).show(PROBLEMS[0])

@@ -361,7 +361,7 @@ def test_no_question_is_both_learned_and_held_out(process, model, files, tmp_pat
     rows = read_lines(files[objective])
     again = write_lines(tmp_path / "again.jsonl", [row | {"completion": "1", "chosen": "1"} for row in rows[:40]])
     config = train_sft.Config(objective=objective, data=f"{files[objective]},{again}", held_out=0.3, max_tokens=64)
-    objective = train_sft.make_objective(config, make_tokenizer(TINY).vocab_size, False)
+    objective = train_sft.make_objective(config, make_tokenizer(TINY), False)
     sources, held_out = train_sft.read_sources(config, objective, make_tokenizer(TINY), Quiet())
     key = train_sft.key_of(config.objective)
     learned, out = ({key(item) for item in items} for items in (sources[0][0] + sources[1][0], held_out))
@@ -380,18 +380,26 @@ def test_held_out_examples_are_of_all_files_and_the_same_for_every_seed(model, f
     chosen = []
     for seed in (0, 1):
         config = train_sft.Config(data=f"{files['sft']},{other}", held_out=0.4, eval_examples=20, seed=seed)
-        objective = train_sft.make_objective(config, make_tokenizer(TINY).vocab_size, False)
+        objective = train_sft.make_objective(config, make_tokenizer(TINY), False)
         chosen.append(train_sft.read_sources(config, objective, make_tokenizer(TINY), Quiet())[1])
     minus = make_tokenizer(TINY).encode("-")[0]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 20
     assert 2 < sum(example.ids[1] == minus for example in chosen[0]) < 18
 
 
-def test_eval_data_is_what_is_held_out_and_all_of_the_data_is_learned(train, files, tmp_path):
-    held_out = write_lines(tmp_path / "held.jsonl", read_lines(files["sft"])[:7])
-    folder = train(f"--data {files['sft']} --eval-data {held_out} --steps 1")
-    assert json.loads((folder / "summary.json").read_text())["after"]["n"] == 7
-    assert "80 examples an epoch" in (folder / "log.txt").read_text()
+def test_eval_data_is_what_is_held_out_and_all_other_questions_are_learned(train, files, tmp_path):
+    rows = [{"prompt": f"{a} + {b} =", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    others = [{"prompt": "9 + 9 =", "completion": "18"}]
+    answered_otherwise = [{"prompt": f" {row['prompt']}", "completion": "1"} for row in rows[:7]]
+    folder = train(f"--data {data} --eval-data {write_lines(tmp_path / 'a.jsonl', others)} --steps 1", "others")
+    assert json.loads((folder / "summary.json").read_text())["after"]["n"] == 1
+    assert "25 examples an epoch" in (folder / "log.txt").read_text()
+    held_out = write_lines(tmp_path / "held.jsonl", others + answered_otherwise)
+    folder = train(f"--data {data} --eval-data {held_out} --steps 1", "same")
+    assert json.loads((folder / "summary.json").read_text())["after"]["n"] == 8
+    log = (folder / "log.txt").read_text()
+    assert "18 examples an epoch" in log and f"7 left out, whose questions are in {held_out}" in log
 
 
 def test_a_run_with_nothing_held_out_trains_and_says_so(train, files):

@@ -4,9 +4,11 @@ Kills and signals are real: those runs are children of multiprocessing's fork se
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -24,14 +26,16 @@ from safetensors.torch import load_file
 
 from nanor1 import optim, training
 from nanor1.checkpoint import latest_checkpoint
+from nanor1.evaluate import Rules
 from nanor1.grpo import Rollout
-from nanor1.miniature import MINIATURES, base_model
+from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig
+from nanor1.prompts import Prompter
 from nanor1.rewards import REWARDS
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem
+from nanor1.tasks import Problem, Task
 from nanor1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,10 +187,10 @@ def at_step(patch, at, *numbers):
     """Send this process these signals at the start of step `at` (from 0)."""
     act = train_zero.act
 
-    def act_and_signal(actor, reference, step):
-        for number in numbers if step == at else ():
+    def act_and_signal(actor, reference, n_drawn):
+        for number in numbers if n_drawn == at * actor.config.problems else ():
             os.kill(os.getpid(), number)
-        return act(actor, reference, step)
+        return act(actor, reference, n_drawn)
 
     patch.setattr(train_zero, "act", act_and_signal)
 
@@ -372,6 +376,25 @@ def test_a_run_that_made_its_steps_but_not_its_last_evaluation_makes_it_when_res
     assert json.loads((folder / "summary.json").read_text())["steps"] == 1
 
 
+def test_a_run_that_was_begun_before_all_this_was_kept_goes_on_and_ends(train, run, world):
+    folder = train("--steps 1 --save-every 1")
+    kept = json.loads((folder / "config.json").read_text())
+    del kept["data_sha256"], kept["arguments"]["log_rollouts"], kept["arguments"]["reward_file"]
+    (folder / "config.json").write_text(json.dumps(kept))
+    load_checkpoint = train_zero.load_checkpoint
+
+    def load_older(checkpoint):
+        tensors, state = load_checkpoint(checkpoint)
+        del state["n_drawn"], state["lr"], state["before_P"], state["before"]["reward"]
+        return tensors, state
+
+    world.setattr(train_zero, "load_checkpoint", load_older)
+    code, out, err = run("--resume", str(folder), "--steps", "2")
+    assert code == 0 and "could not" not in out, err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["change"] is None and "reward" in summary["after"]
+
+
 # ---- what a run writes and says
 
 
@@ -391,7 +414,7 @@ def test_console_shows_before_and_after_transcripts_and_the_run_folder(uninterru
     folder, out = uninterrupted("plain")
     evaluation = r"accuracy [\d.]+ \+- [\d.]+ \(95%, n=8 x 2\)"
     assert re.search(rf"^before: {evaluation}", out, re.M) and re.search(rf"^after:  {evaluation}", out, re.M)
-    held_out = train_zero.miniature_task(TINY).held_out(8)[: train_zero.N_TRANSCRIPTS]
+    held_out = miniature_task(TINY).held_out(8)[: train_zero.N_TRANSCRIPTS]
     for problem in held_out:
         assert re.search(
             rf"^problem: {re.escape(problem.prompt)} .*{problem.answer}.*\n  before: .*\n  after:  ", out, re.M
@@ -489,6 +512,7 @@ def assert_refused(result, *said):
         ("--temperature 0", ["--temperature is 0"]),
         ("--template poem", ["--template", "r1-zero", "poem"]),
         ("--rewards style=1", ["style", "accuracy"]),
+        ("--rewards accuracy=0,format=0", ["weighs nothing"]),
         ("--overlong penalty --overlong-buffer 0", ["buffer is 0"]),
         ("--importance-cap 2 --minibatches 4 --model x", ["--importance-cap", "--minibatches 1"]),
         ("--compile on --workers 2", ["--compile on", "--workers 1"]),
@@ -592,7 +616,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, world, tmp_path):
         return 1.0
 
     world.setattr(train_zero.MasterAdamW, "step", step)
-    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 11), []))
+    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 12), []))
     flags = [*FLAGS.split(), "--minibatches", "1", "--steps", "1", "--out", str(tmp_path / "run")]
     assert_refused(run(*flags), "not finite after step 1")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -646,7 +670,8 @@ def test_a_batch_of_cut_off_answers_earns_no_accuracy_and_still_learns_the_forma
     cut_off_all(world)
     world.setitem(REWARDS, "format", parity)
     (line,) = step_lines(train("--steps 1"))
-    assert (line["truncated"], line["accuracy"]) == (1.0, 0.0) and line["updates"] == 2
+    assert (line["truncated"], line["accuracy"]) == (1.0, 0.0)
+    assert line["updates"] == math.ceil((4 - line["dropped_groups"]) / 2) > 0  # two of the four groups fill an update
 
 
 def test_overlong_mask_leaves_cut_off_answers_out_of_the_loss(train, world, base):
@@ -674,52 +699,101 @@ def make_actor(world, base):
     def make(**fields):
         world.setattr(sys, "argv", ["train_zero.py", *FLAGS.split()])
         config = dataclasses.replace(train_zero.read_command_line()[0], **fields)
-        model, tokenizer = Transformer.from_pretrained(base), Tokenizer.from_pretrained(base)
-        task = train_zero.miniature_task(TINY)
-        return train_zero.Actor(
-            Workers(model), Sampler(model), tokenizer, task, "bare", {"accuracy": 1.0}, None, config
-        )
+        model, prompter = Transformer.from_pretrained(base), Prompter(Tokenizer.from_pretrained(base), "bare")
+        return train_zero.Actor(Workers(model), Sampler(model), prompter, miniature_task(TINY), Rules(), config)
 
     return make
 
 
+def rewarded(patch, rewards_of):
+    """Let `rewards_of(number of the group in the run)` be the accuracies, and with them the rewards, of each group."""
+    judge_all, count = train_zero.judge_all, iter(range(10_000))
+
+    def judge_so(*arguments):
+        groups = [(group, rewards_of(next(count))) for group in judge_all(*arguments)]
+        return [
+            [dataclasses.replace(r, reward=v, parts=r.parts | {"accuracy": v}) for r, v in zip(*pair, strict=True)]
+            for pair in groups
+        ]
+
+    patch.setattr(train_zero, "judge_all", judge_so)
+
+
+EQUAL, MIXED = [1.0] * 4, [1.0, 0.0, 0.0, 0.0]
+
+
 def test_resampling_draws_other_problems_and_stops_at_its_bound(make_actor, world):
-    world.setattr(train_zero, "rewards", lambda groups, *_: [[1.0] * len(group) for group in groups])
-    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=2), None, 5)
+    rewarded(world, lambda number: EQUAL)
+    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=2), None, 20)
     assert [len(group) for group in rollouts_PG] == [4] * 12 and not any(map(any, advantages_PG))
     assert len({group[0].problem.prompt for group in rollouts_PG}) == 12
-    next_PG, _ = train_zero.act(make_actor(resample=2), None, 6)
+    next_PG, _ = train_zero.act(make_actor(resample=2), None, 32)
     assert not {g[0].problem.prompt for g in next_PG} & {g[0].problem.prompt for g in rollouts_PG}
 
 
 def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, world):
-    rounds = []
+    rewarded(world, lambda number: EQUAL if number == 3 else MIXED)
+    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=5), None, 0)
+    assert len(rollouts_PG) == 5 and sum(map(any, advantages_PG)) == 4
 
-    def one_equal_group(groups, *_):
-        rounds.append(len(groups))
-        rewards_PG = [[1.0, 0.0, 0.0, 0.0] for _ in groups]
-        return rewards_PG[1:] + [[1.0] * 4] if len(rounds) == 1 else rewards_PG
 
-    world.setattr(train_zero, "rewards", one_equal_group)
-    _, advantages_PG = train_zero.act(make_actor(resample=5), None, 0)
-    assert rounds == [4, 1] and sum(map(any, advantages_PG)) == 4
+def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
+    """The format differs in every group, so no reward is equal; two groups are all wrong."""
+    rewarded(world, lambda number: [0.0] * 4 if number < 2 else MIXED)
+    charge, costs = train_zero.charge, [0.0, 0.1, 0.0, 0.1]
+    world.setattr(
+        train_zero,
+        "charge",
+        lambda groups, *more: [
+            [dataclasses.replace(r, reward=r.reward - cost) for r, cost in zip(group, costs, strict=True)]
+            for group in charge(groups, *more)
+        ],
+    )
+    actor = make_actor(resample=1)
+    rollouts_PG, advantages_PG = train_zero.act(actor, None, 0)
+    assert len(rollouts_PG) == 6 and all(map(any, advantages_PG))
+    chosen = train_zero.choose(actor, rollouts_PG, advantages_PG)
+    assert [r for r, _ in chosen] == [r for group in rollouts_PG[2:] for r in group]  # P groups, the replaced ones out
+    other = dataclasses.replace(actor, rules=Rules({"format": 1.0}))  # here any difference is the signal
+    assert len(train_zero.act(other, None, 0)[0]) == 4
+
+
+def test_a_group_that_teaches_by_its_format_alone_is_learned_from_where_none_replaced_it(make_actor):
+    actor = make_actor(resample=1)
+    groups = [[fake(3, accuracy=1.0), fake(3, accuracy=0.0)], [fake(3, accuracy=0.0), fake(4, accuracy=0.0)]]
+    chosen = train_zero.choose(actor, groups, [[0.5, -0.5], [0.05, -0.05]])
+    assert [advantage for _, advantage in chosen] == [0.5, -0.5, 0.05, -0.05]
+
+
+@pytest.mark.parametrize("resample", [0, 3])
+def test_a_run_goes_through_its_problems_one_after_another_whatever_is_resampled(train, world, resample):
+    """None is passed over, and none comes twice before all others have come."""
+    asked, sample, n = [], Task.sample, 37
+    listed = [Problem(f"{i} + 1 =", str(i + 1), "arithmetic") for i in range(n)]
+    order = random.Random(0).sample(listed, n)
+    world.setattr(Task, "sample", lambda task, n_asked, seed, step: asked.append(step) or [order[step % n]])
+    rewarded(world, lambda number: EQUAL if number % 5 == 0 else MIXED)
+    folder = train(f"--steps 7 --resample {resample} --save-every 3")
+    assert asked == list(range(len(asked))) and (len(asked) == 28 if resample == 0 else len(asked) > 28)
+    state = json.loads((folder / "checkpoints/step_000007/state.json").read_text())
+    assert state["n_drawn"] == len(asked) and Task.sample is not sample
 
 
 def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, world):
-    world.setattr(train_zero, "rewards", lambda groups, *_: [[1.0] * len(group) for group in groups])
+    rewarded(world, lambda number: EQUAL)
 
-    def answers(step, **fields):
+    def answers(first, **fields):
         """What act() samples for the same four problems, round by round."""
         actor = make_actor(resample=1, **fields)
         problems = actor.task.sample(4, 0, 0)
-        always = SimpleNamespace(sample=lambda n, seed, index: problems)
-        rollouts_PG, _ = train_zero.act(dataclasses.replace(actor, task=always), None, step)
+        always = SimpleNamespace(sample=lambda n, seed, i: [problems[i % 4]])
+        rollouts_PG, _ = train_zero.act(dataclasses.replace(actor, task=always), None, first)
         ids = [[tuple(rollout.completion.ids) for rollout in group] for group in rollouts_PG]
         return [ids[:4], ids[4:]]
 
-    first = answers(step=0)
-    assert answers(step=0) == first
-    sampled = [*first, *answers(step=1), *answers(step=0, seed=1)]
+    first = answers(0)
+    assert answers(0) == first
+    sampled = [*first, *answers(8), *answers(0, seed=1)]
     assert all(one != other for i, one in enumerate(sampled) for other in sampled[:i])
 
 
@@ -728,16 +802,124 @@ def test_no_step_of_any_seed_shares_its_noise_with_another_or_with_evaluations()
     assert len(set(seeds)) == 20_000 and 0 not in seeds
 
 
-def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0):
+def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0, **parts):
     ids = random.Random(seed).choices(range(5), k=n_tokens)
     completion = Completion(ids, [logprob] * n_tokens, "stop")
-    return Rollout(Problem("1 + 1 =", "2", "arithmetic"), [5, 6, 7], completion, "", reward, {})
+    return Rollout(Problem("1 + 1 =", "2", "arithmetic"), [5, 6, 7], completion, "", reward, parts)
 
 
-def test_overlong_penalty_lowers_the_reward_of_long_answers(make_actor):
+def test_overlong_penalty_lowers_the_reward_of_long_answers_and_is_one_of_its_parts(make_actor):
     actor = make_actor(overlong="penalty", max_new_tokens=100, overlong_buffer=20)
     groups = [[fake(80), fake(90), fake(100)], [fake(85, 0.5), fake(90, None)]]
-    assert train_zero.rewards(groups, None, actor) == [[1.0, 0.5, 0.0], [0.25, None]]
+    charged = train_zero.charge(groups, None, actor)
+    assert [[r.reward for r in group] for group in charged] == [[1.0, 0.5, 0.0], [0.25, None]]
+    assert [[r.parts["overlong_penalty"] for r in group] for group in charged] == [[0, -0.5, -1], [-0.25, -0.5]]
+
+
+def test_the_reward_that_is_logged_is_the_one_that_is_optimised(train, world):
+    (line,) = step_lines(train("--steps 1 --overlong penalty --overlong-buffer 20 --kl-coef 0.1 --kl reward"))
+    rows = read_lines(train("--steps 1 --overlong penalty --overlong-buffer 20", "rows") / "rollouts.jsonl")
+    parts = line["accuracy"] + 0.1 * (line["format"] - 1) + line["overlong_penalty"] + line["kl_penalty"]
+    assert line["overlong_penalty"] < 0 and line["reward"] == pytest.approx(parts, abs=1e-4)
+    for row in rows:
+        parts = row["parts"]
+        expected = parts["accuracy"] + 0.1 * (parts["format"] - 1) + parts["overlong_penalty"]
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("n", "kept"), [(0, 0), (6, 6), (99, 16)])
+def test_as_many_rollouts_are_kept_as_are_asked_for(train, n, kept):
+    rows = read_lines(train(f"--steps 1 --log-rollouts {n}") / "rollouts.jsonl")
+    assert [(row["index"], row["group"]) for row in rows] == [(g, p) for g in range(4) for p in range(4)][:kept]
+    assert len({row["prompt"] for row in rows if row["group"] == 0}) == min(kept, 1)
+
+
+# ---- how strong a step is
+
+
+class Sums:
+    """In an optimizer's place: adds up the gradients of a step's updates and leaves the weights alone."""
+
+    loss_scale, is_scaled = 1.0, False
+
+    def __init__(self, model):
+        self.params, self.n_updates = dict(model.named_parameters()), 0
+        self.sums = {name: torch.zeros_like(p) for name, p in self.params.items()}
+
+    def step(self, lr, max_grad_norm):
+        self.n_updates += 1
+        for name, p in self.params.items():
+            if p.grad is not None:
+                self.sums[name] += p.grad
+                p.grad = None
+        return 1.0
+
+
+def learned(actor, rollouts_PG, advantages_PG, reference=None):
+    """The sum of a step's gradients, and of how many updates."""
+    sums = Sums(actor.workers.model)
+    train_zero.learn(actor, reference, sums, rollouts_PG, advantages_PG, 0)
+    return torch.cat([grad.flatten() for grad in sums.sums.values()]), sums.n_updates
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("minibatches", [1, 4, 16])
+def test_a_group_moves_the_weights_as_far_whichever_others_teach_nothing(make_actor, aggregate, minibatches):
+    actor = make_actor(aggregate=aggregate, minibatches=minibatches)
+    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    every_PG, nothing_PG = [[1.5, -0.5, -0.5, -0.5]] * 4, [[0.0] * 4] * 4
+    whole, n_updates = learned(actor, rollouts_PG, every_PG)
+    alone = [learned(actor, rollouts_PG, [*nothing_PG[:p], every_PG[p], *nothing_PG[p + 1 :]]) for p in range(4)]
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(sum(gradient for gradient, _ in alone), whole, rtol=1e-4, atol=1e-6)
+    # 16 answers make as many updates as minibatches, 4 a quarter of them and at least one
+    assert n_updates == minibatches and {n for _, n in alone} == {max(1, minibatches // 4)}
+
+
+def test_there_are_no_more_updates_than_answers_to_learn_from(make_actor):
+    actor = make_actor(minibatches=50)
+    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    assert learned(actor, rollouts_PG, [[1.0, -1.0, 0.5, -0.5]] * 4)[1] == 16
+
+
+def test_answers_that_could_not_be_judged_or_are_masked_leave_the_others_their_weight(make_actor):
+    actor = make_actor(overlong="mask", minibatches=1)
+    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    advantages_PG = [[1.0, None, -1.0, 0.5]] + [[0.0] * 4] * 3
+    cut = dataclasses.replace(rollouts_PG[0][3].completion, finish="length")
+    rollouts_PG[0][3] = dataclasses.replace(rollouts_PG[0][3], completion=cut)
+    for i, finish in ((0, "stop"), (2, "stop")):
+        completion = dataclasses.replace(rollouts_PG[0][i].completion, finish=finish)
+        rollouts_PG[0][i] = dataclasses.replace(rollouts_PG[0][i], completion=completion)
+    gradient, _ = learned(actor, rollouts_PG, advantages_PG)
+    without, _ = learned(actor, rollouts_PG, [[1.0, 0.0, -1.0, 0.0]] + [[0.0] * 4] * 3)
+    torch.testing.assert_close(gradient, without, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_the_kl_loss_falls_on_groups_of_equal_reward_and_on_answers_without_one(make_actor, kl):
+    """Against a loss written out: the mean over all sampled tokens of the estimate of the KL."""
+    actor = make_actor(kl_coef=0.5, kl=kl, minibatches=1)
+    model, reference = actor.workers.model, copy.deepcopy(actor.workers.model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    gradient, n_updates = learned(actor, rollouts_PG, [[0.0] * 4] * 3 + [[None] * 4], reference)
+    terms = []
+    for rollout in (rollout for group in rollouts_PG for rollout in group):
+        ids = torch.tensor(rollout.prompt_ids + rollout.completion.ids)
+        ends = torch.tensor([0, len(ids)])
+        logp, ref_logp = (
+            m.logits(m(ids, ends)).float().log_softmax(-1)[range(len(rollout.prompt_ids) - 1, len(ids) - 1),
+            ids[len(rollout.prompt_ids) :]] for m in (model, reference)
+        )  # fmt: skip
+        log_ratio = logp - ref_logp.detach()
+        terms.append(log_ratio.square() / 2 if kl == "k2" else torch.exp(-log_ratio) - 1 + log_ratio)
+    loss = 0.5 * torch.cat(terms).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    assert n_updates == 1 and expected.norm() > 1e-2
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_kl_to_the_model_itself_is_zero_on_its_own_samples(make_actor):
@@ -757,13 +939,14 @@ def test_kl_in_the_reward_is_k1_summed_over_each_answer(make_actor, tokens_per_b
     flat = [fake(n, logprob=uniform + 0.1 * (i + 1), seed=i) for i, n in enumerate(lengths)]
     kls = [0.1 * (i + 1) * n for i, n in enumerate(lengths)]
     assert train_zero.sequence_kl(reference, flat, actor) == pytest.approx(kls, rel=1e-4)
-    (totals,) = train_zero.rewards([flat], reference, actor)
-    assert totals == pytest.approx([1 - 0.5 * kl for kl in kls], rel=1e-4)
+    (charged,) = train_zero.charge([flat], reference, actor)
+    assert [r.reward for r in charged] == pytest.approx([1 - 0.5 * kl for kl in kls], rel=1e-4)
+    assert [r.parts["kl_penalty"] for r in charged] == pytest.approx([-0.5 * kl for kl in kls], rel=1e-4)
 
 
 def test_kl_in_the_reward_adds_no_kl_to_the_loss(make_actor):
-    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="reward")).kl_coef == 0
-    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="k3")).kl_coef == 0.5
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="reward"), [[fake(3)]]).kl_coef == 0
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="k3"), [[fake(3)]]).kl_coef == 0.5
 
 
 def test_the_utilisation_is_the_work_of_the_learning_phase_over_the_peak(train, world):
@@ -864,14 +1047,18 @@ def configure(monkeypatch):
 
 def test_preset_deepseek_sets_the_published_values(configure):
     config = configure("--preset deepseek --model somewhere --task gsm8k --data x")
-    published = dict(problems=32, completions=16, lr=3e-6, kl_coef=0.001, kl="k3", reference_every=400, clip_low=10.0)
-    published |= dict(clip_high=10.0, minibatches=16, advantage="std", aggregate="sequence", temperature=1.0)
+    published = dict(lr=3e-6, kl_coef=0.001, kl="k3", clip_low=10.0, clip_high=10.0, temperature=1.0)
+    published |= dict(advantage="std", aggregate="sequence", completions=16)
     assert {name: getattr(config, name) for name in published} == published
+    n_rollouts = config.problems * config.completions
+    assert n_rollouts == 8192 and n_rollouts / config.minibatches == 512 == 32 * config.completions
+    assert config.reference_every * config.minibatches == 400
+    assert config.weights["accuracy"] == config.weights["format"] > 0 and config.weights["language"] > 0
 
 
 def test_flags_win_over_a_preset_and_a_preset_over_the_miniatures_settings(configure):
     config = configure("--preset deepseek --lr 0.01 --completions=2 --task arithmetic")
-    assert (config.lr, config.completions, config.problems, config.minibatches) == (0.01, 2, 32, 16)
+    assert (config.lr, config.completions, config.problems, config.minibatches) == (0.01, 2, 512, 16)
 
 
 def test_the_miniatures_settings_hold_for_miniatures_only(configure):
@@ -886,9 +1073,9 @@ def test_the_miniatures_settings_hold_for_miniatures_only(configure):
 def test_evaluations_ask_the_same_problems_whatever_the_seed_and_step(train, world):
     asked, evaluate = [], train_zero.evaluate
 
-    def evaluate_and_note(sampler, tokenizer, problems, *arguments, **sampling):
+    def evaluate_and_note(sampler, prompter, problems, *arguments, **sampling):
         asked.append(([problem.prompt for problem in problems], sampling.get("seed", 0)))
-        return evaluate(sampler, tokenizer, problems, *arguments, **sampling)
+        return evaluate(sampler, prompter, problems, *arguments, **sampling)
 
     world.setattr(train_zero, "evaluate", evaluate_and_note)
     train("--steps 2 --eval-every 1", "one")
@@ -927,7 +1114,10 @@ def test_readme_opens_with_the_two_commands_that_start_and_check_everything():
     ],
     ids=["README", "train_zero", "sample", "what to try next"],
 )
-def test_every_command_that_is_shown_parses(source, least, capsys):
+def test_every_command_that_is_shown_parses(source, least, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shown_rewards = re.findall(r"^    (def \w+\(problem, text\):.*\n)    (    .*\n)", source, re.MULTILINE)
+    (tmp_path / "my_rewards.py").write_text("".join(line for lines in shown_rewards for line in lines))
     scripts = {"train_zero.py": train_zero, "sample.py": sample}
     shown = commands(source)
     assert len(shown) >= least
@@ -972,6 +1162,8 @@ def test_a_reward_model_takes_part_in_the_reward(train, reward_model):
     folder = train(f"{PREFERRED} {reward_model}")
     assert f"reward model: {reward_model}/checkpoints/step_000006" in (folder / "log.txt").read_text()
     assert all(0 < line["preference"] < 1 for line in step_lines(folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert all(0 < summary[when]["reward"] - summary[when]["accuracy"] < 0.5 for when in ("before", "after"))
     rows = read_lines(folder / "rollouts.jsonl")
     assert len({row["parts"]["preference"] for row in rows}) > 2
     for row in rows:
@@ -1020,7 +1212,7 @@ def test_a_run_folder_is_trained_on_from_its_newest_checkpoint(train, uninterrup
 def test_random_rewards_do_not_favour_right_answers(train, world):
     """The control: every answer earns 0 or 1 by chance, whatever accuracy and format say of it."""
     seen = seen_by_add_gradient(world)
-    folder = train("--steps 6 --rewards random=1")
+    folder = train("--steps 12 --rewards random=1")
     rollouts = [rollout for step, _ in seen for rollout in step]
     of = {right: [r.reward for r in rollouts if r.parts["accuracy"] == right] for right in (0.0, 1.0)}
     assert {*of[0.0], *of[1.0]} == {0.0, 1.0} and min(map(len, of.values())) > 10

@@ -227,13 +227,6 @@ def test_figures_of_an_evaluation_are_named_as_such():
     assert training.eval_metrics({"loss": 1.0, "n": 2}) == {"eval_loss": 1.0, "eval_n": 2}
 
 
-def test_a_value_below_its_least_is_named_as_an_option():
-    config = types.SimpleNamespace(n_steps=0, lr=0.0)
-    training.check_least(config, {"n_steps": 0, "lr": 0}, {})
-    with pytest.raises(ValueError, match=r"--n-steps is 0; it must be at least 1 \(why not\)"):
-        training.check_least(config, {"lr": 0, "n_steps": 1}, {"n_steps": " (why not)"})
-
-
 def test_batches_are_small_on_a_cpu_unless_asked_for():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert training.default_tokens_per_batch(77, cpu) == training.default_tokens_per_batch(77, gpu) == 77
@@ -274,3 +267,13 @@ def test_a_gap_may_be_larger_at_a_lower_temperature(tmp_path):
         training.warn_of_gap(log, {"logp_gap_mean": 0.12}, torch.bfloat16, 0.5)
         training.warn_of_gap(log, {}, torch.bfloat16, 0.0)
     assert (tmp_path / "run" / "log.txt").read_text().count("warning") == 1
+
+
+def test_data_files_that_were_edited_added_or_left_out_are_named_and_a_run_that_kept_no_digests_passes():
+    before = {"a": "1", "b": "2", "c": "3"}
+    assert training.changed_data(before, {"a": "1", "b": "9", "d": "4"}) == [
+        "b has changed",
+        "d was added",
+        "c is gone, or no longer given,",
+    ]
+    assert training.changed_data(before, dict(before)) == training.changed_data(None, before) == []

@@ -15,11 +15,13 @@ import time
 import torch
 from measure import finish, where
 
+from nanor1.evaluate import make_rules
 from nanor1.ledger import Progress
 from nanor1.machine import choose_device
 from nanor1.measure import Asker, answer
 from nanor1.methods import Run, figures
 from nanor1.model import Transformer
+from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, read_examples, read_task
 from nanor1.tokenizer import Tokenizer
@@ -32,8 +34,7 @@ def rate(asker: Asker, run: Run | int, problems: list[Problem], prompts: list[li
     """Sampled tokens a second of a way: of all that it does, choosing included."""
     start_s = time.perf_counter()
     if isinstance(run, int):
-        stops, vocab_size = asker.tokenizer.stop_ids, asker.tokenizer.vocab_size
-        made_PG = asker.sampler.generate(prompts, n=run, stop_ids=stops, vocab_size=vocab_size, **asker.sampling)
+        made_PG = asker.sampler.generate(prompts, n=run, **asker.prompter.stops, **asker.sampling)
         return sum(len(made.ids) for group in made_PG for made in group) / (time.perf_counter() - start_s)
     rows = answer(asker, run, problems, 0, Progress(len(problems) * run.n))
     figures("majority" if run.kind == "samples" else run.kind, run.n, run, rows, problems, asker.settings)
@@ -57,9 +58,10 @@ def main() -> None:
     sampler = Sampler(Transformer.from_pretrained(args.model, dtype, device), args.max_rows)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=0.8)
     examples = read_examples(args.examples) if args.examples else ()
-    asker = Asker(sampler, tokenizer, "chat", 0, sampling, style=args.style, examples=examples)
+    prompter = Prompter(tokenizer, "chat", style=args.style, examples=examples)
+    asker = Asker(sampler, prompter, 0, sampling, rules=make_rules(prompter))
     problems = read_task("gsm8k", args.data)[: args.limit]
-    prompts = [asker.prompt(problem)[1] for problem in problems]
+    prompts = [prompter.write(problem)[1] for problem in problems]
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(args.turns + 1):
         for name, run in WAYS.items():

@@ -137,7 +137,8 @@ def command_of(name: str, folder: Path) -> list[str]:
             words = ["tests/bench/bench_logprobs.py", "--repeats", "2", *if_tiny("--shape", "64", "32", "512")]
         case "before" | "after":
             words = ["sample.py", "--model", variable("MODEL") if kind == "before" else str(folder / "zero"), *problems]
-            words += ["--data", variable("EVAL_DATA"), "--limit", size("800", "4"), "--out", f"{folder}/{kind}.jsonl"]
+            words += ["--eval-data", variable("EVAL_DATA"), "--limit", size("800", "4")]
+            words += ["--out", f"{folder}/{kind}.jsonl"]
         case "learn":
             words = ["train_zero.py", *learning(), "--out", str(folder / "zero"), *problems]
             words += shlex.split(os.environ.get("TRAIN_ARGS", ""))

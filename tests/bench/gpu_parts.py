@@ -26,6 +26,7 @@ from nanor1.evaluate import accuracy_interval
 from nanor1.grpo import LossSettings, Rollout, add_gradient, completion_logprobs, pack, token_weights
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW
+from nanor1.paired import paired_difference
 from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
 from nanor1.sampler import Sampler
@@ -265,16 +266,14 @@ def compare(args) -> None:
     summary = {"steps": len(steps), "problems": len(rows["after"])}
     for kind, is_right in (("lenient", is_right_in_any_form), ("strict", is_right_in_the_form)):
         before, after = ([is_right(row) for row in rows[when]] for when in ("before", "after"))
-        difference = [a - b for a, b in zip(after, before, strict=True)]
-        half = 1.96 * statistics.pstdev(difference) / len(difference) ** 0.5
-        mean = statistics.mean(difference)
+        difference, *interval = paired_difference(before, after)
         summary[kind] = {
             "before": statistics.mean(before),
             "before_95": accuracy_interval(before),
             "after": statistics.mean(after),
             "after_95": accuracy_interval(after),
-            "difference": mean,
-            "difference_95": (mean - half, mean + half),
+            "difference": difference,
+            "difference_95": interval,
         }
         print(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in summary[kind].items()))
     for name in ("step_s", "rollout_tokens_per_s", "learn_tokens_per_s", "mfu", "logp_gap_mean", "peak_memory_gib"):
