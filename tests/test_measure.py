@@ -79,17 +79,8 @@ def run(folder):
     """Run main() on the problems of gsm8k; returns its exit code, stdout and stderr."""
 
     def run_main(*argv, data=None):
-        options = [
-            "--model",
-            folder / "model",
-            "--task",
-            "gsm8k",
-            "--data",
-            data or folder / "problems.jsonl",
-            "--split",
-            "all",
-        ]
-        return call_main(sample, [*options, "--max-new-tokens", "24", "--device", "cpu", *argv])
+        options = ["--model", folder / "model", "--task", "gsm8k", "--data", data or folder / "problems.jsonl"]
+        return call_main(sample, [*options, "--split", "all", "--max-new-tokens", "24", "--device", "cpu", *argv])
 
     return run_main
 

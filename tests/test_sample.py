@@ -26,6 +26,7 @@ GENERATE = Sampler.generate  # tests put a wrapper in its place
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 
+ALL = ("--split", "all")  # of the problems, in the order of their file
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -352,7 +353,7 @@ def test_the_chat_template_is_told_its_arguments_wherever_it_is_used(told, tmp_p
     prompts, problems = tmp_path / "prompts.jsonl", tmp_path / "problems.jsonl"
     prompts.write_text('{"prompt": "Hi"}\n')
     problems.write_text('{"question": "Hi", "answer": "#### 3"}\n')
-    task = ["--task", "gsm8k", "--split", "all", "--data", str(problems)]
+    task = ["--task", "gsm8k", *ALL, "--data", str(problems)]
     keep = [*task, "--keep", "all"]
     options = {"talk": ["Hi"], "task": task, "keep": keep, "prompts": ["--prompts", str(prompts)]}[way]
     for name, arguments, start in [("a", {}, "Hi"), ("b", {"loud": 1}, "<|system|>plainHi"), ("c", LOUD, SHOWN)]:
@@ -401,7 +402,7 @@ def test_template_arguments_that_the_template_does_not_read_are_refused(told, te
 
 def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folder, problem_file):
     code, out, err = run(
-        "--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare"
+        "--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"
     )
     assert code == 0
     for line in [
@@ -421,25 +422,14 @@ def test_an_evaluation_shows_the_language_only_where_an_answer_leaves_it(run, tm
     folder = save_rigged(tmp_path / "mixed", Tokenizer.from_words([*WORDS, "等"], eos="<end>"), words)
     data = tmp_path / "problems.jsonl"
     data.write_text('{"question": "go so go =", "answer": "#### 3"}\n{"question": "go so go :", "answer": "#### 3"}\n')
-    options = ["--task", "gsm8k", "--data", str(data), "--split", "all", "--template", "bare"]
+    options = ["--task", "gsm8k", "--data", str(data), *ALL, "--template", "bare"]
     _, out, _ = run("--model", folder, *options)
     assert re.search("^language +0.500 ", out, re.MULTILINE)
     assert "language" not in run("--model", rigged_folder, *options)[1]
 
 
 def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_folder, problem_file):
-    options = [
-        "--task",
-        "gsm8k",
-        "--data",
-        problem_file,
-        "--split",
-        "all",
-        "--template",
-        "bare",
-        "--max-new-tokens",
-        "6",
-    ]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--max-new-tokens", "6"]
     code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0 and re.search("^accuracy +0.333", out, re.MULTILINE)  # only the \boxed{3} of two tokens is left
     assert re.search("^cut off +0.667", out, re.MULTILINE)
@@ -450,8 +440,7 @@ def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder,
     options = [
         "--data",
         problem_file,
-        "--split",
-        "all",
+        *ALL,
         "--template",
         "bare",
         "--out",
@@ -491,8 +480,7 @@ def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers
             "gsm8k",
             "--data",
             str(data),
-            "--split",
-            "all",
+            *ALL,
             "--temperature",
             "1",
             "--max-new-tokens",
@@ -532,20 +520,7 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Sampler, "generate", interrupted)
-    options = [
-        "--task",
-        "gsm8k",
-        "--data",
-        problem_file,
-        "--split",
-        "all",
-        "--template",
-        "bare",
-        "--max-rows",
-        "1",
-        "--n",
-        "2",
-    ]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--max-rows", "1", "--n", "2"]
     code, out, err = run("--model", rigged_folder, *options)
     assert code == 130 and err.splitlines()[-1] == "stopped by Ctrl-C after 2 of 3 problems (1 under way lost)"
     assert out.startswith("gsm8k: 3 problems (of samples-2 2) x 2,")
@@ -553,7 +528,7 @@ def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, pr
 
 
 def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run, rigged_folder, problem_file):
-    options = ["--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare", "--n", "6"]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "6"]
     code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0 and "3 problems x 6, template bare, temperature 1, seed 0" in out
     for name in ("pass@", "majority@"):  # all samples of a problem are the same
@@ -572,7 +547,7 @@ def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped
     run, rigged_folder, problem_file, tmp_path
 ):
     out_file = str(tmp_path / "traces.jsonl")
-    options = ["--task", "gsm8k", "--data", problem_file, "--split", "all", "--template", "bare", "--n", "3"]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "3"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
     (line,) = lines(out_file)
     assert code == 0 and "problems: 3 - 3 problems of problems.jsonl, all of them" in err
@@ -651,19 +626,7 @@ def test_pairs_are_written_from_the_command_line(run, rigged_folder, tmp_path):
     data, out_file = tmp_path / "problems.jsonl", str(tmp_path / "pairs.jsonl")
     data.write_text('{"question": "1 + 2 :", "answer": "#### 3"}\n')
     hot = ["--temperature", "40", "--seed", "1", "--n", "64", "--any-format", "--max-per-problem", "2"]
-    options = [
-        "--task",
-        "gsm8k",
-        "--data",
-        str(data),
-        "--split",
-        "all",
-        "--template",
-        "bare",
-        *hot,
-        "--max-new-tokens",
-        "12",
-    ]
+    options = ["--task", "gsm8k", "--data", str(data), *ALL, "--template", "bare", *hot, "--max-new-tokens", "12"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "pairs", "--out", out_file)
     assert code == 0, err
     assert len(lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
@@ -681,18 +644,7 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
             return GENERATE(*arguments, **options)
         raise KeyboardInterrupt
 
-    options = [
-        "--model",
-        rigged_folder,
-        "--task",
-        "gsm8k",
-        "--data",
-        problem_file,
-        "--split",
-        "all",
-        "--template",
-        "bare",
-    ]
+    options = ["--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"]
     options += ["--keep", "all", "--out", out_file, "--n", "4", "--max-rows", "1"]  # a problem a batch
     monkeypatch.setattr(Sampler, "generate", interrupted)
     code, out, err = run(*options)
@@ -723,11 +675,11 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
         (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
         (
-            ["--model", "CHAT", "--task", "gsm8k", "--split", "all", "--data", "LONG"],
+            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "LONG"],
             "problem 2 is .* tokens; the model's context is 256",
         ),
         (
-            ["--model", "CHAT", "--task", "gsm8k", "--split", "all", "--data", "GOOD", "--out", "GOOD"],
+            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "GOOD", "--out", "GOOD"],
             "good.jsonl is there already, without good.jsonl.progress.json to continue it",
         ),
         (["--model", "MISSING", "hi"], "no folder"),
