@@ -1,6 +1,6 @@
 """The run folder: what was run, what it measured, what it said.
 
-    config.json      the arguments, versions, device, commit and command line, written once at the start
+    config.json      the arguments, versions, device, commit, command line and digests of data, written at the start
     metrics.jsonl    one line of scalars a step
     rollouts.jsonl   one line a kept rollout
     log.txt          every line that went to the console

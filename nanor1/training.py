@@ -27,7 +27,7 @@ from nanor1.parallel import Workers, start_workers
 from nanor1.preference import RewardModel, load_scorer, preference, score
 from nanor1.pretrained import read_config, read_json
 from nanor1.rewards import OwnReward, read_reward_file
-from nanor1.runlog import Columns, RunLog, default_run_folder
+from nanor1.runlog import Columns, RunLog, default_run_folder, write_json
 from nanor1.tasks import Problem, Task, make_task, parse_fields, task_parameters
 from nanor1.tokenizer import Tokenizer
 
@@ -177,12 +177,13 @@ def open_log(
     """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME.
 
     `files` are those that the run reads its data from. Their digests are kept in config.json; ValueError where one is
-    not what it was when the run began, unless --allow-changed-data.
+    not what it was, unless --allow-changed-data, which keeps the new ones.
     """
     digests = {path: digest(Path(path))["sha256"] for path in files if path and Path(path).is_file()}
     if not config.resume:
         return RunLog.create(config.out or default_run_folder(name), to_json(config), columns, digests)
-    changes = changed_data(read_json(Path(config.resume) / "config.json").get("data_sha256"), digests)
+    made_of = read_json(Path(config.resume) / "config.json")
+    changes = changed_data(made_of.get("data_sha256"), digests)
     if changes and not config.allow_changed_data:
         raise ValueError(
             f"{'; '.join(changes)} since {config.resume} began: begin a new run from its checkpoint with --model, or "
@@ -191,6 +192,8 @@ def open_log(
     log = RunLog.open(config.resume, step if checkpoint else None, columns)
     for change in changes:
         log.say(f"warning: {change} since the run began")
+    if changes:
+        write_json(log.folder / "config.json", made_of | {"data_sha256": digests})
     return log
 
 

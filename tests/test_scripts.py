@@ -555,6 +555,8 @@ def test_a_run_does_not_go_on_in_silence_with_other_data(run, folder, tmp_path, 
     assert_refused(run(script, resume), f"{file} has changed since", "--allow-changed-data")
     code, printed, err = run(script, f"{resume} --allow-changed-data")
     assert code == 0 and f"warning: {file} has changed" in printed, err
+    code, printed, err = run(script, f"--resume {tmp_path}/run --steps 5")  # allowed once, it is the run's data
+    assert code == 0 and "has changed" not in printed, err
 
 
 def test_a_file_that_a_resumed_run_reads_for_the_first_time_is_named(run, folder, tmp_path):
