@@ -41,7 +41,7 @@ from nanor1.parallel import Workers
 from nanor1.prompts import Prompter, PromptOptions, choose_stop_texts, choose_template, make_prompter
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
-from nanor1.tasks import STYLES, TASKS, Problem, Task, format_prompt
+from nanor1.tasks import STYLES, TASKS, Problem, Task, format_prompt, parse_object
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
     TaskOptions,
@@ -157,6 +157,7 @@ class Config(TrainingOptions, TaskOptions, PromptOptions):
 
     def validate(self) -> None:
         super().validate()
+        parse_object(self.template_args, "--template-args")
         if self.method == "on-policy" and not self.steps:
             raise ValueError("--method on-policy has no epochs; give --steps")
         if self.method != "logits" and self.traces:

@@ -46,7 +46,7 @@ from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompt
 from nanor1.rewards import NAMES, overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog
 from nanor1.sampler import Sampler
-from nanor1.tasks import TASKS, Problem, Task
+from nanor1.tasks import TASKS, Problem, Task, parse_object
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import (
     TaskOptions,
@@ -168,6 +168,7 @@ class Config(TrainingOptions, TaskOptions, PromptOptions):
 
     def validate(self) -> None:
         super().validate()
+        parse_object(self.template_args, "--template-args")
         if self.overlong == "penalty":
             overlong_penalty(0, self.max_new_tokens, self.overlong_buffer)
         if self.importance_cap and self.minibatches > 1:

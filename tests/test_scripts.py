@@ -426,6 +426,13 @@ def test_a_base_model_that_learned_chats_is_asked_in_its_template_from_then_on(
 
 
 @pytest.mark.parametrize("script", [train_zero, train_sft, distill, sample])
+def test_template_arguments_that_are_no_json_are_refused_before_anything_is_made(run, tmp_path, script):
+    flags = "--model DIR/model --template-args loud" + (f" --out {tmp_path}/run" if script is not sample else "")
+    assert_refused(run(script, flags), "--template-args 'loud' are no JSON object")
+    assert not list(tmp_path.glob("run"))
+
+
+@pytest.mark.parametrize("script", [train_zero, train_sft, distill, sample])
 def test_every_number_has_a_range(script):
     kinds = typing.get_type_hints(script.Config)
     for field in dataclasses.fields(script.Config):
