@@ -188,6 +188,8 @@ def hostile():
         jobs += [(program, HUNTED) for program in HUNTERS.values()]
         verdicts = run_many(jobs, timeout_s=1, memory_mib=300)
         seconds = time.monotonic() - started
+        while processes(marker) and time.monotonic() < started + seconds + 5:  # the killed take a moment to be gone
+            time.sleep(0.05)
         left = processes(marker), sorted(os.listdir(folder))
     return dict(zip([*HOSTILE, *HUNTERS], verdicts, strict=True)), seconds, left
 
