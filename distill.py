@@ -90,7 +90,6 @@ LOGITS, ON_POLICY = ("--method logits", is_logits), ("--method on-policy", is_on
 LEARNS_TRACES = ("--method traces or logits", lambda config: config.method != "on-policy")
 EVALUATES = ("--task", has_task)
 SAMPLES = ("a teacher that answers problems, or --method on-policy", lambda c: asks_teacher(c) or is_on_policy(c))
-OF_TASK = [*inspect.get_annotations(TaskOptions), "style", "few_shot"]  # options that problems alone have a use for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -569,8 +568,7 @@ def finish(run: Run) -> None:
     if change:
         log.say(f"change: {change_line(change)}")
     report_failures(run.rules.own, log.say_once)
-    if failures := count_failures(run.rules.own):
-        log.say(f"could not be computed: {failures}")
+    count_failures(run.rules.own, log.say)
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     log.say(f"next: python sample.py --model {log.folder} ...")
 

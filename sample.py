@@ -376,8 +376,7 @@ def evaluate(engine: Engine) -> None:
 def report_rewards(own: dict[str, OwnReward]) -> None:
     """What went wrong in rewards of one's own, and how often."""
     report_failures(own, lambda _, text: say(text))
-    if failures := count_failures(own):
-        say(f"could not be computed: {failures}")
+    count_failures(own, say)
 
 
 def choose_methods(engine: Engine) -> list[str]:
@@ -473,8 +472,11 @@ def write_traces(engine: Engine) -> None:
     """Rejection sampling into --out, and what came of it; Ctrl-C keeps the batches done and ends with 130."""
     config = engine.config
     selection = Selection(config.keep or "all", not config.any_format, config.min_language, config.max_per_problem)
-    problems, split = ([], None) if config.prompts else load_problems(engine)
-    questions = [ask(problem, engine.prompter) for problem in problems] or read_prompts(engine)
+    if config.prompts:
+        questions, split = read_prompts(engine), None
+    else:
+        problems, split = load_problems(engine)
+        questions = [ask(problem, engine.prompter) for problem in problems]
     for number, question in enumerate(questions, 1):
         check_room(f"question {number}", question.prompt[1], engine.sampler)
     start_s = time.monotonic()

@@ -680,8 +680,7 @@ def finish(run: Run) -> None:
         best = f"{progress.best_accuracy:.3f} at step {progress.best_step}"
         log.say(f"best evaluation on the way: {best}, checkpoint kept")
     report_failures(run.actor.rules.own, log.say_once)
-    if failures := count_failures(run.actor.rules.own):
-        log.say(f"could not be computed: {failures}")
+    count_failures(run.actor.rules.own, log.say)
     log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}")
     if config.model.startswith(NAMESPACE):
         other = "countdown" if config.task == "arithmetic" else "arithmetic"

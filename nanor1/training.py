@@ -133,9 +133,10 @@ def report_failures(own: dict[str, OwnReward], say_once: Callable[[str, str], No
             say_once(name, f"warning: {reward.first_error}: None, as is all that goes wrong there (said once)")
 
 
-def count_failures(own: dict[str, OwnReward]) -> str:
-    """How often rewards of one's own could not be computed; empty where they always could."""
-    return ", ".join(f"{reward.n_failed} values of {name}" for name, reward in own.items() if reward.n_failed)
+def count_failures(own: dict[str, OwnReward], say: Callable[[str], None]) -> None:
+    """Say how often rewards of one's own could not be computed, if they could not."""
+    if counts := [f"{reward.n_failed} values of {name}" for name, reward in own.items() if reward.n_failed]:
+        say(f"could not be computed: {', '.join(counts)}")
 
 
 def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
