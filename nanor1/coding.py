@@ -19,10 +19,20 @@ from dataclasses import dataclass
 from nanor1.sandbox import Tests, Verdict, refuse_unconfined, run_many
 
 TIMEOUT_S = 5  # for a program's calls together, or for one run of a script
-PYTHON = ("python", "python3", "py")
 
-_BLOCK = re.compile(r"```[ \t]*([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_ANSWER = re.compile(r".*<answer>(.*?)</answer>", re.DOTALL)
+# A fence opens a block, whatever its mark says; one behind other text on its line only if that is nothing or Python.
+_OPENING = re.compile(r"(^[ \t]*)?(?<![`~])(`{3,}|~{3,})[ \t]*([^\n`]*)(?:\n|\Z)", re.MULTILINE)
+_PYTHON = re.compile(
+    r"\W{0,3}(\{[^\s{}]*\}\s*)?(lang\w*\W{1,2})?([ic]?python|pycon|\S+\.py|py)[\d.]*(?![-\w])", re.IGNORECASE
+)
+_FENCE, _STRING = r"^[ \t]*(`{3,}|~{3,})([^\n]*)", r"""#.*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""
+# What matters where a block's end is looked for: outside strings of three quotes, and within each of the two kinds.
+_TOKENS = {
+    "": re.compile(rf"""{_FENCE}|\"{{3}}|'{{3}}|{_STRING}|\\.""", re.MULTILINE),
+    '"""': re.compile(rf'{_FENCE}|\\.|"""', re.MULTILINE),
+    "'''": re.compile(rf"{_FENCE}|\\.|'''", re.MULTILINE),
+}
+_BODY = re.compile(r"\n*(?:  |\t)[ \t]*[^\s`~]")
 _CALLED = re.compile(r"(?<![.\w])([A-Za-z_]\w*)\s*\(")
 
 
@@ -81,11 +91,13 @@ def _mbpp(row: dict) -> tuple[str, str, CodeTests]:
             raise ValueError(f"expected {name!r}: [lines of code], found {code!r:.60}")
     if not tests:
         raise ValueError("'test_list' is empty; it takes a test to judge a program")
+    setup = "\n".join([*imports, row.get("test_setup_code") or ""])
     called = [name for name in _CALLED.findall(tests[0]) if not keyword.iskeyword(name)]
+    called = [name for name in called if not re.search(rf"\b{name}\b", setup)]  # what the tests have is not asked for
     function = next((name for name in called if not hasattr(builtins, name)), (called or [""])[0])
     # One function is called `sum`: the tests mean the program's, which the import says.
     own = f"from program import {function}" if function else ""
-    code = "\n".join([*imports, row.get("test_setup_code") or "", own, *tests])
+    code = "\n".join([setup, own, *tests])
     prompt = f"{question}\nThe Python code should pass this test:\n{tests[0].strip()}"
     return prompt, row.get("code", ""), CodeTests(code, function)
 
@@ -126,18 +138,81 @@ def _split(code: str, function: str) -> tuple[str, str]:
 def extract_code(text: str, function: str = "") -> str | None:
     """The Python block of a response: of several the last that defines the function, else the last; None if none is.
 
-    A block marked as Python comes before one without a mark; one that never closes runs to the end. Without any block
-    it is what stands in the last `<answer>`.
+    A block marked as Python comes before one without a mark, a session with prompts (`>>>`) after both, and an import
+    is the weakest definition: uses of the function import it too. A block that never closes runs to the end; one that
+    only closes was opened by the prompt. Those in the last `<answer>` come first. Without any block it is all that
+    stands there, or, where a function is asked for, all of the text.
 
     >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
     'print(1)\\n'
     """
-    blocks = [(mark.strip().lower(), textwrap.dedent(code)) for mark, code in _BLOCK.findall(text)]
+    text = text.replace("\ufeff", "").replace("\r\n", "\n")
+    _, is_tagged, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
+    answer = answer.partition("</answer>")[0]
+    blocks = _blocks(answer) or _blocks(text)
     if not blocks:
-        answer = _ANSWER.match(text)
-        return textwrap.dedent(answer[1].strip("\n")) if answer and answer[1].strip() else None
-    codes = [code for mark, code in blocks if mark in PYTHON] or [code for mark, code in blocks if not mark]
-    return ([None, *codes] + [code for code in codes if _split(code, function)[1]])[-1]
+        bare = answer if is_tagged else text if function else ""
+        return textwrap.dedent(bare.strip("\n")) if bare.strip() else None
+    kinds = {"python": [], "unmarked": [], "session": [], "before": []}
+    for mark, code in blocks:
+        kind = "before" if mark is None else "python" if _PYTHON.match(mark) else "unmarked"
+        if kind == "python" or not mark and code.strip():
+            is_session = code.lstrip().startswith(">>>")
+            kinds["session" if is_session else kind].append(_without_prompts(code) if is_session else code)
+    for defines in _definitions(function):
+        for codes in kinds.values():
+            if found := [code for code in codes if defines.search(code)]:
+                return found[-1]
+    codes = next(filter(None, kinds.values()), [None])
+    return next((code for code in reversed(codes) if code and code.strip()), codes[-1])
+
+
+def _blocks(text: str) -> list[tuple[str | None, str]]:
+    """Marks and contents of all blocks; with the mark None what stands before a first fence that has none."""
+    blocks, start = [], 0
+    while opening := _OPENING.search(text, start):
+        start, (indent, fence, mark) = opening.end(), opening.groups()
+        if indent is None and mark and not _PYTHON.match(mark):
+            continue
+        if not (blocks or mark or fence in text[: opening.start()]):
+            blocks.append((None, text[: opening.start()]))
+        closing = _closing(text, start, fence)
+        code = text[start : closing.start()] if closing else text[start:].partition(fence)[0]
+        blocks.append((mark, textwrap.dedent(code)))
+        if closing is None:
+            break
+        start = closing.start() if _PYTHON.match(closing[2]) else closing.end()
+    return blocks
+
+
+def _closing(text: str, start: int, fence: str) -> re.Match | None:
+    """The fence that ends the block which starts there. Those in strings of three quotes do not, if the strings end."""
+    quotes, inside = "", None
+    while token := _TOKENS[quotes].search(text, start):
+        start = token.end()
+        if not token[1]:
+            quotes = "" if token[0] == quotes else token[0] if not quotes and token[0] in _TOKENS else quotes
+        elif token[1].startswith(fence):
+            if not quotes:
+                return token
+            inside = inside or token
+    return inside
+
+
+def _without_prompts(session: str) -> str:
+    """What was typed in a session of Python's own prompt."""
+    return "".join(f"{line[4:]}\n" for line in session.splitlines() if line.startswith((">>>", "...")))
+
+
+def _definitions(function: str) -> list[re.Pattern]:
+    """What defines the function at the top level: def, class or assignment; and import."""
+    if not function:
+        return []
+    name = re.escape(function)
+    is_set = rf"(?:(?!{name}\b)\w+[ \t]*[,=][ \t]*)*{name}[ \t]*(?:[,:][^=\n]*)?=(?!=)"
+    own = rf"^(?:(?:async[ \t]+)?def[ \t]+{name}\b|class[ \t]+{name}\b|{is_set})"
+    taken = rf"^(?:from[ \t]+\S+[ \t]+)?import\b(?:[ \t]*\([^()]*?|[^\n]*?)\b{name}\b(?![ \t]+as\b)"
+    return [re.compile(pattern, re.MULTILINE) for pattern in (own, taken)]
 
 
 def write_program(tests: CodeTests, text: str) -> str | None:
@@ -148,12 +223,13 @@ def write_program(tests: CodeTests, text: str) -> str | None:
     block, or as bare text.
     """
     code = extract_code(text, tests.function)
-    if code is None and "```" not in text and tests.function:
-        code = text
     if code is None or not tests.opening:
         return code
-    if _split(code, tests.function)[1]:
+    is_body = re.search(r"^return\b", code, re.MULTILINE)  # whatever it imports, or calls as the function is called
+    if not is_body and any(defines.search(code) for defines in _definitions(tests.function)):
         return f"{tests.preamble}\n{code}"
+    if _BODY.match(text):
+        code = text  # it goes on where the opening ends; a block that follows is an example
     body = re.split(r"^(?=\S)", code, maxsplit=1, flags=re.MULTILINE)[0]
     return tests.opening + (body if body.strip() else textwrap.indent(code, "    "))
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def test_a_function_named_like_a_builtin_is_the_programs():
     assert code_accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
 
 
+def test_what_the_tests_import_is_not_the_function_asked_for():
+    row = {"text": "Halve.", "test_imports": ["from math import isclose"], "test_list": ["assert isclose(f(1), 0.5)"]}
+    problem = code_problem(row)
+    assert problem.tests.function == "f"
+    cheat = "def isclose(a, b): return True\ndef f(x): return 0"
+    assert code_accuracies([problem] * 2, [block(cheat), block("def f(x): return x / 2")]) == [0.0, 1.0]
+
+
 PAIRS = {"prompt": "Add one.", "io": [["1", "2"], ["5", "6"]]}
 
 
@@ -151,9 +160,109 @@ def test_a_block_is_found_however_it_is_fenced(text, code):
     assert extract_code(text) == code
 
 
+MARKS = "python Python PYTHON py py3 python3 python3.11 ipython3 pycon {python} {.python} language-python python:a a.py"
+MARKS = ["", "Python 3", 'python title="a.py"', "{.python .a}", "{python, echo=TRUE}", "lang='py'", *MARKS.split()]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_block_is_pythons_however_its_mark_says_so(mark):
+    for fence in ("```", "~~~", "`````"):
+        text = f"So:\n\n{fence}{mark}\nx = 1\n{fence}\nIt prints\n```text\n1\n```\nin\n```bash\npython add.py\n```"
+        assert extract_code(text) == "x = 1\n"
+
+
+@pytest.mark.parametrize("mark", ["text", "pytb", "python-output", "js", "json", "bash", "c++"])
+def test_other_blocks_are_no_program(mark):
+    assert extract_code(f"```{mark}\nx = 1\n```") is None
+
+
+RIGHT = "def f(x):\n    return x + 1\n"
+
+
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+@pytest.mark.parametrize("mark", ["", "python"])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_a_fence_within_a_string_of_the_program_ends_no_block(quotes, mark, indent):
+    code = f"def f(x):\n    {quotes}It's\n{indent}```{mark}\n    f(1)\n{indent}```\n    {quotes}\n    return x + 1\n"
+    assert extract_code(f"```python\n{code}```\nIt prints\n```\n2\n```", "f") == code
+
+
+def test_a_string_that_never_ends_does_not_swallow_the_blocks_behind_it():
+    doc = 'def f(x):\n    """Add one."""\n    return x + 1\n'
+    assert extract_code(f'```python\n"""Add\n```\nNo:\n```python\n{doc}```\n', "f") == doc
+    assert extract_code(f'```python\n# it\'s """\n{RIGHT}```\nIt prints\n```\n2\n```', "f") == f'# it\'s """\n{RIGHT}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        RIGHT + "```",
+        RIGHT + "```\n",
+        RIGHT + "```\nThis adds one.",
+        RIGHT + "```\nUse:\n```python\nprint(f(1))\n```",
+        f"<answer>\n{RIGHT}```\n</answer>",
+        RIGHT,
+        RIGHT.replace("\n", "\r\n"),
+        "\ufeff" + RIGHT,
+        block("\ufeff" + RIGHT),
+        f"Answer: ```python\n{RIGHT}```",
+        f"```python\n{RIGHT}```python",
+        f"```python\n{RIGHT[:-1]}```",
+        f"```python\n{RIGHT}",
+        block(RIGHT) + block("print(f(1))"),
+        block(RIGHT) + block("from solution import f\nprint(f(1) == 2)"),
+        block(RIGHT) + block(">>> f(1)\n2"),
+        f"```\n{RIGHT}```\n" + block("print(f(1))"),
+        block("def f(x):\n    return 0") + f"```python\nf(1)\n```python\n{RIGHT}```",
+        block(">>> def f(x):\n...     return x + 1\n... \n>>> f(1)\n2").replace("```python", "```pycon"),
+    ],
+)
+def test_the_function_is_found_wherever_the_block_begins_and_ends(text):
+    assert extract_code(text, "f").strip().removesuffix("f(1)").strip() == RIGHT.strip()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "f = lambda x: x + 1",
+        "f: object = lambda x: x + 1",
+        "g = f = lambda x: x + 1",
+        "f, g = (lambda x: x + 1), 0",
+        "class f:\n    pass",
+        "async def f(x):\n    return x + 1",
+        "from math import f",
+        "from math import g, f",
+        "from math import (\n    g,\n    f,\n)",
+        "from math import g as f",
+    ],
+)
+def test_a_function_is_defined_by_more_than_def(code):
+    assert extract_code(block(code) + block("print(f(1) == 2)\nf == f"), "f") == code + "\n"
+    assert extract_code(block(code) + block("def g(): pass"), "f") == code + "\n"
+
+
+def test_code_is_found_in_bounded_time():
+    started = time.process_time()
+    units = ["```\n", "```python\n", "'''\n```\n", "import (f\n", "from a import (f,\n", "f,", "<answer>"]
+    extract_code("```" + "{}" * 50_000)
+    for unit in units:
+        extract_code("```python\n" + unit * (100_000 // len(unit)), "f")
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f = lambda x: x + 1",
+        block("f = lambda x: helper(x) + 1") + block("print(f(1))"),
+        block("from operator import neg\nf = lambda x: -neg(x) + 1"),
+        "    return x + 1\n```\nThis adds one.",
+        "    return x + 1\n\nSo:\n```python\nprint(f(1))\n```",
+        " So:\n```python\n    return x + 1\n```",
+        "    from math import floor as f\n    return x + f(1)\n",
+        "   ```python\n   return x + 1\n   ```",
+        block("    return x + 1").replace("\n", "\r\n"),
+        block("def f(x):\n    return x + 1").replace("```", "~~~"),
         block("def f(x):\n    return x + 1"),
         "def f(x):\n    return x + 1\n",
         "<answer>def f(x):\n    return x + 1</answer>",
