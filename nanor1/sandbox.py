@@ -214,7 +214,7 @@ class Jail:
 
 # ---- what a script prints
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def same_output(printed: str, expected: str) -> bool:

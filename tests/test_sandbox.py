@@ -409,6 +409,12 @@ def test_output_is_compared_by_lines_words_and_decimals(printed, expected, same)
     assert same_output(printed, expected) is same
 
 
+def test_output_is_compared_in_bounded_time():
+    started = time.process_time()
+    assert not same_output("1" * 10**5 + "x", "0.5") and not same_output("1." * 10**5, "0.5")
+    assert time.process_time() - started < 1
+
+
 # ---- the confinement
 
 WRITER = """
