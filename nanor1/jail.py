@@ -15,6 +15,7 @@ is in memory: the one place where foreign text runs, and never in the trainer's 
 
 import builtins
 import contextlib
+import importlib
 import importlib.abc
 import importlib.util
 import os
@@ -240,6 +241,19 @@ class Remote:
         return "<no plain value>"
 
 
+class Named(Remote):
+    """What tests call by a name that they neither set nor import: the program's, if it is no module's attribute.
+
+    So `copy(x)` and `copy.make(x)` call the program, `copy.deepcopy` and `sys.getsizeof` are Python's own.
+    """
+
+    def __getattr__(self, name):
+        own = super().__getattr__(name)
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module({"np": "numpy"}.get(self._key, self._key)), name)
+        return own
+
+
 def _key(value):
     if not isinstance(value, Remote) or value._attributes:
         raise TypeError(f"a test hands the program a {type(value).__name__}, which is no plain value")
@@ -253,12 +267,16 @@ def free_names(tests: str) -> set[str]:
     ['f', 'g']
     """
     top = symtable.symtable(tests, "<tests>", "exec")
-    tables, read = [top], set()
+    tables, read, own = [top], set(), set()
     for table in tables:
         tables += table.get_children()
         read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
-    own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+        own |= {s.get_name() for s in table.get_symbols() if binds(s) and (table is top or s.is_declared_global())}
     return read - own - set(dir(builtins))
+
+
+def binds(symbol: symtable.Symbol) -> bool:
+    return symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
 
 
 def examine(program: Program, tests: str) -> dict:
@@ -267,8 +285,9 @@ def examine(program: Program, tests: str) -> dict:
         program.wait_until_loaded()
         stubs = types.ModuleType("program")
         stubs.__getattr__ = lambda name: Remote(program, name)  # for tests that say `from program import sum`
+        stubs.__all__ = []  # `from program import *` brings what is there already
         sys.modules["program"] = stubs
-        load("tests", tests, {name: Remote(program, name) for name in free_names(tests)})
+        load("tests", tests, {name: Named(program, name) for name in free_names(tests)})
     except BaseException as error:
         if not program.failure and not program.last:
             return {"passed": None, "reason": f"the tests do not run: {describe(error)}"}
@@ -306,8 +325,8 @@ def judge(job_fd: int, verdicts: int, calls: int, answers: int, output: int, fol
     if "layers" not in ready:
         return STOP
     job = receive(job_fd)
-    null = os.open(os.devnull, os.O_RDWR)
     verdicts, calls, answers, output = _keep_only(verdicts, calls, answers, output)
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
     program = Program(calls, answers, time.monotonic() + job["timeout_s"])

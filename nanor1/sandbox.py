@@ -66,8 +66,8 @@ def run_tests(program: str, tests: Tests, timeout_s: float = 5, memory_mib: int 
     """Judge one program. Raises nothing that depends on the program; ValueError on a system that cannot confine it.
 
     `tests` is code, in which the names that are neither builtin nor its own are the program's (and those that it
-    imports `from program`), or a list of (input, output) for a script. `timeout_s` is for all of the code, and for
-    each pair; `memory_mib` limits address space.
+    imports `from program`), but for what a module has (`sys.getsizeof`); or a list of (input, output) for a script.
+    `timeout_s` is for all of the code, and for each pair; `memory_mib` limits address space.
 
     >>> run_tests("def double(x): return x + 2", "assert double(2) == 4; assert double(3) == 6").reason
     'wrong answer: double(3) -> 5'

@@ -295,6 +295,32 @@ def test_names_of_the_program_do_not_replace_those_of_the_tests():
     assert run_tests("def sum(a): return 6", "from program import sum\nassert sum(1) == 6").passed
 
 
+@pytest.mark.parametrize(
+    ("program", "tests", "passes"),
+    [
+        ("class sys: getsizeof = lambda x: 0\ndef f(x): return 0", "assert f(3) == sys.getsizeof(3)", False),
+        ("import sys\ndef f(x): return sys.getsizeof(x)", "assert f(3) == sys.getsizeof(3)", True),
+        ("class math: isclose = lambda *a: True\ndef f(x): return 0", "assert math.isclose(f(3), 1)", False),
+        ("os = 1\ndef f(x): return x", "def check(c): assert os.path.join('a', 'b') == c('a/b')\ncheck(f)", True),
+        ("class np: allclose = lambda *a: True\ndef f(x): return [0, x]", "assert np.allclose(f(3), [1, 3])", False),
+        ("def f(x): return [1, x]", "assert np.allclose(f(3), [1, 3])", True),
+        ("def copy(x): return [x]", "assert copy(3) == [3]", True),
+        ("def bisect(a, x): return x", "assert bisect([], 3) == 3", True),
+        ("class queue: put_all = lambda x: x", "assert queue.put_all(3) == 3", True),
+        ("def f(x): return x\ne = 0", "def set_e():\n    global e\n    e = 3\nset_e()\nassert f(0) == e", False),
+        ("def f(x): return x\nsqrt = abs", "from math import *\nassert f(3) == sqrt(9)", True),
+        ("def f(x): return x", "from program import *\nassert f(3) == 3", True),
+    ],
+)
+def test_modules_that_tests_name_are_the_judges_own_and_what_they_call_is_the_programs(program, tests, passes):
+    assert run_tests(program, tests).passed is passes
+
+
+def test_tests_may_print():
+    tests = "import sys\nprint('a' * 10**5, flush=True)\nprint('b', file=sys.stderr)\nassert f(3) == 4"
+    assert run_tests("def f(x): return x + 1", tests).reason == "passed"
+
+
 def test_a_program_is_new_for_every_job_but_keeps_its_state_within_one():
     program = "n = 0\ndef f():\n    global n\n    n += 1\n    return n"
     assert all(verdict.passed for verdict in run_many([(program, "assert (f(), f()) == (1, 2)")] * 3, workers=1))
