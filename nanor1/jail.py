@@ -128,7 +128,8 @@ def _answer(call: dict, objects: dict, answers: int) -> None:
         arguments, named = decode(call["arguments"], lambda key, _: objects[key])
         send(answers, token | {"value": encode(value(*arguments, **named), keep)})
     except BaseException as error:  # nothing was sent: what fails in `send` is the encoding
-        send(answers, token | {"error": type(error).__name__, "text": describe(error)})
+        kinds = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+        send(answers, token | {"error": kinds, "text": describe(error)})
 
 
 def _run_script(program: str, answers: int) -> None:
@@ -212,12 +213,16 @@ class Program:
         if answer.get("text") in ("memory", EXITED):
             self.fail(answer["text"])
         self.last = shorten(f"{text} raised {answer.get('text')}")
-        error = getattr(builtins, str(answer["error"]), None)
-        raise (error if error in RAISED_AGAIN else RuntimeError)(self.last)
+        kinds = [getattr(builtins, str(name), None) for name in answer["error"]]  # its class and what that derives from
+        kind = next((kind for kind in kinds if kind in RAISED_AGAIN), RuntimeError)
+        raise kind(str(answer.get("text")).partition(": ")[2])
 
 
-# Not StopIteration: raised inside `map` or `zip` it would end a test's loop early, and with it the test.
-RAISED_AGAIN = (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError, NotImplementedError)
+# Builtin errors that a text makes. Not StopIteration: raised inside `map` or `zip` it would end a test's loop early,
+# and with it the test. Not AssertionError, which is the tests' own.
+RAISED_AGAIN = {kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+RAISED_AGAIN -= {StopIteration, StopAsyncIteration, AssertionError, ExceptionGroup}
+RAISED_AGAIN -= {UnicodeEncodeError, UnicodeDecodeError, UnicodeTranslateError}
 
 
 class Remote:

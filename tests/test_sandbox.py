@@ -277,6 +277,34 @@ def test_errors_reach_the_tests_that_expect_them():
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [
+        ("ValueError", "ValueError"),
+        ("type('Own', (ValueError,), {})", "ValueError"),
+        ("type('Own', (type('Other', (KeyError,), {}),), {})", "KeyError"),
+        ("type('Own', (TypeError, ValueError), {})", "TypeError"),
+        ("type('Own', (Exception,), {})", "Exception"),
+        ("type('Own', (TimeoutError,), {})", "TimeoutError"),
+        ("FileNotFoundError", "OSError"),
+        ("RecursionError", "RuntimeError"),
+    ],
+)
+def test_an_error_comes_back_as_its_nearest_builtin_class_with_its_message(error, caught):
+    tests = f"try: f()\nexcept {caught} as error: assert 'a: b' in str(error)\nelse: assert False"
+    assert run_tests(f"def f(): raise {error}('a: b')", tests).reason == "passed"
+
+
+def test_an_error_that_a_text_does_not_make_comes_back_as_what_it_derives_from():
+    tests = "try: f()\nexcept ValueError: pass\nelse: assert False"
+    assert run_tests(r"def f(): return b'\xff'.decode()", tests).reason == "passed"
+
+
+def test_an_error_that_is_only_named_like_a_builtin_one_is_none():
+    tests = "try: f()\nexcept ValueError: assert False\nexcept Exception: pass"
+    assert run_tests("class ValueError(Exception): pass\ndef f(): raise ValueError", tests).passed
+
+
 def test_a_test_that_catches_everything_cannot_hide_that_the_program_is_gone():
     tests = "try: f(1)\nexcept BaseException: pass\n"
     assert run_tests("import os\ndef f(x): os._exit(0)", tests).reason == "exited before answering"
