@@ -36,7 +36,7 @@ class Text(importlib.abc.SourceLoader):
         self.source = source
 
     def get_filename(self, name):
-        return f"<{name}>"
+        return f"{name}.py"  # not "<program>": tracebacks and inspect would not ask this loader for its lines
 
     def get_data(self, path):
         return self.source.encode("utf-8", "surrogatepass")

@@ -43,7 +43,15 @@ except ImportError:  # Windows
     resource = None
 
 # Without `site` Python starts three times as fast; the folders it would find are added for the program alone.
-START = "import sys; sys.path.insert(0, sys.argv[1]); from nanor1.jail import keep; del sys.path[0]; keep(sys.argv[2:])"
+OPTIONS = ["-I", "-S", "-X", "int_max_str_digits=0"]  # time limits numbers, too
+START = """
+import site, sys
+site.setquit()  # exit() and quit()
+sys.path.insert(0, sys.argv[1])
+from nanor1.jail import keep
+del sys.path[0]
+keep(sys.argv[2:])
+"""
 START_S = 60  # until a jail that has a job must stand; a machine under load is slow
 GRACE_S = 5  # beyond the program's own time, until its judge must have spoken
 
@@ -176,7 +184,7 @@ class Jail:
         if self.keeper is None:
             self.folder = tempfile.TemporaryDirectory(prefix="nanor1-sandbox-", ignore_cleanup_errors=True)
             self.keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", START, str(Path(__file__).parents[1]), *site.getsitepackages()],
+                [sys.executable, *OPTIONS, "-c", START, str(Path(__file__).parents[1]), *site.getsitepackages()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -432,6 +432,66 @@ def test_a_script_is_judged_by_what_it_prints(program, reason):
     assert (verdict.reason, verdict.passed) == (reason, reason == "passed")
 
 
+# Scripts that print the sum of the second line's numbers, each in a way that is usual; and what scripts do besides.
+HONEST = {
+    "exit": "input()\nprint(sum(map(int, input().split())))\nexit()",
+    "quit": "input()\nprint(sum(map(int, input().split())))\nquit(0)",
+    "exit that is caught": "input()\nprint(sum(map(int, input().split())))\ntry: exit()\nexcept SystemExit: pass",
+    "a deep thread": (
+        "import sys, threading\nsys.setrecursionlimit(10 ** 6)\nthreading.stack_size(2 ** 27)\n"
+        "def depth(n): return n and 1 + depth(n - 1)\ndef main():\n    depth(50_000)\n    input()\n"
+        "    print(sum(map(int, input().split())))\nmain = threading.Thread(target=main)\nmain.start()\nmain.join()"
+    ),
+    "the buffer": "import sys\nn, a, b = map(int, sys.stdin.buffer.read().split())\nprint(a + b)",
+    "os.read": (
+        "import io, os\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\ninput()\n"
+        "os.write(1, b'%d' % sum(map(int, input().split())))"
+    ),
+    "lines until the end": (
+        "lines = []\nwhile True:\n    try: lines.append(input())\n    except EOFError: break\n"
+        "print(sum(map(int, lines[1].split())))"
+    ),
+    "asyncio": (
+        "import asyncio\nasync def main():\n    await asyncio.sleep(0)\n    input()\n"
+        "    print(sum(map(int, input().split())))\nasyncio.run(main())"
+    ),
+    "numpy": "import numpy as np\ninput()\nprint(np.array(input().split(), dtype=int).sum())",
+    "its own source": (
+        "import inspect, traceback\ndef add(a, b):\n    return a + b\nassert 'a + b' in inspect.getsource(add)\n"
+        "try: add(1, '')\nexcept TypeError: assert 'a + b' in traceback.format_exc()\ninput()\n"
+        "print(add(*map(int, input().split())))"
+    ),
+    "pickle": (
+        "import copy, pickle\nclass Sum:\n    def __init__(self, n): self.n = n\ninput()\n"
+        "s = copy.deepcopy(Sum(sum(map(int, input().split()))))\nprint(pickle.loads(pickle.dumps(s)).n)"
+    ),
+    "doctest": (
+        "import doctest\ndef add(a, b):\n    '>>> add(1, 2)\\n3'\n    return a + b\n"
+        "assert doctest.testmod() == (0, 1)\ninput()\nprint(add(*map(int, input().split())))"
+    ),
+    "standard error": "import sys\nprint('a', file=sys.stderr)\ninput()\nprint(sum(map(int, input().split())))",
+    "an alarm": "import signal\nsignal.alarm(9)\ninput()\nprint(sum(map(int, input().split())))",
+    "long numbers": "input()\nassert len(str(int('7' * 9000))) == 9000\nprint(sum(map(int, input().split())))",
+}
+
+
+def test_honest_scripts_pass_in_all_their_usual_ways():
+    verdicts = run_many([(program, [("2\n4 5\n", "9\n")]) for program in HONEST.values()])
+    assert {name: v.reason for name, v in zip(HONEST, verdicts, strict=True) if not v.passed} == {}
+
+
+LONG = [
+    ("import math\ndef f(n): return math.factorial(n)", "import math\nassert f(3000) == math.factorial(3000)"),
+    ("def f(n): return len(str(n))", "assert f(10 ** 6000) == 6001"),
+    ("def f(n): return [-(10 ** n), {(10 ** n,)}]", "assert f(5000) == [-(10 ** 5000), {(10 ** 5000,)}]"),
+    ("def f(text): return int(text)", "assert f('9' * 7000) == 10 ** 7000 - 1"),
+]
+
+
+def test_numbers_may_have_thousands_of_digits():
+    assert [verdict.reason for verdict in run_many(LONG)] == ["passed"] * len(LONG)
+
+
 def test_a_large_input_and_a_large_output_pass_through():
     text = "\n".join(map(str, range(200_000)))
     assert run_tests("import sys\nprint(sys.stdin.read())", [(text, text)]).passed
