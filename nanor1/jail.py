@@ -335,9 +335,12 @@ def judge(job_fd: int, verdicts: int, calls: int, answers: int, output: int, fol
     for fd in range(3):
         os.dup2(null, fd)
     program = Program(calls, answers, time.monotonic() + job["timeout_s"])
+    # Answers are waited for until then. This ends whatever else it may be that the program's values keep it at.
+    signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + OVERTIME_S)
     confine(job["timeout_s"] + 1, job["memory_mib"], folders)
     sys.path += folders
     verdict = collect(program, output) if job["tests"] is None else examine(program, job["tests"])
+    signal.setitimer(signal.ITIMER_REAL, 0)
     send(verdicts, verdict)
     return REAP if EXITED in (program.failure, verdict["reason"]) else KILL
 
@@ -345,6 +348,8 @@ def judge(job_fd: int, verdicts: int, calls: int, answers: int, output: int, fol
 # ---- the keeper
 
 KILL, REAP, STOP = 0, 3, 1  # what the judge's exit code asks of the keeper: kill the candidate, let it end, stop
+LATE = -signal.SIGALRM  # its exit code when its own time is over
+OVERTIME_S = 0.5  # what it has beyond the program's time
 
 
 def keep(folders: list[str]) -> None:
@@ -364,10 +369,12 @@ def keep(folders: list[str]) -> None:
             os._exit(judge(0, 1, calls[1], answers[0], output[0], folders))
         for fd in (*calls, *answers, *output):
             os.close(fd)
-        _, judged = os.waitpid(judging, 0)
-        status = end(runner, 0.2 if os.waitstatus_to_exitcode(judged) == REAP else 0)
+        judged = os.waitstatus_to_exitcode(os.waitpid(judging, 0)[1])
+        if judged == LATE:
+            send(1, {"passed": False, "reason": "timeout"})
+        status = end(runner, 0.2 if judged == REAP else 0)
         send(1, {"status": status})
-        if os.waitstatus_to_exitcode(judged) not in (KILL, REAP):
+        if judged not in (KILL, REAP, LATE):
             return
 
 

@@ -388,6 +388,40 @@ def test_a_killed_trainer_takes_its_programs_along(tmp_path):
     trainer.kill()
     trainer.wait()
     wait_for(lambda: not processes(marker))
+FORGER = """
+import json, os, struct, time
+def read(n):
+    return b"".join(os.read(3, 1) for _ in range(n))
+def say(raw):
+    raw = struct.pack(">I", len(raw)) + raw
+    while raw:
+        raw = raw[os.write(4, raw):]
+say(b'{"loaded": true}')
+"""
+EQUAL_HASHES = """
+call = json.loads(read(*struct.unpack(">I", read(4))))
+say(json.dumps(call | {"value": {"set": [i * (2 ** 61 - 1) for i in range(100_000)]}}).encode())
+time.sleep(99)
+"""
+SLOW = {
+    "a program that never reads": (FORGER + "time.sleep(99)", "f('a' * 10 ** 6)"),
+    "a set of equal hashes": (FORGER + EQUAL_HASHES, "f(1)"),
+    "a huge range": ("def f(x): return range(10 ** 15)", "assert sum(f(1)) == 2"),
+    "tests that do not end": ("def f(x): return 1", "while True: f(1)"),
+}
+
+
+def test_the_judges_time_is_the_programs_whatever_it_returns():
+    with sandbox.Jail(5, 512) as jail:
+        assert jail.judge("f = abs", "assert f(-1) == 1").passed
+        keeper, jail.timeout_s = jail.keeper, 0.3
+        for name, (program, tests) in SLOW.items():
+            started = time.monotonic()
+            verdict = jail.judge(program, tests)
+            assert (verdict.passed, verdict.reason) == (False, "timeout"), name
+            assert time.monotonic() - started < 4, name
+        jail.timeout_s = 5
+        assert jail.judge("f = abs", "assert f(-1) == 1").passed and jail.keeper is keeper
 
 
 def test_no_jobs_give_no_verdicts():
