@@ -66,8 +66,9 @@ def candidate(job_fd: int, calls: int, answers: int, output: int, folders: list[
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null if stdin is None else _as_file(stdin), 0)
     os.dup2(null if stdin is None else output, 1)
+    alive = os.dup(2)  # closed when this process is gone: Jail.close waits for that
     os.dup2(null, 2)
-    calls, answers = _keep_only(calls, answers)
+    calls, answers, alive = _keep_only(calls, answers, alive)
     try:
         send(answers, {"layers": layers + confine(job["timeout_s"], job["memory_mib"], folders)})
     except OSError as error:
@@ -355,15 +356,16 @@ OVERTIME_S = 0.5  # what it has beyond the program's time
 def keep(folders: list[str]) -> None:
     """Serve jobs from standard input until it ends; returns in the candidate's process as well, to let it end there."""
     layers = leave_namespaces()
+    signal.signal(signal.SIGTERM, lambda *_: (sweep(), os._exit(0)))
     while True:
         calls, answers, output = os.pipe(), os.pipe(), os.pipe()
         runner = os.fork()
         if runner == 0:
-            die_with_parent()
+            start_as_child()
             return candidate(0, calls[0], answers[1], output[1], folders, layers)
         judging = os.fork()
         if judging == 0:
-            die_with_parent()
+            start_as_child()
             for fd in (calls[0], answers[1], output[1]):
                 os.close(fd)
             os._exit(judge(0, 1, calls[1], answers[0], output[0], folders))
@@ -376,6 +378,11 @@ def keep(folders: list[str]) -> None:
         send(1, {"status": status})
         if judged not in (KILL, REAP, LATE):
             return
+
+
+def start_as_child() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end(runner: int, grace_s: float) -> int:
@@ -396,7 +403,7 @@ def end(runner: int, grace_s: float) -> int:
 
 
 def sweep() -> None:
-    """Kill what a candidate left behind: nothing, where the seccomp filter holds. The keeper adopts orphans (Linux)."""
+    """Kill all children: after a candidate none, where the seccomp filter holds. The keeper adopts orphans (Linux)."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)

@@ -187,7 +187,7 @@ class Jail:
                 [sys.executable, *OPTIONS, "-c", START, str(Path(__file__).parents[1]), *site.getsitepackages()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 cwd=self.folder.name,
                 env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # numpy would start a thread a core
                 start_new_session=True,
@@ -208,12 +208,13 @@ class Jail:
         return Verdict(False, reason, ", ".join(messages[0]["layers"]))
 
     def close(self) -> None:
-        """End the keeper and all it started (they die with it), and remove the folder."""
+        """End the keeper and all it started, wait until they are gone, and remove the folder."""
         if self.keeper is not None:
-            self.keeper.kill()
-            self.keeper.wait()
-            self.keeper.stdin.close()
-            self.keeper.stdout.close()
+            with self.keeper:
+                self.keeper.terminate()  # it ends its children first; where it is dead already, they die with it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.keeper.communicate(timeout=GRACE_S)  # until the last of them has let go of what all hold
+                self.keeper.kill()
             self.keeper = None
         if self.folder is not None:
             self.folder.cleanup()
