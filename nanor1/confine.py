@@ -19,12 +19,14 @@ import sys
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 IS_LINUX = sys.platform == "linux"
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 3, 4, 22, 36
+PR_SET_NO_NEW_PRIVS = 38
 
 
-def prctl(option: int, value=1, argument=None) -> bool:
+def prctl(option: int, value=1, argument=None) -> int:
+    """What prctl(2) returns; -1 if it failed, or if this is not Linux."""
     zero = ctypes.c_ulong(0)
-    return IS_LINUX and LIBC.prctl(option, ctypes.c_ulong(value), argument, zero, zero) == 0
+    return LIBC.prctl(option, ctypes.c_ulong(value), argument, zero, zero) if IS_LINUX else -1
 
 
 def die_with_parent() -> None:
@@ -133,7 +135,7 @@ def forbid_system_calls() -> bool:
         return False
     program = filter_program(machine, os.getpid())
     lines = ctypes.create_string_buffer(program, len(program))
-    return prctl(PR_SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines)))
+    return prctl(PR_SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))) == 0
 
 
 def filter_program(machine: str, own_pid: int) -> bytes:

@@ -357,6 +357,7 @@ def keep(folders: list[str]) -> None:
     """Serve jobs from standard input until it ends; returns in the candidate's process as well, to let it end there."""
     layers = leave_namespaces()
     signal.signal(signal.SIGTERM, lambda *_: (sweep(), os._exit(0)))
+    send(1, {"unreadable": True})  # before it there is no test that another program could look for here
     while True:
         calls, answers, output = os.pipe(), os.pipe(), os.pipe()
         runner = os.fork()

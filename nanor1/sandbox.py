@@ -2,17 +2,18 @@
 
 Tests are code that calls the program's functions and asserts (HumanEval, MBPP), or pairs of a script's standard input
 and output. Each program runs in processes of its own, which jail.py describes: a new session, an empty environment and
-folder, no network, no further process, nothing written, limits on time, memory and output, all killed at the end. The
-tests never enter the program's process. Their code runs in a second, equally confined process, which asks the first
-for values and compares them; of scripts this process compares the output. A run that ends well proves nothing: only
-values count.
+folder, no network, no further process, nothing written, limits on time, memory and
+output, all killed at the end. The tests never enter the program's process. Their code runs in a second, equally
+confined process, which asks the first for values and compares them; of scripts this process compares the output. A run
+that ends well proves nothing: only values count.
 
 Where the system cannot confine programs at all (Windows has neither fork nor resource limits), none is run: ValueError.
 
 What this is not: a security boundary against a determined attacker. Program and trainer share a kernel, a user and a
-machine; time and memory can be felt through; and where the system lacks a part, it is done without. `isolation()` says
-what there is. What the program may read: Python's own files and the system's libraries (with Landlock; else whatever
-the user may read).
+machine; time and memory can be felt through; and where the system lacks a part, it is done without: `isolation()` says
+what there is, confine.py what is lost. What the program may read: Python's own files and the system's libraries.
+Without Landlock it is what the user may read, so also the files that tests are kept in: such a machine is not one to
+pay for code on. The trainer's memory is closed to it on any Linux while programs run, and to debuggers but root's.
 
 Left out: other languages, files and subprocesses for the program, functions as arguments, arguments changed in place.
 
@@ -87,8 +88,9 @@ def run_many(
     jobs: Sequence[tuple[str, Tests]], timeout_s: float = 5, memory_mib: int = 512, workers: int | None = None
 ) -> list[Verdict]:
     """Judge (program, tests) pairs as `run_tests` does, `workers` at a time (None: one for each CPU core)."""
-    if jobs:
-        refuse_unconfined()
+    if not jobs:
+        return []
+    refuse_unconfined()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     workers = min(len(jobs), workers or cores)
     waiting = collections.deque(enumerate(jobs))
@@ -102,10 +104,11 @@ def run_many(
                     verdicts[i] = jail.judge(program, tests)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with unreadable:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return verdicts
 
 
@@ -126,6 +129,36 @@ def refuse_unconfined() -> None:
             f"model-written programs are not run here: {sys.platform} has no {lacking} to confine them; take another "
             "task, or Linux (on Windows: WSL)"
         )
+
+
+class Unreadable:
+    """While entered, by one thread or several: no other process of this user reads this one's memory and open files.
+
+    Nor can a debugger or profiler attach, and no core is dumped, unless root asks.
+    """
+
+    def __init__(self):
+        self.lock, self.entered, self.before = threading.Lock(), 0, -1
+
+    def __enter__(self):
+        from nanor1.confine import PR_GET_DUMPABLE, PR_SET_DUMPABLE, prctl  # it cannot be imported on Windows
+
+        with self.lock:
+            self.entered += 1
+            if self.entered == 1:
+                self.before = prctl(PR_GET_DUMPABLE)
+                prctl(PR_SET_DUMPABLE, 0)
+
+    def __exit__(self, *_):
+        from nanor1.confine import PR_SET_DUMPABLE, prctl
+
+        with self.lock:
+            self.entered -= 1
+            if self.entered == 0 and self.before == 1:
+                prctl(PR_SET_DUMPABLE, 1)
+
+
+unreadable = Unreadable()  # one for the process, as the kernel's flag is
 
 
 class Jail:
@@ -193,6 +226,7 @@ class Jail:
                 start_new_session=True,
                 bufsize=0,
             )
+            receive(self.keeper.stdout.fileno(), time.monotonic() + START_S)
 
     def _hear(self, messages: list[dict]) -> None:
         """Take the jail's three messages: it stands, the verdict, how the program's process ended."""

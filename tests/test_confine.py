@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,27 @@ from nanor1 import confine
 from nanor1.sandbox import isolation, run_tests
 
 LINUX_X86_OR_ARM = confine.IS_LINUX and os.uname().machine in confine.MACHINES
+
+
+def dumpable():
+    return confine.prctl(confine.PR_GET_DUMPABLE)
+
+
+@pytest.mark.skipif(not LINUX_X86_OR_ARM, reason="Linux's")
+def test_the_trainer_is_as_readable_as_before_once_the_last_of_several_has_judged():
+    before, during = dumpable(), []
+
+    def judge(seconds):
+        assert run_tests(f"import time\ndef f(): time.sleep({seconds})", "f()").passed
+        during.append(dumpable())
+
+    threads = [threading.Thread(target=judge, args=(seconds,)) for seconds in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert during == [0, before] and dumpable() == before
+
 
 WRITER = """
 import os, pathlib
