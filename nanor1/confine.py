@@ -1,19 +1,28 @@
 """Confine a process, for good and as far as the system can: limits, Landlock, a seccomp filter, namespaces.
 
 Linux's own means, all open to an ordinary user and in containers, each used where it is there. A confined process
-starts no process (threads are free), opens no socket, changes nothing in the file system, signals no other process, and
-reads only what Python needs. Elsewhere (other systems and machines) there are the resource limits alone.
+starts no process (threads are free), reaches no socket but pairs of its own, signals no other process,
+changes no file, and reads only what Python needs. What is lost without:
+
+- Landlock (Linux before 5.13): it reads what the user may read, data sets with their tests too;
+- Landlock's newer parts, or namespaces (as in most containers): nothing;
+- seccomp (machines other than x86-64 and arm64): there are no threads; messages reach UNIX sockets that have a path,
+  files can be locked, and limits and priorities of the user's processes changed;
+- all of these, or Linux: what the user may do is open, but for the limits.
 
 Sources: seccomp(2), landlock(7), user_namespaces(7), capabilities(7); the numbers are those of Linux's headers.
 """
 
+import contextlib
 import ctypes
 import errno
+import functools
 import math
 import os
 import platform
 import resource
 import signal
+import stat
 import struct
 import sys
 
@@ -35,11 +44,14 @@ def die_with_parent() -> None:
 
 def leave_namespaces() -> list[str]:
     """For the keeper and all it starts: unreadable to others, no network, no privileges over the processes outside."""
+    if not IS_LINUX:
+        return []
     left = {"user": 0x10000000, "network": 0x40000000, "IPC": 0x08000000}
-    names = [name for name, flag in left.items() if IS_LINUX and LIBC.unshare(flag) == 0]
+    names = [name for name, flag in left.items() if LIBC.unshare(flag) == 0]
     die_with_parent()  # after leaving: new rights in a namespace undo it
     prctl(PR_SET_CHILD_SUBREAPER)
     prctl(PR_SET_DUMPABLE, 0)
+    filter_program(platform.machine())  # made once, for all it starts
     return [f"own {', '.join(names)} namespace"] if names else []
 
 
@@ -70,9 +82,13 @@ def confine(timeout_s: float, memory_mib: int, folders: list[str]) -> list[str]:
     return [*layers, "limits"]
 
 
+def landlock_version() -> int:
+    return LIBC.syscall(444, None, 0, 1)
+
+
 def allow_reading(folders: list[str]) -> bool:
     """Landlock: read only Python's files and the system's libraries, write nothing, reach no process outside."""
-    version = LIBC.syscall(444, None, 0, 1)
+    version = landlock_version()
     if version < 1:
         return False
     access = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # all rights over files that this version knows
@@ -80,10 +96,10 @@ def allow_reading(folders: list[str]) -> bool:
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = LIBC.syscall(444, struct.pack("QQQ", access, network, scopes), size, 0)
     paths = [sys.prefix, sys.base_prefix, *folders, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
-    for path in [*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", os.getcwd()]:
-        if os.path.exists(path):
+    for path in dict.fromkeys([*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", os.getcwd()]):
+        with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rights = 4 + 8 if os.path.isdir(path) else 4  # READ_FILE, READ_DIR
+            rights = 4 + 8 if stat.S_ISDIR(os.fstat(fd).st_mode) else 4  # READ_FILE, READ_DIR
             LIBC.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
             os.close(fd)
     done = LIBC.syscall(446, ruleset, 0) == 0
@@ -92,69 +108,97 @@ def allow_reading(folders: list[str]) -> bool:
 
 
 # System calls refused with EPERM, in Linux's two tables of numbers: x86-64's own, and the one of all newer machines.
-# In turn: new processes; other processes; network and what works around this filter; shared memory and memory files;
-# privileges; changes to the file system (Landlock forbids most of them, where there is Landlock).
-BOTH = """pidfd_send_signal=424 io_uring_setup=425 open_tree=428 move_mount=429 fsopen=430 fsmount=432 pidfd_open=434
-    pidfd_getfd=438 process_madvise=440 mount_setattr=442 memfd_secret=447 process_mrelease=448 fchmodat2=452"""
+# In turn: new processes; other processes; sockets with a name; what works around this filter; shared memory, memory
+# files, and what the user's processes have a common share of; identities and privileges; changes to the file system
+# (Landlock forbids most of them, where there is Landlock).
 REFUSED = {
-    "x86_64": f"""fork=57 vfork=58 execve=59 execveat=322
+    "x86_64": """fork=57 vfork=58 execve=59 execveat=322
         ptrace=101 process_vm_readv=310 process_vm_writev=311 kcmp=312 tkill=200 rt_sigqueueinfo=129
         rt_tgsigqueueinfo=297 setpriority=141 ioprio_set=251 sched_setparam=142 sched_setscheduler=144
         sched_setaffinity=203 sched_setattr=314 migrate_pages=256 move_pages=279
-        socket=41 bpf=321 perf_event_open=298 userfaultfd=323 seccomp=317 prctl=157
-        shmget=29 semget=64 msgget=68 mq_open=240 memfd_create=319 add_key=248 request_key=249 keyctl=250
-        mount=165 umount2=166 pivot_root=155 chroot=161 unshare=272 setns=308
-        truncate=76 rename=82 mkdir=83 rmdir=84 creat=85 link=86 unlink=87 symlink=88 chmod=90 fchmod=91 chown=92
-        fchown=93 lchown=94 utime=132 mknod=133 setxattr=188 lsetxattr=189 fsetxattr=190 removexattr=197
-        lremovexattr=198 fremovexattr=199 utimes=235 mkdirat=258 mknodat=259 fchownat=260 futimesat=261 unlinkat=263
-        renameat=264 linkat=265 symlinkat=266 fchmodat=268 utimensat=280 renameat2=316 {BOTH}""",
-    "aarch64": f"""execve=221 execveat=281
+        socket=41 connect=42 accept=43 accept4=288 bind=49 listen=50 sendmsg=46 sendmmsg=307
+        bpf=321 perf_event_open=298 userfaultfd=323 seccomp=317 prctl=157 syslog=103
+        shmget=29 shmat=30 shmctl=31 semget=64 semop=65 semtimedop=220 semctl=66 msgget=68 msgsnd=69 msgrcv=70
+        msgctl=71 mq_open=240 mq_unlink=241 memfd_create=319 add_key=248 request_key=249 keyctl=250 flock=73
+        inotify_init=253 inotify_init1=294 fanotify_init=300 io_setup=206
+        setuid=105 setgid=106 setreuid=113 setregid=114 setgroups=116 setresuid=117 setresgid=119 setfsuid=122
+        setfsgid=123 mount=165 umount2=166 pivot_root=155 chroot=161 unshare=272 setns=308
+        link=86 symlink=88 chmod=90 fchmod=91 chown=92 fchown=93 lchown=94 utime=132 mknod=133 setxattr=188
+        lsetxattr=189 fsetxattr=190 removexattr=197 lremovexattr=198 fremovexattr=199 utimes=235 mknodat=259
+        fchownat=260 futimesat=261 linkat=265 symlinkat=266 fchmodat=268 utimensat=280 open_by_handle_at=304
+        truncate=76 rename=82 mkdir=83 rmdir=84 creat=85 unlink=87 mkdirat=258 unlinkat=263 renameat=264
+        renameat2=316""",
+    "aarch64": """execve=221 execveat=281
         ptrace=117 process_vm_readv=270 process_vm_writev=271 kcmp=272 tkill=130 rt_sigqueueinfo=138
         rt_tgsigqueueinfo=240 setpriority=140 ioprio_set=30 sched_setparam=118 sched_setscheduler=119
         sched_setaffinity=122 sched_setattr=274 migrate_pages=238 move_pages=239
-        socket=198 bpf=280 perf_event_open=241 userfaultfd=282 seccomp=277 prctl=167
-        shmget=194 semget=190 msgget=186 mq_open=180 memfd_create=279 add_key=217 request_key=218 keyctl=219
-        mount=40 umount2=39 pivot_root=41 chroot=51 unshare=97 setns=268
-        truncate=45 mkdirat=34 unlinkat=35 symlinkat=36 linkat=37 renameat=38 mknodat=33 fchmod=52 fchmodat=53
-        fchownat=54 fchown=55 setxattr=5 lsetxattr=6 fsetxattr=7 removexattr=14 lremovexattr=15 fremovexattr=16
-        utimensat=88 renameat2=276 {BOTH}""",
+        socket=198 connect=203 accept=202 accept4=242 bind=200 listen=201 sendmsg=211 sendmmsg=269
+        bpf=280 perf_event_open=241 userfaultfd=282 seccomp=277 prctl=167 syslog=116
+        shmget=194 shmat=196 shmctl=195 semget=190 semop=193 semtimedop=192 semctl=191 msgget=186 msgsnd=189
+        msgrcv=188 msgctl=187 mq_open=180 mq_unlink=181 memfd_create=279 add_key=217 request_key=218 keyctl=219
+        flock=32 inotify_init1=26 fanotify_init=262 io_setup=0
+        setuid=146 setgid=144 setreuid=145 setregid=143 setgroups=159 setresuid=147 setresgid=149 setfsuid=151
+        setfsgid=152 mount=40 umount2=39 pivot_root=41 chroot=51 unshare=97 setns=268
+        linkat=37 symlinkat=36 fchmod=52 fchmodat=53 fchown=55 fchownat=54 mknodat=33 setxattr=5 lsetxattr=6
+        fsetxattr=7 removexattr=14 lremovexattr=15 fremovexattr=16 utimensat=88 open_by_handle_at=265
+        truncate=45 mkdirat=34 unlinkat=35 renameat=38 renameat2=276""",
 }
-# Calls judged by one argument: name, its place; and refused if it is another value ("!="), or has any bit of it ("&").
+# Calls from this number on (the same everywhere) are as if they were not there: libraries fall back on the older. Among
+# them are io_uring, whose work no filter sees, clone3 and openat2, whose arguments lie in memory out of its sight, and
+# all that kernels will learn.
+NEWER = 424
+OWN_PID = 0x7F00FF01  # stands in the filter for the process's own id; no id is as large
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# Calls judged by one argument, by the rules in filter_program.
 JUDGED = {
-    "x86_64": dict(kill=62, tgkill=234, prlimit64=302, clone=56, open=2, openat=257),
-    "aarch64": dict(kill=129, tgkill=131, prlimit64=261, clone=220, openat=56),
+    "x86_64": dict(
+        kill=62, tgkill=234, prlimit64=302, socketpair=53, sendto=44, fcntl=72, ioctl=16, clone=56, open=2, openat=257
+    ),
+    "aarch64": dict(
+        kill=129, tgkill=131, prlimit64=261, socketpair=199, sendto=206, fcntl=25, ioctl=29, clone=220, openat=56
+    ),
 }
-CLONE3, OPENAT2 = 435, 437  # their arguments lie in memory, out of a filter's sight: libraries fall back on the older
 
 
 def forbid_system_calls() -> bool:
     """Install the seccomp filter; False where there is none for this machine, or none can be installed."""
-    machine = platform.machine()
-    if machine not in MACHINES:
+    program = filter_program(platform.machine())
+    if not program:
         return False
-    program = filter_program(machine, os.getpid())
+    program = program.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid()))
     lines = ctypes.create_string_buffer(program, len(program))
     return prctl(PR_SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))) == 0
 
 
-def filter_program(machine: str, own_pid: int) -> bytes:
+@functools.cache
+def filter_program(machine: str) -> bytes:
     """The filter in classic BPF: instructions of (code, steps if true, steps if false, value), 8 bytes each."""
-    load, equal, bits, done = 0x20, 0x15, 0x45, 0x06
+    if machine not in MACHINES:
+        return b""
+    load, jump, equal, at_least, bits, done = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
     allow, kill, eperm, enosys = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
     lines = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine]), (done, 0, 0, kill), (load, 0, 0, 0)]
     lines += [(bits, 0, 1, 0x40000000), (done, 0, 0, kill)]  # x86-64's x32 calls
-    for name_number in REFUSED[machine].split():
-        lines += [(equal, 0, 1, int(name_number.partition("=")[2])), (done, 0, 0, eperm)]
-    for number in (CLONE3, OPENAT2):
-        lines += [(equal, 0, 1, number), (done, 0, 0, enosys)]
+    lines += [(at_least, 0, 1, NEWER), (done, 0, 0, enosys)]
+    refused = [int(item.partition("=")[2]) for item in REFUSED[machine].split()]
+    lines += [(equal, len(refused) - i, 0, number) for i, number in enumerate(refused)]
+    lines += [(jump, 0, 0, 1), (done, 0, 0, eperm)]
+    # Of a call: the argument that counts, a test, values for which it may be true, and whether that allows the call.
+    unix, no_address, thread = 1, 0, 0x10000
+    duplicate_and_flags = 0, 1, 2, 3, 4, 1030  # of fcntl; not whom a file signals, nor leases, locks, the size of pipes
+    terminal_unread_blocking_inherit = 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451
+    rules = {name: (0, equal, (OWN_PID,), True) for name in ("kill", "tgkill")}
+    rules |= {"prlimit64": (0, equal, (0,), True), "clone": (0, bits, (thread,), True)}
+    rules |= {"socketpair": (0, equal, (unix,), True), "sendto": (5, equal, (no_address,), True)}
+    rules |= {"fcntl": (1, equal, duplicate_and_flags, True)}
+    rules |= {"ioctl": (1, equal, terminal_unread_blocking_inherit, True)}
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    thread = 0x10000
-    rules = {"kill": (0, equal, own_pid, 1), "tgkill": (0, equal, own_pid, 1), "prlimit64": (0, equal, 0, 1)}
-    rules |= {"clone": (0, bits, thread, 1), "open": (1, bits, writing, 0), "openat": (2, bits, writing, 0)}
+    rules |= {"open": (1, bits, (writing,), False), "openat": (2, bits, (writing,), False)}
     for name, number in JUDGED[machine].items():
-        argument, test, value, allowed = rules[name]
-        lines += [(equal, 0, 4, number), (load, 0, 0, 16 + 8 * argument), (test, 1 - allowed, allowed, value)]
-        lines += [(done, 0, 0, allow), (done, 0, 0, eperm)]
+        argument, test, values, is_allowed = rules[name]
+        n = len(values)
+        lines += [(equal, 0, n + 3, number), (load, 0, 0, 16 + 8 * argument)]
+        lines += [(test, n - i, 0, value) for i, value in enumerate(values)]
+        lines += [(done, 0, 0, result) for result in ((eperm, allow) if is_allowed else (allow, eperm))]
     lines.append((done, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
