@@ -1,7 +1,7 @@
 """Confine a process, for good and as far as the system can: limits, Landlock, a seccomp filter, namespaces.
 
 Linux's own means, all open to an ordinary user and in containers, each used where it is there. A confined process
-starts no process (threads are free), reaches no socket but pairs of its own, signals no other process,
+starts no process and some hundred threads at most, reaches no socket but pairs of its own, signals no other process,
 changes no file, and reads only what Python needs. What is lost without:
 
 - Landlock (Linux before 5.13): it reads what the user may read, data sets with their tests too;
@@ -30,6 +30,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 IS_LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 3, 4, 22, 36
 PR_SET_NO_NEW_PRIVS = 38
+THREADS = 256  # more than honest programs start, too few for a machine to notice
 
 
 def prctl(option: int, value=1, argument=None) -> int:
@@ -46,6 +47,8 @@ def leave_namespaces() -> list[str]:
     """For the keeper and all it starts: unreadable to others, no network, no privileges over the processes outside."""
     if not IS_LINUX:
         return []
+    if os.geteuid() == 0:
+        LIBC.setresuid(0x40000000 + os.getpid(), -1, -1)  # root's processes count for no limit, those of this id do
     left = {"user": 0x10000000, "network": 0x40000000, "IPC": 0x08000000}
     names = [name for name, flag in left.items() if LIBC.unshare(flag) == 0]
     die_with_parent()  # after leaving: new rights in a namespace undo it
@@ -55,7 +58,26 @@ def leave_namespaces() -> list[str]:
     return [f"own {', '.join(names)} namespace"] if names else []
 
 
-def confine(timeout_s: float, memory_mib: int, folders: list[str]) -> list[str]:
+def most_processes() -> int:
+    """The limit on processes and threads for a program: THREADS and more over those there are.
+
+    All of the user count: in the user namespace, or (before Linux 5.14, or without one) in the system. The least power
+    of two is taken under which one more can be started.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    n = 32
+    while (n := 2 * n) < (1 << 22 if hard == resource.RLIM_INFINITY else hard):
+        resource.setrlimit(resource.RLIMIT_NPROC, (n, hard))
+        with contextlib.suppress(BlockingIOError):
+            if not (pid := os.fork()):
+                os._exit(0)
+            os.waitpid(pid, 0)
+            break
+    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    return n + THREADS
+
+
+def confine(timeout_s: float, memory_mib: int, folders: list[str], n_processes: int | None = None) -> list[str]:
     """Give up, for good, all that a program needs no more; returns what holds, in words.
 
     Raises OSError if Python's own files cannot be read afterwards (root without privileges in another user's folder).
@@ -68,8 +90,9 @@ def confine(timeout_s: float, memory_mib: int, folders: list[str]) -> list[str]:
         prctl(PR_SET_NO_NEW_PRIVS)
         layers += ["Landlock"] if allow_reading(folders) else []
         layers += ["seccomp"] if forbid_system_calls() else []
+        limits |= {"NPROC": n_processes} if n_processes else {}
     if "seccomp" not in layers:
-        limits["NPROC"] = 1  # counted for the whole user, so no process or thread can be added; root is free of it
+        limits["NPROC"] = 1  # counted for the whole user, so no process or thread can be added
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

@@ -25,7 +25,7 @@ import sys
 import time
 import types
 
-from nanor1.confine import confine, die_with_parent, leave_namespaces
+from nanor1.confine import confine, die_with_parent, leave_namespaces, most_processes
 from nanor1.wire import EXITED, MAX_REPLY, decode, describe, encode, read_some, receive, send, shorten
 
 
@@ -55,7 +55,9 @@ def load(name: str, source: str, names: dict) -> dict:
 # ---- the candidate: holds the program
 
 
-def candidate(job_fd: int, calls: int, answers: int, output: int, folders: list[str], layers: list[str]) -> None:
+def candidate(
+    job_fd: int, calls: int, answers: int, output: int, folders: list[str], layers: list[str], n_processes: int
+) -> None:
     """Read a job, confine this process, and run the program; a script's process returns, to end as Python does."""
     try:
         job = receive(job_fd)
@@ -70,7 +72,8 @@ def candidate(job_fd: int, calls: int, answers: int, output: int, folders: list[
     os.dup2(null, 2)
     calls, answers, alive = _keep_only(calls, answers, alive)
     try:
-        send(answers, {"layers": layers + confine(job["timeout_s"], job["memory_mib"], folders)})
+        layers = layers + confine(job["timeout_s"], job["memory_mib"], folders, n_processes)
+        send(answers, {"layers": layers})
     except OSError as error:
         send(answers, {"broken": str(error)})
         os._exit(1)
@@ -355,7 +358,7 @@ OVERTIME_S = 0.5  # what it has beyond the program's time
 
 def keep(folders: list[str]) -> None:
     """Serve jobs from standard input until it ends; returns in the candidate's process as well, to let it end there."""
-    layers = leave_namespaces()
+    layers, n_processes = leave_namespaces(), most_processes()
     signal.signal(signal.SIGTERM, lambda *_: (sweep(), os._exit(0)))
     send(1, {"unreadable": True})  # before it there is no test that another program could look for here
     while True:
@@ -363,7 +366,7 @@ def keep(folders: list[str]) -> None:
         runner = os.fork()
         if runner == 0:
             start_as_child()
-            return candidate(0, calls[0], answers[1], output[1], folders, layers)
+            return candidate(0, calls[0], answers[1], output[1], folders, layers, n_processes)
         judging = os.fork()
         if judging == 0:
             start_as_child()
