@@ -2,10 +2,10 @@
 
 Linux's own means, all open to an ordinary user and in containers, each used where it is there. A confined process
 starts no process and some hundred threads at most, reaches no socket but pairs of its own, signals no other process,
-changes no file, and reads only what Python needs. What is lost without:
+changes no file but in a small folder of its own, and reads only what Python needs. What is lost without:
 
-- Landlock (Linux before 5.13): it reads what the user may read, data sets with their tests too;
-- Landlock's newer parts, or namespaces (as in most containers): nothing;
+- Landlock (Linux before 5.13): it reads what the user may read, data sets with their tests too; there is no folder;
+- Landlock's newer parts, or namespaces (as in most containers): there is no folder, and nothing else is lost;
 - seccomp (machines other than x86-64 and arm64): there are no threads; messages reach UNIX sockets that have a path,
   files can be locked, and limits and priorities of the user's processes changed;
 - all of these, or Linux: what the user may do is open, but for the limits.
@@ -31,6 +31,7 @@ IS_LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 3, 4, 22, 36
 PR_SET_NO_NEW_PRIVS = 38
 THREADS = 256  # more than honest programs start, too few for a machine to notice
+SCRATCH_MIB = 4  # of memory, beside a program's address space
 
 
 def prctl(option: int, value=1, argument=None) -> int:
@@ -47,14 +48,22 @@ def leave_namespaces() -> list[str]:
     """For the keeper and all it starts: unreadable to others, no network, no privileges over the processes outside."""
     if not IS_LINUX:
         return []
-    if os.geteuid() == 0:
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
         LIBC.setresuid(0x40000000 + os.getpid(), -1, -1)  # root's processes count for no limit, those of this id do
     left = {"user": 0x10000000, "network": 0x40000000, "IPC": 0x08000000}
     names = [name for name, flag in left.items() if LIBC.unshare(flag) == 0]
+    if "user" in names:  # only who has an id in it may write to a file system of its own
+        with contextlib.suppress(OSError):
+            maps = {"uid_map": f"{user} {user} 1", "setgroups": "deny", "gid_map": f"{group} {group} 1"}
+            for name, text in maps.items():
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
     die_with_parent()  # after leaving: new rights in a namespace undo it
     prctl(PR_SET_CHILD_SUBREAPER)
     prctl(PR_SET_DUMPABLE, 0)
-    filter_program(platform.machine())  # made once, for all it starts
+    for has_scratch in (False, True):
+        filter_program(platform.machine(), has_scratch)  # made once, for all it starts
     return [f"own {', '.join(names)} namespace"] if names else []
 
 
@@ -77,9 +86,27 @@ def most_processes() -> int:
     return n + THREADS
 
 
-def confine(timeout_s: float, memory_mib: int, folders: list[str], n_processes: int | None = None) -> list[str]:
+def mount_scratch() -> bool:
+    """Put a small file system in memory, which only this process sees and which goes with it, over the current folder.
+
+    All others become read-only for it. False where that needs a user namespace that there is not.
+    """
+    folder, options = os.getcwd().encode(), f"size={SCRATCH_MIB}m,nr_inodes=256,mode=700".encode()
+    read_only = struct.pack("QQQQ", 1, 0, 1 << 18, 0)  # MOUNT_ATTR_RDONLY, MS_PRIVATE: nothing spreads outside
+    done = IS_LINUX and LIBC.unshare(0x00020000) == 0
+    done = done and LIBC.syscall(442, -1, b"/", 0x8000, read_only, len(read_only)) == 0  # mount_setattr, recursive
+    done = done and LIBC.mount(b"scratch", folder, b"tmpfs", 2 + 4, options) == 0  # no devices, no set-user-id
+    os.chdir(folder)
+    return done
+
+
+def confine(
+    timeout_s: float, memory_mib: int, folders: list[str], n_processes: int | None = None, has_scratch: bool = False
+) -> list[str]:
     """Give up, for good, all that a program needs no more; returns what holds, in words.
 
+    `n_processes`: most_processes's, if there is to be a limit. `has_scratch`: the current folder is mount_scratch's and
+    may be written to, if Landlock keeps it to that.
     Raises OSError if Python's own files cannot be read afterwards (root without privileges in another user's folder).
     """
     cpu_s = math.ceil(timeout_s) + 1
@@ -88,8 +115,12 @@ def confine(timeout_s: float, memory_mib: int, folders: list[str], n_processes: 
     if IS_LINUX:
         LIBC.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
         prctl(PR_SET_NO_NEW_PRIVS)
-        layers += ["Landlock"] if allow_reading(folders) else []
-        layers += ["seccomp"] if forbid_system_calls() else []
+        may_write = has_scratch and landlock_version() >= 3  # the older let files be truncated anywhere
+        has_landlock = allow_files(folders, may_write)
+        may_write = may_write and has_landlock
+        holds = {"Landlock": has_landlock, "scratch folder": may_write, "seccomp": forbid_system_calls(may_write)}
+        layers += [name for name, is_there in holds.items() if is_there]
+        limits |= {"FSIZE": SCRATCH_MIB << 20} if may_write else {}
         limits |= {"NPROC": n_processes} if n_processes else {}
     if "seccomp" not in layers:
         limits["NPROC"] = 1  # counted for the whole user, so no process or thread can be added
@@ -109,8 +140,13 @@ def landlock_version() -> int:
     return LIBC.syscall(444, None, 0, 1)
 
 
-def allow_reading(folders: list[str]) -> bool:
-    """Landlock: read only Python's files and the system's libraries, write nothing, reach no process outside."""
+# Landlock's rights over files, as bits: write, read, list; remove and make folders and files, move and truncate them.
+WRITE_FILE, READ_FILE, READ_DIR = 2, 4, 8
+CHANGE = WRITE_FILE | 16 | 32 | 128 | 256 | 1 << 13 | 1 << 14
+
+
+def allow_files(folders: list[str], has_scratch: bool) -> bool:
+    """Landlock: read Python's files and the system's libraries, write the current folder at most, reach no process."""
     version = landlock_version()
     if version < 1:
         return False
@@ -119,10 +155,11 @@ def allow_reading(folders: list[str]) -> bool:
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = LIBC.syscall(444, struct.pack("QQQ", access, network, scopes), size, 0)
     paths = [sys.prefix, sys.base_prefix, *folders, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
-    for path in dict.fromkeys([*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", os.getcwd()]):
-        with contextlib.suppress(FileNotFoundError):
+    more = {"/dev/null": WRITE_FILE, os.getcwd(): CHANGE if has_scratch else 0}
+    for path in dict.fromkeys([*paths, "/dev/zero", "/dev/random", "/dev/urandom", *more]):
+        with contextlib.suppress(OSError):
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rights = 4 + 8 if stat.S_ISDIR(os.fstat(fd).st_mode) else 4  # READ_FILE, READ_DIR
+            rights = READ_FILE | (READ_DIR if stat.S_ISDIR(os.fstat(fd).st_mode) else 0) | more.get(path, 0)
             LIBC.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
             os.close(fd)
     done = LIBC.syscall(446, ruleset, 0) == 0
@@ -133,7 +170,7 @@ def allow_reading(folders: list[str]) -> bool:
 # System calls refused with EPERM, in Linux's two tables of numbers: x86-64's own, and the one of all newer machines.
 # In turn: new processes; other processes; sockets with a name; what works around this filter; shared memory, memory
 # files, and what the user's processes have a common share of; identities and privileges; changes to the file system
-# (Landlock forbids most of them, where there is Landlock).
+# (Landlock forbids most of them, where there is Landlock), and at the end those by which a scratch folder is used.
 REFUSED = {
     "x86_64": """fork=57 vfork=58 execve=59 execveat=322
         ptrace=101 process_vm_readv=310 process_vm_writev=311 kcmp=312 tkill=200 rt_sigqueueinfo=129
@@ -166,6 +203,7 @@ REFUSED = {
         fsetxattr=7 removexattr=14 lremovexattr=15 fremovexattr=16 utimensat=88 open_by_handle_at=265
         truncate=45 mkdirat=34 unlinkat=35 renameat=38 renameat2=276""",
 }
+CHANGES = "truncate rename mkdir rmdir creat unlink mkdirat unlinkat renameat renameat2".split()
 # Calls from this number on (the same everywhere) are as if they were not there: libraries fall back on the older. Among
 # them are io_uring, whose work no filter sees, clone3 and openat2, whose arguments lie in memory out of its sight, and
 # all that kernels will learn.
@@ -183,9 +221,9 @@ JUDGED = {
 }
 
 
-def forbid_system_calls() -> bool:
+def forbid_system_calls(has_scratch: bool = False) -> bool:
     """Install the seccomp filter; False where there is none for this machine, or none can be installed."""
-    program = filter_program(platform.machine())
+    program = filter_program(platform.machine(), has_scratch)
     if not program:
         return False
     program = program.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid()))
@@ -194,7 +232,7 @@ def forbid_system_calls() -> bool:
 
 
 @functools.cache
-def filter_program(machine: str) -> bytes:
+def filter_program(machine: str, has_scratch: bool = False) -> bytes:
     """The filter in classic BPF: instructions of (code, steps if true, steps if false, value), 8 bytes each."""
     if machine not in MACHINES:
         return b""
@@ -203,7 +241,8 @@ def filter_program(machine: str) -> bytes:
     lines = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine]), (done, 0, 0, kill), (load, 0, 0, 0)]
     lines += [(bits, 0, 1, 0x40000000), (done, 0, 0, kill)]  # x86-64's x32 calls
     lines += [(at_least, 0, 1, NEWER), (done, 0, 0, enosys)]
-    refused = [int(item.partition("=")[2]) for item in REFUSED[machine].split()]
+    named = [item.split("=") for item in REFUSED[machine].split()]
+    refused = [int(number) for name, number in named if not (has_scratch and name in CHANGES)]
     lines += [(equal, len(refused) - i, 0, number) for i, number in enumerate(refused)]
     lines += [(jump, 0, 0, 1), (done, 0, 0, eperm)]
     # Of a call: the argument that counts, a test, values for which it may be true, and whether that allows the call.
@@ -215,13 +254,15 @@ def filter_program(machine: str) -> bytes:
     rules |= {"socketpair": (0, equal, (unix,), True), "sendto": (5, equal, (no_address,), True)}
     rules |= {"fcntl": (1, equal, duplicate_and_flags, True)}
     rules |= {"ioctl": (1, equal, terminal_unread_blocking_inherit, True)}
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    rules |= {"open": (1, bits, (writing,), False), "openat": (2, bits, (writing,), False)}
+    if not has_scratch:
+        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        rules |= {"open": (1, bits, (writing,), False), "openat": (2, bits, (writing,), False)}
     for name, number in JUDGED[machine].items():
-        argument, test, values, is_allowed = rules[name]
-        n = len(values)
-        lines += [(equal, 0, n + 3, number), (load, 0, 0, 16 + 8 * argument)]
-        lines += [(test, n - i, 0, value) for i, value in enumerate(values)]
-        lines += [(done, 0, 0, result) for result in ((eperm, allow) if is_allowed else (allow, eperm))]
+        if name in rules:
+            argument, test, values, is_allowed = rules[name]
+            n = len(values)
+            lines += [(equal, 0, n + 3, number), (load, 0, 0, 16 + 8 * argument)]
+            lines += [(test, n - i, 0, value) for i, value in enumerate(values)]
+            lines += [(done, 0, 0, result) for result in ((eperm, allow) if is_allowed else (allow, eperm))]
     lines.append((done, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *line) for line in lines)

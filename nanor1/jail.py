@@ -25,7 +25,7 @@ import sys
 import time
 import types
 
-from nanor1.confine import confine, die_with_parent, leave_namespaces, most_processes
+from nanor1.confine import confine, die_with_parent, leave_namespaces, most_processes, mount_scratch
 from nanor1.wire import EXITED, MAX_REPLY, decode, describe, encode, read_some, receive, send, shorten
 
 
@@ -72,7 +72,8 @@ def candidate(
     os.dup2(null, 2)
     calls, answers, alive = _keep_only(calls, answers, alive)
     try:
-        layers = layers + confine(job["timeout_s"], job["memory_mib"], folders, n_processes)
+        has_scratch = mount_scratch()
+        layers = layers + confine(job["timeout_s"], job["memory_mib"], folders, n_processes, has_scratch)
         send(answers, {"layers": layers})
     except OSError as error:
         send(answers, {"broken": str(error)})
@@ -86,12 +87,12 @@ def candidate(
 
 
 def _as_file(text: str) -> int:
-    """A file without a name that holds the text, at its start."""
-    fd = os.open(f"stdin-{os.getpid()}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.unlink(f"stdin-{os.getpid()}")
-    with open(fd, "wb", closefd=False) as file:
+    """A file without a name that holds the text, to be read."""
+    name = f"stdin-{os.getpid()}"
+    with open(name, "xb") as file:
         file.write(text.encode("utf-8", "surrogatepass"))
-    os.lseek(fd, 0, os.SEEK_SET)
+    fd = os.open(name, os.O_RDONLY)
+    os.unlink(name)
     return fd
 
 

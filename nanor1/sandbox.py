@@ -2,7 +2,7 @@
 
 Tests are code that calls the program's functions and asserts (HumanEval, MBPP), or pairs of a script's standard input
 and output. Each program runs in processes of its own, which jail.py describes: a new session, an empty environment and
-folder, no network, no further process, nothing written, limits on time, memory and
+folder, no network, no further process, nothing written but small files that go with it, limits on time, memory and
 output, all killed at the end. The tests never enter the program's process. Their code runs in a second, equally
 confined process, which asks the first for values and compares them; of scripts this process compares the output. A run
 that ends well proves nothing: only values count.
@@ -15,7 +15,7 @@ what there is, confine.py what is lost. What the program may read: Python's own 
 Without Landlock it is what the user may read, so also the files that tests are kept in: such a machine is not one to
 pay for code on. The trainer's memory is closed to it on any Linux while programs run, and to debuggers but root's.
 
-Left out: other languages, files and subprocesses for the program, functions as arguments, arguments changed in place.
+Left out: other languages, subprocesses for the program, functions as arguments, arguments changed in place.
 
 Source of the design: the ways to cheat that are known from code rewards; see jail.py for the system's side.
 """
