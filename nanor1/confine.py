@@ -155,8 +155,9 @@ def allow_files(folders: list[str], has_scratch: bool) -> bool:
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = LIBC.syscall(444, struct.pack("QQQ", access, network, scopes), size, 0)
     paths = [sys.prefix, sys.base_prefix, *folders, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    paths += ["/dev/zero", "/dev/random", "/dev/urandom", "/dev/stdin"]  # the last to be opened again by its name
     more = {"/dev/null": WRITE_FILE, os.getcwd(): CHANGE if has_scratch else 0}
-    for path in dict.fromkeys([*paths, "/dev/zero", "/dev/random", "/dev/urandom", *more]):
+    for path in dict.fromkeys([*paths, *more]):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             rights = READ_FILE | (READ_DIR if stat.S_ISDIR(os.fstat(fd).st_mode) else 0) | more.get(path, 0)

@@ -493,6 +493,7 @@ HONEST = {
         "    print(sum(map(int, input().split())))\nmain = threading.Thread(target=main)\nmain.start()\nmain.join()"
     ),
     "the buffer": "import sys\nn, a, b = map(int, sys.stdin.buffer.read().split())\nprint(a + b)",
+    "a name of standard input": "input = open('/dev/stdin').readline\ninput()\nprint(sum(map(int, input().split())))",
     "os.read": (
         "import io, os\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\ninput()\n"
         "os.write(1, b'%d' % sum(map(int, input().split())))"
