@@ -89,7 +89,7 @@ def most_processes() -> int:
 def mount_scratch() -> bool:
     """Put a small file system in memory, which only this process sees and which goes with it, over the current folder.
 
-    All others become read-only for it. False where that needs a user namespace that there is not.
+    All others become read-only for it. False where that needs a user namespace that there is not, or rights to map one.
     """
     folder, options = os.getcwd().encode(), f"size={SCRATCH_MIB}m,nr_inodes=256,mode=700".encode()
     read_only = struct.pack("QQQQ", 1, 0, 1 << 18, 0)  # MOUNT_ATTR_RDONLY, MS_PRIVATE: nothing spreads outside
@@ -97,7 +97,7 @@ def mount_scratch() -> bool:
     done = done and LIBC.syscall(442, -1, b"/", 0x8000, read_only, len(read_only)) == 0  # mount_setattr, recursive
     done = done and LIBC.mount(b"scratch", folder, b"tmpfs", 2 + 4, options) == 0  # no devices, no set-user-id
     os.chdir(folder)
-    return done
+    return done and LIBC.mkdir(b"new", 0o700) == 0 == LIBC.rmdir(b"new")  # not where leave_namespaces could map no user
 
 
 def confine(
