@@ -105,10 +105,13 @@ def run_many(
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     with unreadable:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            waiting.clear()  # after Ctrl-C no further job is begun
     return verdicts
 
 

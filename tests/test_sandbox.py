@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -442,6 +443,21 @@ def test_the_judges_time_is_the_programs_whatever_it_returns():
 
 def test_no_jobs_give_no_verdicts():
     assert run_many([]) == []
+
+
+def test_after_an_interrupt_no_further_job_is_begun(monkeypatch):
+    begun, threads, join = [], [], threading.Thread.join
+
+    def interrupt(thread):
+        threads.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox.Jail, "judge", lambda *job: begun.append(job) or time.sleep(0.1))
+    monkeypatch.setattr(threading.Thread, "join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_many([("f = abs", TESTS)] * 9, workers=1)
+    join(threads[0])
+    assert len(begun) <= 1
 
 
 def test_more_workers_judge_at_the_same_time():
