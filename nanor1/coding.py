@@ -33,6 +33,9 @@ _TOKENS = {
     "'''": re.compile(rf"{_FENCE}|\\.|'''", re.MULTILINE),
 }
 _BODY = re.compile(r"\n*(?:  |\t)[ \t]*[^\s`~]")
+# A body of which the first line alone, no `for ...:`, lost its indentation.
+_STRIPPED = re.compile(r"(?!.*:[ \t]*(?:#.*)?$)\S.*(?:\n(?:[ \t].*)?)+", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 _CALLED = re.compile(r"(?<![.\w])([A-Za-z_]\w*)\s*\(")
 
 
@@ -139,9 +142,10 @@ def extract_code(text: str, function: str = "") -> str | None:
     """The Python block of a response: of several the last that defines the function, else the last; None if none is.
 
     A block marked as Python comes before one without a mark, a session with prompts (`>>>`) after both, and an import
-    is the weakest definition: uses of the function import it too. A block that never closes runs to the end; one that
-    only closes was opened by the prompt. Those in the last `<answer>` come first. Without any block it is all that
-    stands there, or, where a function is asked for, all of the text.
+    is the weakest definition: uses of the function import it too. One with another mark counts if there is no other
+    and it defines the function. A block that never closes runs to the end; one that only closes was opened by the
+    prompt. Those in the last `<answer>` come first. Without any block it is all that stands there, or, where a function
+    is asked for, all of the text.
 
     >>> extract_code("Thus:\\n```python\\nprint(1)\\n```\\nIt prints 1.")
     'print(1)\\n'
@@ -159,7 +163,10 @@ def extract_code(text: str, function: str = "") -> str | None:
         if kind == "python" or not mark and code.strip():
             is_session = code.lstrip().startswith(">>>")
             kinds["session" if is_session else kind].append(_without_prompts(code) if is_session else code)
-    for defines in _definitions(function):
+    definitions = _definitions(function)
+    if definitions and not any(kinds.values()):  # a block of another mark that defines the function as Python does
+        kinds["other"] = [code for _, code in blocks if definitions[0].search(code)]
+    for defines in definitions:
         for codes in kinds.values():
             if found := [code for code in codes if defines.search(code)]:
                 return found[-1]
@@ -227,9 +234,12 @@ def write_program(tests: CodeTests, text: str) -> str | None:
         return code
     is_body = re.search(r"^return\b", code, re.MULTILINE)  # whatever it imports, or calls as the function is called
     if not is_body and any(defines.search(code) for defines in _definitions(tests.function)):
-        return f"{tests.preamble}\n{code}"
+        futures = "".join(_FUTURE.findall(code))  # have to come first
+        return f"{futures}{tests.preamble}\n{_FUTURE.sub('', code)}"
     if _BODY.match(text):
         code = text  # it goes on where the opening ends; a block that follows is an example
+    if _STRIPPED.fullmatch(code):
+        code = f"    {code}"
     body = re.split(r"^(?=\S)", code, maxsplit=1, flags=re.MULTILINE)[0]
     return tests.opening + (body if body.strip() else textwrap.indent(code, "    "))
 

@@ -179,6 +179,14 @@ def test_other_blocks_are_no_program(mark):
 RIGHT = "def f(x):\n    return x + 1\n"
 
 
+@pytest.mark.parametrize("mark", ["code", "text", "sage", "jupyter", "python_code", "tool_code", "#!/bin/python"])
+def test_a_block_of_another_mark_counts_if_it_is_all_there_is_and_defines_the_function(mark):
+    other = f"```{mark}\n{RIGHT}```\n"
+    assert extract_code(f"So:\n{other}Run:\n```bash\npython f.py\n```\n", "f") == RIGHT
+    assert extract_code(other + block("return x + 1"), "f") == "return x + 1\n"
+    assert extract_code(other, "g") is None
+
+
 @pytest.mark.parametrize("quotes", ['"""', "'''"])
 @pytest.mark.parametrize("mark", ["", "python"])
 @pytest.mark.parametrize("indent", ["", "    "])
@@ -269,6 +277,12 @@ def test_code_is_found_in_bounded_time():
         "    return x + 1\n",
         "    return x + 1\n\nprint(f(3) / 0)\n",
         "    y = x\n\n    return y + 1\ndef g(x):",
+        "y = x\n    return y + 1",
+        "y = x\n\n    if y:\n        return y + 1\n    return 1\n",
+        block("y = {\n    x\n}\nreturn y.pop() + 1"),
+        block("y = (x +\n    1)\nreturn y"),
+        block("for y in [x]:  # once\n    return y + 1"),
+        block("from __future__ import annotations\nimport math\n\ndef f(x: Own) -> Own:\n    return helper(x) + 1"),
         block("    return x + 1"),
         block("from math import floor\ndef f(x):\n    return helper(x) + floor(1)"),
     ],
