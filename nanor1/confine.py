@@ -30,6 +30,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 IS_LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 3, 4, 22, 36
 PR_SET_NO_NEW_PRIVS = 38
+TIMERS = 64  # of timer_create's, and signals that wait; all of a user's processes together have some ten thousand
 THREADS = 256  # more than honest programs start, too few for a machine to notice
 SCRATCH_MIB = 4  # of memory, beside a program's address space
 
@@ -120,7 +121,7 @@ def confine(
         may_write = may_write and has_landlock
         holds = {"Landlock": has_landlock, "scratch folder": may_write, "seccomp": forbid_system_calls(may_write)}
         layers += [name for name, is_there in holds.items() if is_there]
-        limits |= {"FSIZE": SCRATCH_MIB << 20} if may_write else {}
+        limits |= {"SIGPENDING": TIMERS} | ({"FSIZE": SCRATCH_MIB << 20} if may_write else {})
         limits |= {"NPROC": n_processes} if n_processes else {}
     if "seccomp" not in layers:
         limits["NPROC"] = 1  # counted for the whole user, so no process or thread can be added
