@@ -1,180 +1,42 @@
-r"""Is this answer that answer? Find the final answer in a response, and compare two answers as mathematics.
+r"""Is this answer that answer? Compare two answers as mathematics.
 
-`extract_answer` looks, after `</think>`, for `\boxed{}`, an `<answer>` block, GSM8K's `####`, a phrase such as "the
-answer is", and falls back on what ends the text. `math_equal` has both answers read by `latex` and compares them part
-by part; scalars by the exact or 100-digit values of `numeric`. What they cannot read is compared as a string.
+`math_equal` has both answers read by `latex` and compares them part by part; scalars by the exact or 100-digit values
+of `numeric`. What they cannot read is compared as a string. `extract_answer` (answers.py) finds the answer in a text.
 
 Choices, where tastes differ:
-- Decimals are exact: 0.33 is not 1/3. A percentage p% is p/100; it equals p as well, since a unit may be left out.
-- A unit or currency missing on one side is forgiven; two different known units (cm, m) are not, and none is converted.
-- `x = 5` equals `5`, and `x \in [0, 1]` equals `[0, 1]`, where one side is only a name.
+- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both. 0.\overline{3}, 0.\dot{3} and
+  0.333..., a block at least three times, repeat.
+- A percentage p% is p/100; it equals p as well, since a unit may be left out.
+- A unit or currency missing on one side is forgiven, also the `per hour` of money; two different known ones are not,
+  but lengths, times, weights, volumes and money convert: 100 cm is 1 m. Plain `60 m` is a product, or else metres.
+- `3 hours 20 minutes` is one quantity; without a unit it is 200 or 10/3. `1.2 million` is 1,200,000, 2 dozen
+  are 24, or 2; k and M are variables. Digits in groups of three, by spaces of any width, are one number.
+- Words before a value that end in a colon or a verb such as "is" or "makes" add nothing, unless they hedge ("at least",
+  "not", "half of"); hedged values (18+, "18 or more") equal no number.
+- `x = 5` equals `5`, and `x \in [0, 1]` equals `[0, 1]`, where one side is only a name. A number may be said of two
+  names or more as well, `m + n = 45`, or of |z| or cos A; not of the unknowns x, y, z, nor is 9 said of n in `3n = 9`.
+- `x \ne 0` is the reals without 0, which is a union of intervals.
 - Sets and lists without brackets have no order; tuples, intervals and matrices have. `[0, 1)` is not `(0, 1)`.
-- Text and a single letter are compared without case. `\log` is the natural logarithm, `i` and `e` are constants.
+- Ratios are reduced, but 12:30 and 6:15, two digits at the end, may be times, and `2 to 4` a range.
+- A choice with its text or value, `(B) 17` or `B: heat flows`, equals B, and 17 too. Two of them need the same letter,
+  and the same value where both give one. `A = 5` is no choice.
+- Text is compared without case or a leading article, a choice without case. `\log` is the natural logarithm, `i` and
+  `e` are constants, `C(5, 2)` and `C_5^2` binomial coefficients.
 - The one asymmetry: a gold with a base, `12_5`, is met by `12` (not by `7`); a gold `12` is not met by `12_5`.
 - Unevaluated arithmetic counts: `2 \cdot 3` equals 6. A task that forbids this has to look at the answer's form.
 """
 
+import math
 import re
 
 from nanor1 import latex
+from nanor1.answers import extract_answer, labelled, unmarked
 from nanor1.numeric import is_close, real, samples
 
-MAX_TAIL_CHARS = 50_000  # of a response, from its end, that are searched for an answer
-MAX_BOXES = 16
-
-# ---------------------------------------------------------------- extraction
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-_BETWEEN_BOXES = re.compile(r"(?:[\s$,;&.]|\\[,;()\[\]]|\\q?quad|\\(?:text|mbox)\{\s*(?:and|or),?\s*\}|and|or)*")
-_VERB = r"\b(?:is|are|would be|will be|should be)\b"
-_PHRASE = re.compile(rf"(?:\banswer|答案)[\s*_]*(?:{_VERB}|[:=：为是]|(?=[$\\]))[\s*_:：]*", re.IGNORECASE)
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)}])-\s?)?(?<![\w.{])(?:\\?\$\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,400}|(?=\.\d))(?:\.\d{1,400})?"
-    r"(?:\s?/\s?\d{1,400}(?!\d|\.\d))?(?:\s?\\?%)?|\\[dt]?frac\{-?\d{1,400}\}\{\d{1,400}\}",
-    re.ASCII,
-)
-_CHOICE = re.compile(r"(?:(?:choice|option|answer)\s*)?[\s({\[*:]*([A-J])[\s)}\]*.:,]*", re.IGNORECASE)
-_CHOICE_FIRST = re.compile(
-    r"[\s*({\[]*([A-J])[*)}\]]*(?:[.,:;)}\]。，、：]|\s+(?:because|since|as|is)\b|\s*$|(?=[一-鿿]))"
-)
-_CHOICE_INSIDE = re.compile(
-    r"\(([A-J])\)|(?<![\w'])([A-J])(?= (?:is|seems|looks) (?:the )?(?:correct|right|true|answer))"
-)
-_CHOICE_ALONE = re.compile(r"(?<![\w'\\$^{])([A-J])(?=[.,;](?:\s|$)|\s*$)")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Return the final answer of a response as it is written there, or None where there is none.
-
-    Only text after the last `</think>` counts; thinking that never closes leaves no answer. Of several boxes the last
-    is the answer, unless only "and", "or" or commas stand between them: then it is their list. Only the last
-    `MAX_TAIL_CHARS` characters are read.
-
-    >>> extract_answer(r"<think>so \boxed{1}?</think> It is \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    """
-    visible = text.rpartition("</think>")[2]
-    if "<think>" in visible:
-        return None
-    visible = visible[-MAX_TAIL_CHARS:]
-    if boxed := last_boxed(visible):
-        return boxed
-    _, opened, block = visible.rpartition("</answer>")[0].rpartition("<answer>")
-    if opened:
-        return _narrow(block) or block.strip() or None
-    _, marker, rest = visible.rpartition("####")
-    if marker:
-        line = _sentence(rest.strip() + "\n", stop="\n")
-        return _narrow(line) or latex.trim(line) or None
-    phrases = list(_PHRASE.finditer(visible))
-    found = _narrow(_sentence(visible[phrases[-1].end() :])) if phrases else None
-    return found or _fall_back(visible)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return the contents of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 5`, or None.
-
-    Boxes joined only by "and", "or" or commas come back as one list. A box cut off before its brace closes is ignored.
-
-    >>> last_boxed(r"\boxed{1}, so \boxed{2} and \boxed{3}")
-    '2, 3'
-    """
-    contents, after = [], None
-    for box in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
-        end, inside = _box_contents(text, box.end())
-        if inside is None or (after is not None and end > after):  # cut off, or around the box just read
-            continue
-        if after is not None and not _BETWEEN_BOXES.fullmatch(text, end, after):
-            break
-        after = box.start()
-        contents.insert(0, inside)
-    return ", ".join(filter(None, contents)) or None
-
-
-def _box_contents(text: str, at: int) -> tuple[int, str | None]:
-    bare = re.compile(r" *([^\s${}\\]+)").match(text, at)
-    if bare:
-        return bare.end(), latex.trim(bare.group(1))
-    opened = re.compile(r" *\{").match(text, at)
-    depth = 0
-    for brace in re.compile(r"\\[{}]|[{}]").finditer(text, at) if opened else ():
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return brace.end(), text[opened.end() : brace.start()].strip()
-    return at, None
-
-
-def _sentence(text: str, stop: str = r"\n|\.(?=\s|$)|。") -> str:
-    """The first sentence: up to a line break or a full stop that is no decimal point."""
-    return re.split(stop, text.lstrip("\n *_"), maxsplit=1)[0]
-
-
-def _fall_back(text: str) -> str | None:
-    """A response without a marker: all of it if it is an answer, else the choice it starts with or its last value."""
-    is_short = len(text) <= 200 and "\n" not in text.strip()
-    if is_short and _is_value(text):
-        return latex.trim(_undelimited(text))
-    if choice := _CHOICE_FIRST.match(text):
-        return choice.group(1)
-    if is_short and len(text.split()) == 1 and latex.is_prose(_clean(text)):
-        return latex.trim(_undelimited(text))
-    return _last_value(text)
-
-
-def _narrow(fragment: str) -> str | None:
-    """Reduce the words after a marker to the answer in them."""
-    fragment = latex.trim(fragment)
-    if choice := _CHOICE_FIRST.match(fragment):
-        return choice.group(1)
-    if _is_value(fragment):
-        return _undelimited(fragment)
-    for opening, closing in _DELIMITERS:
-        inside, closed, _ = fragment.removeprefix(opening).partition(closing)
-        if fragment.startswith(opening) and closed and _is_value(inside):
-            return inside.strip()
-    number = _NUMBER.match(fragment)
-    if number and number.group():
-        return number.group()
-    return _last_value(fragment) or (fragment if 0 < len(fragment.split()) <= 8 else None)
-
-
-def _last_value(text: str) -> str | None:
-    """The last formula, bracketed choice or number, whichever ends last; else a choice that stands alone."""
-    tail = max(0, len(text) - 2000)
-    found = [_last_formula(text, opening, closing) for opening, closing in _DELIMITERS[1:]]
-    for pattern in (_CHOICE_INSIDE, _NUMBER):
-        found += [(match.end() + tail, match.group(match.lastindex or 0)) for match in pattern.finditer(text[tail:])]
-    value = max((span for span in found if span[1]), key=lambda span: span[0], default=(0, None))[1]
-    alone = None if value else _CHOICE_ALONE.search(text[tail:])
-    return alone.group(1) if alone else value
-
-
-def _last_formula(text: str, opening: str, closing: str) -> tuple[int, str | None]:
-    end = text.rfind(closing)
-    while end > 0 and closing == "$" and text[end - 1] in "\\$":
-        end -= 1
-    start = text.rfind(opening, 0, max(end, 0))
-    inside = text[start + len(opening) : end].strip() if start >= 0 else ""
-    return (end, inside) if inside and _is_value(inside) else (-1, None)
-
-
-def _undelimited(text: str) -> str:
-    for opening, closing in _DELIMITERS:
-        inside = text.strip().removeprefix(opening).removesuffix(closing)
-        if len(inside) == len(text.strip()) - len(opening) - len(closing) and opening not in inside:
-            return inside.strip()
-    return text.strip()
-
-
-def _is_value(text: str) -> bool:
-    cleaned = _clean(text)
-    return bool(cleaned) and not latex.is_prose(cleaned) and latex.parse(cleaned) is not None
-
-
-# ---------------------------------------------------------------- comparison
+__all__ = ["extract_answer", "is_worked_out", "math_equal"]
 
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
+_CHOICES = re.compile(r"[\s({]*[A-J](?:(?:[\s,(){}]|and)*[A-J])+[\s)}]*")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 
 
@@ -191,33 +53,58 @@ def math_equal(answer: str | None, gold: str) -> bool:
         return False
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):  # most of what training grades
         return int(answer) == int(gold)
-    answer, gold = _clean(answer), _clean(gold)
+    answer, gold = unmarked(answer), unmarked(gold)
     if not answer or not gold:
         return False
     if answer == gold or max(len(answer), len(gold)) > latex.MAX_CHARS:
         return answer == gold
-    if _same_text(answer, gold):
+    (letter, content), (gold_letter, gold_content) = labelled(answer), labelled(gold)
+    if letter and gold_letter:
+        are_values = all(latex.parse(text) and not latex.is_prose(text) for text in (content, gold_content))
+        return letter == gold_letter and (not are_values or _same_content(content, gold_content))
+    return _same_content(answer, gold) or ((letter or gold_letter) != "" and _same_content(content, gold_content))
+
+
+def is_worked_out(answer: str) -> bool:
+    """Return whether an answer is no sum that is left to do: 18, $18 and 2 1/2 are none, 47 + 85 and 36/2 are."""
+    return _is_worked_out(latex.parse(latex.spell_units(labelled(unmarked(answer))[1])))
+
+
+def _is_worked_out(node: tuple | None) -> bool:
+    match node:
+        case ("relation", *_, value) | ("unit", value, _) | ("neg" | "percent" | "deg", value):
+            return _is_worked_out(value)
+        case ("mul", ("num", a), ("inv", ("num", b))):  # a fraction in lowest terms
+            return a.denominator == b.denominator == math.gcd(int(a), int(b)) == 1
+        case ("mul", ("num", _), ("num", scale)):  # 1.2 million
+            return set(str(scale)[1:]) == {"0"}
+        case ("add", ("num", whole), ("mul", ("num", a), ("inv", ("num", b)))):  # mixed
+            return whole.denominator == 1 and 0 < a < b
+    return node is None or node[0] == "num" or node[0] not in latex.SCALARS
+
+
+def _is_bare_name(text: str) -> bool:
+    node = latex.parse(text)
+    return node is None or latex.is_name(node)
+
+
+def _same_content(answer: str, gold: str) -> bool:
+    if r"\approx" in answer + gold:  # \frac{1}{3} \approx 0.33 is either, x \approx 5 is 5
+        sides = [[side for side in text.split(r"\approx") if not _is_bare_name(side)] for text in (answer, gold)]
+        return any(_same_content(a, b) for a in sides[0] for b in sides[1])
+    choices = [_CHOICES.fullmatch(latex.unstyled(text)) and re.findall("[A-J]", text) for text in (answer, gold)]
+    if all(choices):  # A, C is AC
+        return sorted(choices[0]) == sorted(choices[1])
+    if latex.is_prose(latex.plain_words(answer)) and latex.plain_words(answer) == latex.plain_words(gold):
         return True
     if latex.is_prose(answer) or latex.is_prose(gold):
         return False
     are_lists = "," in answer and "," in gold and not re.search(r",\s*0\d", answer + gold)
-    readings = (True, False) if are_lists else (True,)  # beside a list "100,200" may be one too, "2,048" not
-    return any(_same_parsed(latex.parse(answer, grouped), latex.parse(gold, grouped)) for grouped in readings)
-
-
-def _clean(text: str) -> str:
-    """An answer out of its box or from behind ####, in one spelling."""
-    if "\\boxed" in text or "\\fbox" in text:
-        text = last_boxed(text[-MAX_TAIL_CHARS:]) or text
-    return latex.clean(text.rpartition("####")[2].strip())
-
-
-def _same_text(answer: str, gold: str) -> bool:
-    answer, gold = latex.plain_words(answer), latex.plain_words(gold)
-    choices = [_CHOICE.fullmatch(text) for text in (answer, gold)]
-    if all(choices):
-        return choices[0].group(1) == choices[1].group(1)
-    return answer == gold and latex.is_prose(answer)
+    readings = [(answer, gold, grouped) for grouped in ((True, False) if are_lists else (True,))]
+    spelled = latex.spell_units(answer), latex.spell_units(gold)
+    readings += [(*spelled, True)] if spelled != (answer, gold) else []
+    # beside a list "100,200" may be one too, "2,048" not; "60 m" is a product, or else metres
+    return any(_same_parsed(latex.parse(a, grouped), latex.parse(b, grouped)) for a, b, grouped in readings)
 
 
 def _same_parsed(answer: tuple | None, gold: tuple | None) -> bool:
@@ -230,6 +117,9 @@ def _same(a: tuple, b: tuple) -> bool:
     """Whether two parsed answers, or parts of them, are the same."""
     if a == b or (a[0] == b[0] == "relation" and _same_relation(a, b)):
         return True
+    a, b = _pieces(a), _pieces(b)
+    if "compound" in (a[0], b[0]):
+        return any(_same(form, other) for form in _forms(a) for other in _forms(b))
     if "relation" in (a[0], b[0]):
         meanings = _meaning(a), _meaning(b)
         return meanings != (a, b) and not _are_unlike_equations(a, b) and _same(*meanings)
@@ -238,10 +128,65 @@ def _same(a: tuple, b: tuple) -> bool:
     return _same_structure(a, b) or _same_structure(b, a)
 
 
+def _forms(node: tuple) -> tuple:
+    return node[1] if node[0] == "compound" else (node,)
+
+
+def _pieces(node: tuple) -> tuple:
+    r"""The union of intervals that is left of intervals without some points; other nodes as they are.
+
+    `x \ne 1, x \ne 2` are the real numbers without two.
+    """
+    match node:
+        case ("relation", name, r"\ne", point) if latex.is_name(name):
+            whole, points = [latex.REALS], [point]
+        case ("list", (("relation", name, *_), *_) as items) if latex.is_name(name):
+            points = [item[3] for item in items if item[:3] == ("relation", name, r"\ne")]
+            if len(points) + (("relation", name, r"\in", latex.REALS) in items) < len(items):
+                return node
+            whole = [latex.REALS]
+        case ("without", ("bracket", *_) | ("union", _) as left, ("set", points)):
+            whole = left[1] if left[0] == "union" else [left]
+        case _:
+            return node
+    if len(points) > 8:
+        return node
+    for point in points:
+        whole = [left for piece in whole for left in _split(piece, point)]
+    return ("union", tuple(whole)) if len(whole) > 1 else whole[0]
+
+
+def _split(piece: tuple, point: tuple) -> list[tuple]:
+    """An interval without one point: two, or one that is open at this end, or itself."""
+    if piece[0] != "bracket" or len(piece[2]) != 2:
+        return [piece]
+    _, opening, (low, high), closing = piece
+    below, above = _is_below(low, point), _is_below(point, high)
+    if below and above:
+        return [("bracket", opening, (low, point), ")"), ("bracket", "(", (point, high), closing)]
+    opening = opening if below or _is_below(point, low) else "("
+    closing = closing if above or _is_below(high, point) else ")"
+    return [("bracket", opening, (low, high), closing)]
+
+
+def _is_below(a: tuple, b: tuple) -> bool:
+    if ("neg", latex.INFINITY) == a or latex.INFINITY == b:
+        return True
+    gaps = [real(x) - real(y) for x, y in samples(a, b)]
+    return any(gap.imag == 0 and gap.real < 0 for gap in gaps)
+
+
 def _same_structure(a: tuple, b: tuple) -> bool:
     match a, b:
         case ("bracket", opening, items, closing), ("bracket", other_opening, others, other_closing):
             return (opening, closing) == (other_opening, other_closing) and _same_items(items, others)
+        case ("time", items), ("time", others):
+            return _same_items(items, others)
+        case ("range", items), ("range" | "ratio", others):
+            return _same_items(items, others)
+        case ("ratio", (*items, last)), ("ratio" | "time", (*others, other_last)):
+            shares = [[("mul", x, ("inv", end)) for x in xs] for xs, end in ((items, last), (others, other_last))]
+            return _same_items(*shares)
         case ("matrix", rows), ("matrix", others):
             return len(rows) == len(others) and all(map(_same_items, rows, others))
         case (("list" | "set", items), ("list" | "set", others)) | (("union", items), ("union", others)):
@@ -273,7 +218,13 @@ def _same_unordered(items: tuple, others: tuple) -> bool:
 
 def _same_quantity(a: tuple, b: tuple) -> bool:
     (a, unit), (b, other_unit) = _measured(a), _measured(b)
-    if unit != other_unit and latex.is_known_unit(unit) and latex.is_known_unit(other_unit):
+    if (unit, other_unit) in (("cent", ""), ("", "cent")):  # 75 cents are 75, or 0.75
+        cents, dollars = (a, b) if unit else (b, a)
+        if _same_scalar(("mul", cents, latex.number("0.01")), dollars):
+            return True
+    if factor := latex.conversion(unit, other_unit):
+        a = ("mul", a, ("num", factor))
+    elif latex.are_unlike(unit, other_unit):
         return False
     if a[0] != "percent" and b[0] == "percent":
         a, b = b, a
@@ -315,9 +266,18 @@ def _are_unlike_equations(a: tuple, b: tuple) -> bool:
     """Equations that cannot be replaced by their values: x = 9 and y = 9, or 0 = 0 and 20 = 0."""
     if a[0] != b[0] or a[2] != "=" or b[2] != "=":
         return False
-    return not latex.contains((a, b), latex.VARIABLES) or [*filter(latex.is_name, a[1::2])] != [
-        *filter(latex.is_name, b[1::2])
-    ]
+    subjects = [latex.variables(tuple(filter(_is_subject, relation[1::2]))) for relation in (a, b)]
+    return not latex.contains((a, b), latex.VARIABLES) or subjects[0] != subjects[1]
+
+
+def _is_subject(node: tuple) -> bool:
+    """Whether a value may be said of it: a name, or a measure of names that are no unknowns, as m + n, |z| or cos A."""
+    if latex.is_name(node):
+        return True
+    kind, names = node[0], latex.variables(node)
+    if kind not in latex.SCALARS or any(("sym", unknown) in names for unknown in ("xy" if kind == "abs" else "xyz")):
+        return False
+    return len(names) > 1 or (len(names) == 1 and kind in {"abs", *latex.FUNCTIONS.values()})
 
 
 def _meaning(node: tuple) -> tuple:
@@ -325,15 +285,26 @@ def _meaning(node: tuple) -> tuple:
     if node[0] != "relation":
         return node
     sides, signs = list(node[1::2]), list(node[2::2])
+    if all(side[0] == "sym" and side[1].isupper() for side in sides):  # A = B names two choices
+        return node
     if set(signs) == {"="}:
-        *said, value = sides[::-1] if latex.is_name(sides[-1]) else sides
-        is_said = all(latex.is_name(side) or not latex.contains(side, latex.VARIABLES) for side in said)
-        return (
-            value if is_said and (any(map(latex.is_name, said)) or not latex.contains(value, latex.VARIABLES)) else node
-        )
+        is_turned = latex.is_name(sides[-1]) or (_is_constant(sides[0]) and not _is_constant(sides[-1]))
+        *said, value = sides[::-1] if is_turned else sides
+        if _is_constant(value):
+            is_said = value[0] in ("matrix", "bracket") or any(map(_is_subject, said)) or all(map(_is_constant, said))
+            return value if is_said else node
+        if {side[0] for side in sides} <= latex.SCALARS and all(_same_scalar(side, value) for side in said):
+            return value  # (x + 1)^2 = x^2 + 2x + 1
+        has_name = any(map(latex.is_name, said))
+        is_named = all(latex.is_name(side) or _is_constant(side) or _same(side, value) for side in said)
+        return value if has_name and is_named else node
     if signs == [r"\in"]:
         return sides[1] if latex.is_name(sides[0]) else node
     return _interval(sides, signs) or node
+
+
+def _is_constant(node: tuple) -> bool:
+    return not latex.contains(node, latex.VARIABLES)
 
 
 def _interval(sides: list[tuple], signs: list[str]) -> tuple | None:

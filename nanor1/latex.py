@@ -3,8 +3,8 @@ r"""Read the mathematics people write as answers: LaTeX, Unicode or plain text i
 `clean` gives one spelling to what is written in many; `parse` reads it by recursive descent. The text's length, the
 nesting and the items of a list are bounded, so reading takes milliseconds and never overflows the stack.
 
-Left out: sums, integrals, limits, set-builder notation, arithmetic on matrices, binomials, repeating decimals, numbers
-in words.
+Left out: sums, integrals, limits, arithmetic on matrices, and on sets but for points taken out of intervals; digits
+beyond 9 in other bases; numbers in words.
 """
 
 import re
@@ -23,49 +23,114 @@ def _table(pairs: str) -> dict[str, str]:
     return dict(pair.split() for pair in pairs.split(";"))
 
 
-_SYMBOLS = r"""≤ \le;≥ \ge;≠ \ne;≈ =;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;× *;· *;∙ *
-;÷ /;⁄ /;。 .;° \degree;£ \pounds;€ \euro"""
+_SYMBOLS = r"""≤ \le;≥ \ge;≠ \ne;≈ \approx;π \pi;∞ \infty;± \pm;∈ \in;∪ \cup;∅ \emptyset;√ \sqrt;− -;– -;‐ -;‒ -;× *;· *
+;∙ *;⋅ *;÷ /;⁄ /;。 .;° \degree;£ \pounds;€ \euro;∖ \setminus;∶ :;¥ \yuan;₹ \rupee;¢ \cent"""
 _UNICODE = str.maketrans({old: new + " " for old, new in _table(_SYMBOLS).items()} | {";": ", "})
+_BEFORE = {  # what Unicode makes compatible with plain digits and letters
+    "ℝ": r"\\mathbb{R}",
+    "º": "°",
+    "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+": r"^{\g<0>}",
+    "_?([₀-₉]+)": r"_{\1}",
+    "[¼-¾⅐-⅞]": r" \g<0>",
+}
+_STYLE = re.compile(  # what only changes the looks, with a colour's name; the contents stay
+    r"\\(?:(?:text)?color(?:box)?|fcolorbox *\{[^{}]*\}) *(?:\[\w+\])? *\{[^{}]*\}|\\[hv]?phantom *\{[^{}]*\}"
+    r"|\\(?:boldsymbol|bm|bold|pmb|u(?:nder)?line|emph|ensuremath|mathstrut|(?:text|display|script)style"
+    r"|tiny|(?:normal|footnote|script)size|small|large|Large|LARGE|huge|Huge"
+    r"|bf|rm|it|sf|tt|(?:bf|it|rm|sf|tt)(?:series|shape|family))(?![A-Za-z])"
+)
+_THOUSANDS = re.compile(  # in groups of three, by any space that is no \quad; before a slash, 2 100/200 is mixed
+    r"(?<![\w.])(?<!\d )\d{1,3}(?:(?:\\[,: ] *|\\thinspace *|~|\{\\,\}| (?!\d{3} ?/))\d{3})+(?!\d| \d)"
+)
+_SPELLINGS = {
+    r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})": "",
+    r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad|thinspace)|~": " ",
+    r"^\s*[A-Za-z]{4,}(?: [A-Za-z]{2,})?: ": "",  # Area: 5
+    r"(?<!^[A-J])、|、(?=[A-J])": ", ",
+    r"\\(?:mathbb|Bbb) ?(?:\{ ?([A-Z]) ?\}|([A-Z]))": r"\\mathbb{\1\2}",
+    r"(?:\\mathbf ?\{R\}|(?<![A-Za-z])R)(?= ?\\(?:setminus|backslash))": r"\\mathbb{R}",
+    r"\\mathbb\{R\} ?[_^] ?(?:\{ ?\+ ?\}|\+)": r"(0, \\infty)",
+    r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
+    r"(?<=[)\]]) ?- ?(?=(?:\\left ?)?\\\{)": r"\\setminus",
+    r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
+    r"C ?\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?": r"\\binom{\2}{\1}",
+    r"\b(\d+) ?(?:C|choose) ?(\d+)\b": r"\\binom{\1}{\2}",
+    r"^(?:\\text\{ ?)?[Aa]ll real(?: number)?s?(?= except|\}|$)": r"(-\\infty, \\infty)",
+    r"(?<=\)) except(?: for)?(?: ?\})? ?(.+?)\}?$": r"\\setminus\\{\1\\}",
+    r"(?<=\\infty\))\}$": "",
+    r"(?<=\w)\)?(?: *\\text\{| )*\(?(?:in )?base(?: |\}|\{)*(\d{1,2})[)} ]*$": r"_{\1}",
+    r"(?<=\d)(\.\d*)\((\d{1,6})\)": r"\1\\overline{\2}",  # 0.(6)
+    r"(?<=[\d)])!=": "! =",
+    r"^ ?= ?(?=[^=])": "",
+    r"\^ ?(?:\\circ|\{ ?\\circ ?\})": r"\\degree ",
+    r"(:\d\d) ?([AaPp])\.?[Mm]\b": r"\1\\text{ \2m}",
+    r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi ",
+    r"(?<=\d) ?\(([A-Za-z]{4,}[A-Za-z ]*)\)\s*$": r" \\text{\1}",  # 18 (eggs)
+    r"\b(?:US|HK|NZ|[AC]) ?(?=\\?\$|dollar)": "",
+    r"\bRs\.? ?(?=\d)": r"\\rupee ",
+    r"\b(sq|cu)\. ?(?=[a-z])": r"\1 ",
+    r"(\d ?[ckm]?m)([23])\b": r"\1^\2",
+    r"(?<=\w )an? (?=(?:second|minute|hour|day|week|month|year)\b)": "per ",
+    r"(frac|binom) ?(\d) ?(?=[\d{])": r"\1{\2}",  # LaTeX gives \frac12 one digit each
+    r"((?:frac|binom)\{\d\})(\d)": r"\1{\2}",
+    r"\b(\d+) (\d+) ?/ ?(\d+)\b": r"\1\\frac{\2}{\3}",
+    r"(\d)[\u0304\u0305\u0307]|\\(?:overset|stackrel) ?\{ ?(?:\.|\\cdot) ?\} ?\{?(\d)\}?": r"\\dot{\1\2}",
+    r"(\.\d{0,20}?)(\d{1,12}?)\2{2,20}(?:\.{3}|\\[lc]?dots)": r"\1\\overline{\2}",  # 0.333...
+    r"(\.\d+)\.{3}": r"\1\\ldots ",
+    r"(?:[, (]|\\q?quad)+[kn] ?(?:\\in|∈) ?\\mathbb ?\{?Z\}?\)?[.$ ]*$": "",  # for every whole k
+}
 
 
 def clean(text: str) -> str:
-    """Return one spelling for what is written in many: Unicode, spaces, dollars, commas inside numbers."""
+    """Return one spelling for what is written in many: Unicode, spaces, style, dollars, thousands."""
     if len(text) > 4 * MAX_CHARS:
         return text
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", r"^{\g<0>}", text)
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    text = unicodedata.normalize("NFKC", text).translate(_UNICODE)
+    text = unicodedata.normalize("NFKC", respell(text, _BEFORE)).translate(_UNICODE)
+    text = _STYLE.sub("", text)
     if "\\begin" not in text:  # there, two backslashes end a row; elsewhere they are one, escaped once too often
         text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", "", text)
-    text = re.sub(r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad)|~", " ", text)
-    text = re.sub(r"^\s*[A-Za-z]{4,}(?: [A-Za-z]+)?: ", "", text)  # "Area: 5"
-    text = text.replace(r"\mathbb{R}", r"(-\infty, \infty)")
-    text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\degree ", text)
-    text = re.sub(r"frac ?(\d) ?(?=[\d{])", r"frac{\1}", text)  # LaTeX gives \frac12 one digit each
-    text = re.sub(r"(frac\{\d\})(\d)", r"\1{\2}", text)
-    text = re.sub(r"\b(\d+) (\d+) ?/ ?(\d+)\b", r"\1\\frac{\2}{\3}", text)
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match.group()), text)
+    text = respell(text, _SPELLINGS)
     if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
         text = re.sub(r"(?<!\\)\$", r"\\$", text)
-    text = re.sub(r"- ?(\\\$|\\pounds|\\euro)", r"\1-", text)
+    text = re.sub(r"- ?(\\\$|\\pounds|\\euro|\\yuan|\\rupee)", r"\1-", text)
     return re.sub(r"\s+", " ", trim(re.sub(r"(?<!\\)\$", " ", text)))
+
+
+def respell(text: str, spellings: dict[str, str]) -> str:
+    """Return the text with every pattern of a table replaced, one after the other."""
+    for pattern, spelling in spellings.items():
+        text = re.sub(pattern, spelling, text)
+    return text
 
 
 def trim(text: str) -> str:
     """Return the text without the emphasis and full stop around it."""
-    return text.strip().strip("*_`").rstrip(".,;:。，").strip("*_` \t\n")
+    return text.strip().strip('*_`"').rstrip(".,;:。，").strip('*_`" \t\n')
 
 
 def is_prose(text: str) -> bool:
     """Return whether there are only words, one of them no product of variables (`ab` is one, `no` and `east` not)."""
     is_words = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|['’ \-])*", text)
-    return is_words is not None and re.search(r"[^\W\d_]{4}|[eiou]\w|\w[eiou]", text) is not None
+    words = [word for word in re.findall(r"[^\W\d_]+", text) if "\\" + word not in FUNCTIONS] if is_words else []
+    return any(re.search(r"[^\W\d_]{4}|[eiou]\w|\w[eiou]", word) for word in words)
+
+
+def unstyled(text: str) -> str:
+    r"""Return the text without the \text{} around words."""
+    return re.sub(rf"{_WORDS}\s*\{{([^{{}}]*)\}}", r"\1", text)
 
 
 def plain_words(text: str) -> str:
-    r"""Return the text without \text{} around words, without case and without punctuation at its ends."""
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\s+", " ", text).strip(" .'\"").casefold()
+    r"""Return the text without \text{} around words, case, a leading article and punctuation at its ends."""
+    words = re.sub(r"\s+", " ", unstyled(text)).strip(' ."{}').casefold()
+    words = words.strip("'") if words[:1] == "'" else words  # B' is not B
+    return re.sub(r"^(?:an?|the) (?=\w[\w-])", "", words)
+
+
+def spell_units(text: str) -> str:
+    r"""Return the text with `60 m` as `60\text{ m}`: in plain text, a letter apart from its number may be a unit."""
+    return re.sub(r"(?<=\d)(?: ([mgshLNJWVΩ])(?= ?(?:$|[/^]| \d))|([hm])(?= ?\d+ ?[a-z]))", r"\\text{ \1\2}", text)
 
 
 # ---------------------------------------------------------------- tokens
@@ -73,11 +138,13 @@ def plain_words(text: str) -> str:
 _ALIASES = _table(
     r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
     r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
-    r";** ^;\land ,;\lor ,;and ,;or ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
-    r";inf \infty;infinity \infty;pi \pi;frac \frac;sqrt \sqrt;sin \sin;cos \cos;tan \tan;ln \ln;log \log;exp \exp"
+    r";** ^;\land ,;\lor or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
+    r";\dbinom \binom;\tbinom \binom;\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
+    r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
 )
-_IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \limits".split())
-_IGNORED |= set(r"\angle \triangle \overrightarrow \vec \hline \rm".split())
+_WORDS = r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?)"
+_IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \angle \triangle \hline".split())
+_IGNORED |= set(r"\overrightarrow \vec \mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \text \textbf".split())
 _GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
 _GREEK |= set(r"\rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Omega".split())
 FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
@@ -85,19 +152,45 @@ FUNCTIONS |= _table(r"\log ln;\arcsin asin;\arccos acos;\arctan atan")
 _RELATIONS = set(r"= < > \le \ge \ne \in".split())
 _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
 _POSTFIXES = _table(r"! fact;% percent;\degree deg")
-_SENTENCE = set("is are was the of we if as so by this that with which since because when where".split())
-_UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres;mm millimeter millimeters;km kilometer kilometers
-;m meter meters metre metres;in inch inches;ft foot feet;yd yard yards;mi mile miles;kg kilogram kilograms;g gram grams
-;mg milligram milligrams;lb lbs pound pounds gbp;oz ounce ounces;ml milliliter milliliters;l liter liters litre litres
-;s sec second seconds;min minute minutes;h hr hrs hour hours;day days;week weeks;month months;year years
-;dollar dollars usd;euro euros eur;cent cents;degree degrees deg;radian radians rad;mph;percent pct"""
+_SENTENCE = set("is are was the of we if not as so by this that with which since because when where".split())
+# Words in front of a value say no more than "=" where they end in one of these and hold none of the hedges.
+_VERBS = set("is are was were be equal make made has have had get earn need cost pay paid save spend sell".split())
+_VERBS |= set("take total give receive".split())
+_HEDGES = set("or nor and but not no never without except either neither if at than least most less".split())
+_HEDGES |= set("about around over above under below between from up approximately approx almost nearly roughly".split())
+_HEDGES |= set("plus minus negative root twice double triple half halves third thirds quarter quarters".split())
+_HEDGES |= set("squared cubed factorial could might may can cannot wrong incorrect".split())
+_PARTS = re.compile(".*(?:four|fif|six|eigh|even|nin|ten|twelf|een|tie|red|sand|ion)ths?")
+_HAN_HEDGES = set("以多左右余或至约上下倍和与不非")
+_UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres 厘米;mm millimeter millimeters 毫米
+;km kilometer kilometers kilometre kilometres 千米 公里;m meter meters metre metres 米;in inch inches;ft foot feet
+;yd yard yards;mi mile miles;kg kilogram kilograms 千克 公斤;g gram grams 克;mg milligram milligrams
+;lb lbs pound pounds gbp;oz ounce ounces;ml milliliter milliliters millilitre millilitres 毫升
+;l liter liters litre litres 升;gal gallon gallons;s sec secs second seconds 秒;min mins minute minutes 分钟
+;h hr hrs hour hours 小时;day days 天;week weeks;month months;year years yr yrs;dollar dollars usd;euro euros eur
+;yuan cny rmb 元;yen jpy;rupee rupees inr;cad;aud;chf;hkd;sgd;krw;cent cents
+;degree degrees deg 度;radian radians rad;percent pct;am;pm
+;n newton newtons;j joule joules;w watt watts;v volt volts;kw kilowatt kilowatts;kwh;hz hertz;kj kilojoule kilojoules
+;cal calories;kcal
+;mol mole moles;ohm ohms Ω;/ per;square sq;cubic cu"""
 _UNITS = {word: group.split()[0] for group in _UNIT_SPELLINGS.split(";") for word in group.split()}
-_CURRENCIES = _table(r"\$ dollar;\pounds lb;\euro euro")  # £40 and 40 pounds are the same, by weight or not
+_UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "平方": "square", "立方": "cubic"}
+_UNIT_LETTERS = set("mgshlLNJWVΩ")
+_SYSTEMS = """mm 1 cm 10 m 1000 km 1000000;in 1 ft 12 yd 36 mi 63360;s 1 min 60 h 3600 day 86400 week 604800
+;month 1 year 12;mg 1 g 1000 kg 1000000;oz 1 lb 16;ml 1 l 1000;cent 1 dollar 100;cent 1 euro 100"""
+_SIZES = [dict(zip(line.split()[::2], map(int, line.split()[1::2]), strict=True)) for line in _SYSTEMS.split(";")]
+_CURRENCIES = _table(  # £40 and 40 pounds are the same, by weight or not
+    r"\$ dollar;\pounds lb;\euro euro;\yuan yuan;\rupee rupee;\cent cent"
+    ';"usd dollar;"eur euro;"gbp lb;"cny yuan;"inr rupee'
+)
+_MONEY = set(_CURRENCIES.values())
+_SCALES = dict(hundred=2, thousand=3, million=6, billion=9, trillion=12, 百=2, 千=3, 万=4, 亿=8)  # powers of ten
 _TOKEN = re.compile(
-    r"(?P<text>\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{(?P<words>[^{}]*)\})"
+    rf"(?P<text>{_WORDS}\s*\{{(?P<words>[^{{}}]*)\}})"
+    r"|(?P<repeating>\d*\.\d*(?:\\overline|\\bar|(?:\\dot *(?:\{\d\}|\d)\d*)*\\dot) *(?:\{\d+\}|\d)(?!\d))"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?)"
     r"|(?P<environment>\\(?:begin|end)\s*\{[A-Za-z]+\*?\})(?:\{[lcr|]+\})?"
-    r"|(?P<letters>[A-Za-z]+)|(?P<space>\s+)|(?P<symbol>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|.)",
+    r"|(?P<letters>[A-Za-z]+)|(?P<han>[一-鿿]+)|(?P<space>\s+)|(?P<symbol>\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|.)",
     re.ASCII,
 )
 
@@ -114,41 +207,103 @@ def _tokens(text: str) -> list[str]:
     for match in _TOKEN.finditer(text):
         found, kind = match.group(match.lastgroup), match.lastgroup
         if kind == "text":
-            tokens += _word_tokens(match.group("words").strip())
-        elif kind == "letters" and found not in _ALIASES:
-            tokens += _letter_tokens(found)
-        elif kind != "space" and found not in _IGNORED:
-            tokens.append(_ALIASES.get(found, found))
+            found = _word_tokens(match.group("words"), is_first=not tokens)
+        elif kind == "letters" and found not in _ALIASES and found != "or":
+            is_word = found.islower() and len(found) > 1 and tokens and tokens[-1].startswith('"')
+            found = ['"' + found] if is_word and found not in _SENTENCE else _letter_tokens(found)
+        elif kind == "han":
+            found = _han_tokens(found, is_first=not tokens)
+        elif kind == "space" or found in _IGNORED:
+            continue
+        else:
+            found = [_ALIASES.get(found, found)]
+        for token in found:
+            _append(tokens, token)
     return tokens
 
 
-def _word_tokens(words: str) -> list[str]:
-    r"""The inside of \text{}: a word or words, or mathematics that was put there, as in \text{2/3}."""
-    if words.casefold().strip(" ,") in ("and", "or"):
-        return [","]
-    is_words = words.isalpha() or re.match(r"[^\W\d_]{2,}", words)
-    return ['"' + words.casefold()] if is_words else _tokens(words)
+def _append(tokens: list[str], token: str) -> None:
+    """Add a token, or join it with the one before: 18 / hour, where `hour` divides nothing, km / h, ° C."""
+    before, last = ["", "", *tokens[-2:]][-2:]
+    if token in _UNIT_LETTERS and (last if last != "/" else before).startswith('"'):
+        token = '"' + token
+    elif last == "/" and token.startswith('"') and not before.startswith('"'):
+        tokens.pop()
+        token = '"/ ' + token[1:]
+    elif last == r"\degree" and token in ("C", "F"):
+        tokens.pop()
+        token = '"degrees ' + {"C": "celsius", "F": "fahrenheit"}[token]
+    tokens.append(token)
+
+
+def _word_tokens(words: str, is_first: bool) -> list[str]:
+    r"""The inside of \text{}: words, a name, or mathematics that was put there, as in \text{2/3}."""
+    is_unit = not is_first and re.match(r" +[A-Z]$|\s*[mgshLlNJWV] ?/ ?[A-Za-z]", words)  # 60\text{ K}, 60\text{ m/s}
+    words = words.strip()
+    lower = words.casefold().strip(" ,")
+    said, value = re.fullmatch(r"([^-\d\\$(.]*)(.*)", words, re.DOTALL).groups()
+    *subject, verb = re.findall(r"[^\W\d_]+|:", said.casefold()) or [""]
+    adds_nothing = verb == ":" or not _VERBS.isdisjoint((verb, verb.removesuffix("s")))
+    if is_first and adds_nothing and not _is_hedged(subject) and not re.search("n['’]t", said):
+        return _tokens(value)
+    if lower in ("is", "are", "equals"):
+        return ["="]
+    if lower in _ALIASES or lower == "or":
+        return [_ALIASES.get(lower, lower)]
+    if joined := re.fullmatch("(.+?)(?: (and|or))+", lower):
+        return [*_word_tokens(joined[1], is_first), _ALIASES.get(joined[2], "or")]
+    if not is_first and re.match("[一-鿿]", words):
+        return _han_tokens(words, is_first)
+    if len(words) == 1 and words.isalpha():
+        return ['"' + words] if is_unit or words in _UNIT_LETTERS else [words]
+    if not (is_unit or re.match(r"[^\W\d_]{2,}", words)) or re.search(r"(?<![\w^])\d", words):
+        return _tokens(words)
+    if words not in _UNITS and "\\" + words in FUNCTIONS:
+        return ["\\" + words]
+    scale, _, rest = lower.partition(" ")
+    return ['"' + scale, *(['"' + rest] if rest else [])] if scale in _SCALES else ['"' + lower]
+
+
+def _is_hedged(words: list[str]) -> bool:
+    """Whether a value beside these words is another one, or not certain: `or more`, `thirds`."""
+    return not _HEDGES.isdisjoint(words) or any(map(_PARTS.fullmatch, words))
 
 
 def _letter_tokens(letters: str) -> list[str]:
     if letters in _SENTENCE:
         raise _Unparsed
-    if len(letters) >= 4 or (len(letters) > 1 and letters in _UNITS):
-        return ['"' + letters.casefold()]
-    return list(letters)
+    lower = letters.lower()
+    if len(letters) > 1 and lower in _UNITS and not (letters.isupper() and len(letters) == 2):
+        return ['"' + lower]
+    if "\\" + letters in FUNCTIONS:
+        return ["\\" + letters]
+    return ['"' + lower] if len(letters) >= 4 else list(letters)
+
+
+def _han_tokens(words: str, is_first: bool) -> list[str]:
+    """Chinese after a value: a power of ten, a unit; anywhere else it is a sentence."""
+    if is_first or not _HAN_HEDGES.isdisjoint(words):
+        raise _Unparsed
+    n_scales = next((at for at, word in enumerate(words) if word not in _SCALES), len(words))
+    n_scales *= words not in _UNITS  # 千克
+    unit = re.sub("^(平方|立方)(?=.)", r"\1 ", words[n_scales:])
+    return ['"' + scale for scale in words[:n_scales]] + (['"' + unit] if unit else [])
 
 
 # ---------------------------------------------------------------- grammar
 #
 # A parsed answer is a tuple that starts with its kind.
 # Scalars: ("num", Fraction) ("const", name) ("sym", name) ("call", name, arguments) ("add", *terms) ("mul", *factors)
-#   ("pow", base, exponent); of one: neg inv abs fact deg percent sin cos ...
-# Others: ("inf",) ("unit", x, unit) ("base", digits, base) ("relation", x, "=", y, "<", z, ...) ("union", items)
-#   ("bracket", "(", items, "]"), with ":" for a ratio, ("list", items) ("set", items) ("matrix", rows)
+#   ("pow", base, exponent) ("binom", n, k); of one: neg inv abs fact deg percent sin cos ...
+# Others: ("inf",) ("unit", x, unit) ("compound", one unit node for each of its units) ("base", digits, base)
+#   ("relation", x, "=", y, "<", z, ...) ("union", items) ("without", x, set) ("bracket", "(", items, "]")
+#   ("list", items) ("set", items) ("ratio", items) ("time", items) ("range", items) ("matrix", rows)
 
-SCALARS = {*"num const sym call add mul pow neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
+SCALARS = {*"num const sym call add mul pow binom neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
 VARIABLES = {"sym", "call"}
 INFINITY = ("inf",)
+REALS = ("bracket", "(", (("neg", INFINITY), INFINITY), ")")
+_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 
 
 def parse(text: str, grouped: bool = True) -> tuple | None:
@@ -173,6 +328,7 @@ class _Parser:
         self.previous, self.token = "", next(self.rest, "")
         self.depth = 0
         self.open_bars = 0
+        self.in_set = self.has_or = False
 
     def next(self) -> str:
         if not self.token:
@@ -197,10 +353,11 @@ class _Parser:
         self.depth -= 1
         return value
 
-    def separated(self, read: Callable[[], tuple], separator: str) -> list[tuple]:
+    def separated(self, read: Callable[[], tuple], *separators: str) -> list[tuple]:
         parts = [read()]
-        while self.take(separator):
-            self.take(separator)  # "5, 6, and 7"
+        while self.take(*separators):
+            self.take(*separators)  # "5, 6, and 7"
+            self.has_or |= self.previous == "or"
             parts.append(read())
         return parts
 
@@ -211,9 +368,12 @@ class _Parser:
         return items[0] if len(items) == 1 else ("list", tuple(items))
 
     def items(self) -> list[tuple]:
-        items = [one for item in self.separated(self.relation, ",") for one in _both_signs(item)]
+        items = [one for item in self.separated(self.relation, ",", "or") for one in _both_signs(item)]
         if len(items) > MAX_ITEMS:
             raise _Unparsed
+        items = items if self.has_or else _compounds(items)
+        if len(items) == 1 and self.take(r"\choose"):
+            return [("binom", items[0], self.sum())]
         return items
 
     def relation(self) -> tuple:
@@ -224,30 +384,57 @@ class _Parser:
 
     def union(self) -> tuple:
         pieces = self.separated(self.ratio, r"\cup")
-        return ("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
+        value = ("union", tuple(pieces)) if len(pieces) > 1 else pieces[0]
+        if not self.take(r"\setminus"):
+            return value
+        points = self.ratio()
+        return ("without", value, points if points[0] in ("set", "bracket", "union") else ("set", (points,)))
 
     def ratio(self) -> tuple:
-        parts = self.separated(self.quantity, ":")
-        return ("bracket", ":", tuple(parts), ":") if len(parts) > 1 else parts[0]
+        """Parts that may be reduced; not so in `12:30`, which may be a time, nor in `3 to 4`, which may be a range."""
+        parts, kind = [self.compound()], "time"
+        while not self.in_set and self.take(":", "to"):
+            kind = "range" if self.previous == "to" else kind
+            kind = "ratio" if kind == "time" and not re.fullmatch(r"\d\d", self.token) else kind
+            parts.append(self.compound())
+        return (kind, tuple(parts)) if len(parts) > 1 else parts[0]
+
+    def compound(self) -> tuple:
+        """One quantity, or `3 hours 20 minutes`."""
+        parts = [self.quantity()]
+        while parts[-1][0] == "unit" and _is_number(self.token):
+            parts.append(self.quantity())
+        parts = _compounds(parts)
+        if len(parts) > 1:
+            raise _Unparsed
+        return parts[0]
 
     def quantity(self) -> tuple:
         """A sum with its currency or unit."""
         currency = _CURRENCIES[self.next()] if self.token in _CURRENCIES else ""
         value = self.sum()
-        unit = self.unit() or currency
+        unit = self.unit() or (_CURRENCIES[self.next()] if not currency and self.token in _CURRENCIES else "")
+        unit = f"{currency} {unit}".strip() if not unit or unit[0] == "/" else unit
         if value[0] == "deg":
             return ("unit", value[1], "degree")
         if unit == "percent":
             return ("percent", value)
+        if unit and value[0] == "sym" and value[1].isupper():  # a choice has no unit
+            raise _Unparsed
+        if unit.split(" ")[0] == "dozen":  # 3 dozen eggs are 3, or 36
+            return ("compound", (("unit", value, unit), ("mul", value, number("12"))))
         return ("unit", value, unit) if unit and value[0] in SCALARS else value
 
     def unit(self) -> str:
         words = []
-        while self.token.startswith('"') or (words and self.token in ("/", "^")):
+        while self.token.startswith('"') or (words and self.token in ("/", "*", "^")):
             token = self.next()
             words += [token, self.subscript()] if token == "^" else re.findall(r"[^\W\d_]+|[^\s\"]", token)
-        unit = " ".join(_UNITS.get(word, word) for word in words)
-        return re.sub(r"^square (\w+)", r"\1 ^ 2", unit)
+        if _is_hedged(words) and words[1:] not in (["squared"], ["cubed"]):
+            raise _Unparsed
+        unit = " ".join(_UNITS.get(word, _UNITS.get(word.lower(), word)) for word in words)
+        unit = re.sub(r"^(?:square (\w+)|(\w+) squared)", r"\1\2 ^ 2", unit)
+        return re.sub(r"^(?:cubic (\w+)|(\w+) cubed)", r"\1\2 ^ 3", unit)
 
     def sum(self) -> tuple:
         terms = [self.signed(self.term)]
@@ -272,18 +459,17 @@ class _Parser:
             elif self.starts_factor():
                 follows_number = _is_number(self.previous) and self.token == r"\frac"
                 factor = self.power()
-                is_mixed = follows_number and _is_mixed(factors[-1], factor)
-                factors[-1:] = [("add", factors[-1], factor)] if is_mixed else [factors[-1], factor]
+                factors[-1:] = _side_by_side(factors[-1], factor, follows_number)
             else:
                 return ("mul", *factors) if len(factors) > 1 else factors[0]
 
     def starts_factor(self) -> bool:
-        """Whether a factor follows without a sign of multiplication; two numbers side by side are not a product."""
+        """Whether a factor follows without a sign of multiplication; no number follows a number or a letter."""
         if _is_number(self.token):
-            return not _is_number(self.previous)
+            return not _is_number(self.previous) and not _is_letter(self.previous)
         if self.token == "|":
-            return self.open_bars == 0
-        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi")
+            return self.open_bars == 0 and not self.in_set
+        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
         return self.token in starts or self.token in FUNCTIONS or _is_letter(self.token)
 
     def power(self) -> tuple:
@@ -291,8 +477,10 @@ class _Parser:
         for _ in range(4):
             if self.token in _POSTFIXES:
                 value = (_POSTFIXES[self.next()], value)
+            elif self.token[1:] in _SCALES and not _is_letter(self.previous):
+                value = ("mul", value, number(f"1e{_SCALES[self.next()[1:]]}"))
             elif self.take("^"):
-                value = ("pow", value, self.argument())
+                value = _power(value, self.argument())
         return value
 
     def argument(self) -> tuple:
@@ -306,7 +494,7 @@ class _Parser:
     def read_atom(self) -> tuple:
         token = self.next()
         if _is_number(token):
-            return ("base", token, self.subscript()) if self.take("_") else number(token)
+            return ("base", token, self.base()) if self.take("_") else number(token)
         if token.startswith('"'):
             return self.words(token)
         if _is_letter(token):
@@ -337,6 +525,11 @@ class _Parser:
             inside += self.next()
         return inside
 
+    def base(self) -> str:
+        """The subscript 2 of 2, (2), two or base 2."""
+        base = re.sub('^"?base|[^0-9A-Za-z]', "", self.subscript())
+        return str(_BASES.index(base)) if base in _BASES else base
+
     def words(self, text: str) -> tuple:
         while self.token.startswith('"'):
             text += " " + self.next()[1:]
@@ -356,7 +549,8 @@ class _Parser:
         opening, items = self.previous, self.items()
         closing = self.expect(")", "]")
         if len(items) == 1 and opening + closing in ("()", "[]"):
-            return items[0]
+            is_base = items[0][0] == "num" and self.take("_")
+            return ("base", str(items[0][1]), self.base()) if is_base else items[0]
         return ("bracket", opening, tuple(items), closing)
 
     def braces(self) -> tuple:
@@ -365,9 +559,31 @@ class _Parser:
         return items[0] if len(items) == 1 else ("set", tuple(items))
 
     def set(self) -> tuple:
+        r"""The items, or the condition of \{x \in \mathbb{R} : x > 3\}."""
+        outer, self.in_set = self.in_set, True
         items = [] if self.token == r"\}" else self.items()
+        has_condition = len(items) == 1 and self.take("|", ":")
+        conditions = self.items() if has_condition else []
+        self.in_set = outer
         self.expect(r"\}")
-        return ("set", tuple(items))
+        if not has_condition:
+            return ("set", tuple(items))
+        subject = items[0][1] if items[0][2:] == (r"\in", REALS) else items[0]
+        are_joined = (
+            len(conditions) == 1
+            or self.has_or
+            or all(condition[2:3] in (("\\ne",), ("\\in",)) for condition in conditions)
+        )
+        if not is_name(subject) or not all(subject in condition for condition in conditions) or not are_joined:
+            raise _Unparsed
+        return ("list", tuple(conditions)) if len(conditions) > 1 else conditions[0]
+
+    def overlined(self) -> tuple:
+        """The length AB; z is another number under a bar."""
+        value = self.atom()
+        if not is_name(value):
+            raise _Unparsed
+        return ("sym", "bar " + value[1]) if value[0] == "sym" else value
 
     def root(self) -> tuple:
         degree = number("2")
@@ -412,12 +628,14 @@ _READERS = {
     "[": _Parser.round_or_square,
     "{": _Parser.braces,
     r"\{": _Parser.set,
-    r"\overline": _Parser.atom,  # over AB; a number before it has repeating digits, which are not read
+    r"\overline": _Parser.overlined,
     r"\sqrt": _Parser.root,
+    r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
     r"\frac": _Parser.fraction,
     r"\pi": lambda _: ("const", "pi"),
     r"\infty": lambda _: INFINITY,
     r"\emptyset": lambda _: ("set", ()),
+    r"\mathbb": lambda parser: ("sym", "set " + parser.subscript()),
     **{f"\\begin{{{kind}matrix}}": _Parser.matrix for kind in ["", "p", "b", "B", "v", "small"]},
     r"\begin{array}": _Parser.matrix,
 }
@@ -432,8 +650,55 @@ def _is_letter(token: str) -> bool:
 
 
 def number(text: str) -> tuple:
-    """Return the node of a decimal."""
-    return ("num", Fraction(text))
+    r"""Return the node of a decimal, which may repeat: 0.1\overline{6}."""
+    fixed, _, repeating = text.partition("\\")
+    value = Fraction(fixed + "0" * (fixed[-1] == "."))
+    if digits := re.sub(r"\D", "", repeating):
+        n_fixed = len(fixed.partition(".")[2])
+        value += Fraction(int(digits), 10**n_fixed * (10 ** len(digits) - 1))
+    return ("num", value)
+
+
+def _side_by_side(a: tuple, b: tuple, follows_number: bool) -> list[tuple]:
+    """Two factors; or a mixed number, or the binomial coefficient C(5, 2)."""
+    match a, b:
+        case ("sym", "C"), ("bracket", "(", (n, k), ")"):
+            return [("binom", n, k)]
+    return [("add", a, b)] if follows_number and _is_mixed(a, b) else [a, b]
+
+
+def _power(base: tuple, exponent: tuple) -> tuple:
+    """A power, or the binomial coefficient C_5^2."""
+    n = base[1][2:] if base[0] == "sym" and base[1].startswith("C_") else ""
+    is_binomial = n.isdecimal() and exponent[0] == "num" and exponent[1] <= int(n)
+    return ("binom", number(n), exponent) if is_binomial else ("pow", base, exponent)
+
+
+def _compounds(items: list[tuple]) -> list[tuple]:
+    """The items with each `5 feet, 6 inches`, large to small in units of one kind, as one quantity."""
+    groups = []
+    for item in items:
+        units = [groups[-1][-1][2], item[2]] if groups and groups[-1][-1][0] == item[0] == "unit" else []
+        if units and (conversion(*units) or 0) > 1:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [_compound(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _compound(parts: list[tuple]) -> tuple:
+    """The sum of quantities in each of their units."""
+    forms = []
+    for _, _, unit in parts:
+        terms = [("mul", value, ("num", conversion(own, unit))) for _, value, own in parts]
+        forms.append(("unit", ("add", *terms), unit))
+    return ("compound", tuple(forms))
+
+
+def conversion(unit: str, other: str) -> Fraction | None:
+    """Return how many of the other unit one unit is; None for units of different kinds."""
+    sizes = next((sizes for sizes in _SIZES if unit in sizes and other in sizes), None)
+    return Fraction(sizes[unit], sizes[other]) if sizes else None
 
 
 def _is_mixed(whole: tuple, fraction: tuple) -> bool:
@@ -462,7 +727,7 @@ def is_name(node: tuple) -> bool:
     match node:
         case ("sym", _) | ("call", *_):
             return True
-        case ("bracket", "(" | ":", items, _):
+        case ("bracket", "(", items, _) | ("ratio", items):
             return all(map(is_name, items))
         case ("mul", *factors):
             return all(factor[0] == "sym" and factor[1].isupper() for factor in factors)
@@ -488,6 +753,25 @@ def contains(node, kinds: set[str]) -> bool:
     return isinstance(node, tuple) and (not kinds.isdisjoint(node[:1]) or any(contains(part, kinds) for part in node))
 
 
+def variables(node) -> set[tuple]:
+    """Return the variables and calls of functions in a tree or a tuple of trees."""
+    if not isinstance(node, tuple):
+        return set()
+    own = {node} if node[:1] in (("sym",), ("call",)) else set()
+    return own.union(*map(variables, node))
+
+
+def are_unlike(unit: str, other: str) -> bool:
+    """Return whether two units, or the first words of `km / h`, are in the table of spellings and differ.
+
+    A rate's `per hour` may be left out for money.
+    """
+    rate, other_rate = unit.split(" / "), other.split(" / ")
+    if rate[0] in _MONEY and 1 in (len(rate), len(other_rate)):
+        unit, other = rate[0], other_rate[0]
+    return unit != other and is_known_unit(unit) and is_known_unit(other)
+
+
 def is_known_unit(unit: str) -> bool:
-    """Return whether the unit, or the first of `km / h`, is in the table of spellings."""
-    return unit.split(" ")[0] in _UNITS.values()
+    """Return whether the unit, or the first word of `km / h`, is in the table of spellings."""
+    return unit.split(" ")[0] in set(_UNITS.values()) - {"/"}

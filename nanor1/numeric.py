@@ -120,9 +120,25 @@ def _exact_root(value: int, degree: int) -> int | None:
 
 
 def _factorial(value) -> Fraction:
-    if value not in range(451):
+    """Of n too, which is no integer at the points where it is sampled: the gamma function at n + 1."""
+    if _is_index(value, 450):
+        return Fraction(math.factorial(int(value)))
+    if abs(value) > 100:
         raise _Undecided
-    return Fraction(math.factorial(int(value)))
+    return _MP.gamma(real(value) + 1)
+
+
+def _is_index(value, largest: int) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= largest
+
+
+def _binomial(n, k):
+    """n (n - 1) ... (n - k + 1) / k! for a small k, in whole numbers Pascal's; else by the gamma function."""
+    if not _is_index(k, 450):
+        return real(_factorial(n)) / real(_factorial(k)) / real(_factorial(real(n) - real(k)))
+    if _is_index(n, MAX_BITS):
+        return Fraction(math.comb(int(n), int(k)))
+    return _folded(operator.mul)(Fraction(1), *[(n - i) / (i + 1) for i in range(int(k))])
 
 
 def _function(name: str) -> Callable:
@@ -139,4 +155,5 @@ _OPERATIONS = {
     "percent": lambda x: x / 100,
     "deg": lambda x: real(x) * _MP.pi / 180,
     "fact": _factorial,
+    "binom": _binomial,
 } | {name: _function(name) for name in FUNCTIONS.values()}

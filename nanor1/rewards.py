@@ -31,7 +31,7 @@ from types import CodeType
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
 from nanor1.coding import code_accuracy, write_program
-from nanor1.grading import extract_answer, math_equal
+from nanor1.grading import extract_answer, is_worked_out, math_equal
 from nanor1.tasks import BOXED_TASKS, Problem, check_countdown
 
 LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means
@@ -42,7 +42,6 @@ LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' m
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _NUMBER_TASKS = ("arithmetic", "gsm8k")
-_UNWORKED = re.compile(r"[\d)}]\s*(?:[-+*/^×÷·−–]|\\(?:times|cdot|div)\b)|\\[dt]?frac|\\sqrt")  # 47 + 85, \frac{36}{2}
 
 
 def after_thinking(text: str) -> str:
@@ -111,11 +110,8 @@ def accuracy(problem: Problem, text: str) -> float | None:
     if not problem.answer.strip():
         return None
     answer = extract_answer(after_thinking(text))
-    if answer is not None and problem.task in _NUMBER_TASKS:
-        answer = answer.rpartition("=")[2]
-        if _UNWORKED.search(answer):
-            return 0.0
-    return float(answer is not None and math_equal(answer, problem.answer))
+    is_right = answer is not None and math_equal(answer, problem.answer)
+    return float(is_right and (problem.task not in _NUMBER_TASKS or is_worked_out(answer)))
 
 
 # ---- format

@@ -96,6 +96,8 @@ def test_countdown_judges_the_last_answer_block_after_the_thinking(text, reward)
         (SUM, "47 + 85", 0.0),
         (SUM, "47 + 85 = 132", 1.0),
         (SUM, "132 = 47 + 85", 0.0),
+        (SUM, "$132/hour", 1.0),
+        (SUM, r"2\binom{12}{2}", 0.0),
         (SUM, "264/2", 0.0),
         (SUM, "\\frac{264}{2}", 0.0),
         (SUM, "66 \\times 2", 0.0),

@@ -1,0 +1,626 @@
+r"""Find the final answer in a response: `extract_answer`.
+
+It looks, after `</think>`, for `\boxed{}`, an `<answer>` block, GSM8K's `####`, a phrase such as "the answer is" or
+"故选", and falls back on what the last sentence states. grading.py says whether it is the gold answer.
+
+No answer is cut out of something longer: what stands together in a sentence (9π, 2^10, (5, 18), 7:30, 3 hours 20
+minutes, more than 18, A or B) is found together. Choices, where tastes differ:
+- Below a box, a line "#### 18" or "Answer: C" has the last word; a letter may name what is in the box. An empty box is
+  none.
+- Behind four # stands an answer only if it starts with one. A "!" after a number is punctuation, but in a formula.
+- "about 18" says 18; "at least 18", "18+", "twice 9" and "5 or 18" say something else.
+- Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
+  ("because"), and what is stated before circumstances ("for 7 days").
+- Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says that the
+  answer cannot be known, states none.
+"""
+
+import functools
+import re
+
+from nanor1 import latex
+
+MAX_TAIL_CHARS = 50_000  # of a response, from its end, that are searched for an answer
+MAX_BOXES = 16
+MAX_PHRASES = 6  # that say "the answer is", or lines behind ####
+MAX_SENTENCE_CHARS = 500
+
+_Span = tuple[int, int]  # where a value starts and ends in a sentence
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Return the final answer of a response as it is written there, or None where there is none.
+
+    Only text after the last `</think>` counts; thinking that never closes leaves no answer. Of several boxes the last
+    is the answer, unless only "and", "or" or commas stand between them: then it is their list. Below a box a line
+    "#### 18" or "Answer: C" has the last word. Only the last `MAX_TAIL_CHARS` characters are read.
+
+    >>> extract_answer(r"<think>so \boxed{1}?</think> It is \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    visible = text.rpartition("</think>")[2]
+    if "<think>" in visible:
+        return None
+    visible = _RESIDUE.sub("", visible[-MAX_TAIL_CHARS:])
+    boxed, end = _last_boxes(visible)
+    if boxed:
+        return _below_a_box(boxed, visible[end:])
+    _, opened, block = visible.rpartition("</answer>")[0].rpartition("<answer>")
+    if opened:
+        return _in_a_block(block.strip())
+    return _after_hashes(visible) or _after_a_phrase(visible) or _fall_back(visible)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the contents of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 5`, or None.
+
+    Boxes joined only by "and", "or" or commas come back as one list. A box cut off before its brace closes is ignored,
+    and so is one without a letter or digit.
+
+    >>> last_boxed(r"\boxed{1}, so \boxed{2} and \boxed{3}")
+    '2, 3'
+    """
+    return _last_boxes(text)[0]
+
+
+def unmarked(text: str) -> str:
+    """Return an answer out of its box or from behind ####, in one spelling."""
+    if "\\boxed" in text or "\\fbox" in text:
+        text = last_boxed(text[-MAX_TAIL_CHARS:]) or text
+    return latex.clean(text.rpartition("####")[2].strip())
+
+
+def _any(phrases: str) -> str:
+    """The pattern of any of the words or phrases between the commas; Chinese ones may stand beside other words."""
+    return rf"(?<![A-Za-z])(?:{'|'.join(phrases.split(', '))})(?![A-Za-z])"
+
+
+_pattern = functools.partial(re.compile, flags=re.IGNORECASE)
+
+# ---------------------------------------------------------------- marked answers
+
+_LETTER = r"[*({\[]*(?-i:[A-J])[*)}\]]*(?![\w'’^=])"  # of a choice; B' and B = 2 are none
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;&.，、；和或与及]|\\[\\,;()\[\]]|\\q?quad|\\(?:text|mbox)\{\s*(?:and|or),?\s*\}|and|or|as well as"
+    r"|[A-Za-z](?:_\{?\w\}?)?\s*=|(?<=\n)\s*(?:[-•]|\(?[b-h2-9][.)]|Part \w+:)|(?<=and )the \w+ is)*"
+)
+_RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>")  # GSM8K's <<9*2=18>>, special tokens
+_PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
+_HASHES = re.compile(rf"#{{4,}}([^\n]{{0,{MAX_SENTENCE_CHARS}}})")
+_LINE_BELOW_A_BOX = _pattern(
+    r"[\s*_>]*(?:#{4,}|(?:the )?(?:final |correct )?(?:answer|option)(?: is)?[\s*_]*[:：]|(?:the )?correct option is"
+    r"|[【\[]?答案[】\]]?[:：是为\s]*|故?选[:：]?)(.*)"
+)
+_PHRASE = re.compile(
+    # the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
+    r"(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
+    rf"(?:{_any('is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)')}|[:=：→—–]|(?=[$\\])|\n)"
+    r"[\s*_\"':：]*"
+    rf"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:))\s+(?:option\s+|choice\s+)?(?={_LETTER})"
+    rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])",
+    re.IGNORECASE,
+)
+
+
+def _last_boxes(text: str) -> tuple[str | None, int]:
+    """The contents of the last boxes, and where the last of them ends."""
+    contents, after, last_end = [], None, 0
+    for box in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
+        end, inside = _box_contents(text, box.end())
+        if not inside or (after is not None and end > after):  # cut off, empty, or around the box just read
+            continue
+        if after is not None and not _BETWEEN_BOXES.fullmatch(text, end, after):
+            break
+        last_end = last_end or end
+        after = box.start()
+        contents.insert(0, inside)
+    return ", ".join(contents) or None, last_end
+
+
+def _box_contents(text: str, at: int) -> tuple[int, str | None]:
+    bare = re.compile(r" *([^\s${}\\]*\d[^\s${}\\]*|[A-J](?!\w))").match(text, at)  # "in a \boxed for you" is prose
+    if bare:
+        return bare.end(), latex.trim(bare.group(1))
+    opened = re.compile(r" *\{").match(text, at)
+    depth = 0
+    for brace in re.compile(r"\\[{}]|[{}]").finditer(text, at) if opened else ():
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            inside = text[opened.end() : brace.start()].strip()
+            return brace.end(), inside if "∅" in inside or not _PLACEHOLDER.fullmatch(inside) else None
+    return at, None
+
+
+def _below_a_box(boxed: str, below: str) -> str:
+    for line in reversed(below.splitlines()[-20:]):
+        marked = _LINE_BELOW_A_BOX.match(line[:MAX_SENTENCE_CHARS])
+        answer = _leading(_prose(marked.group(1))) if marked else None
+        if answer and re.fullmatch("[A-J]", answer) and len(re.sub(r"\\text\w*|\W", "", boxed)) > 1:
+            return f"({answer}) {boxed}"  # the letter of what is in the box
+        if answer:
+            return answer
+    return boxed
+
+
+def _in_a_block(block: str) -> str | None:
+    is_line = "\n" not in block and len(block) <= MAX_SENTENCE_CHARS
+    return (
+        (_leading(_prose(block)) if is_line else None) or _after_a_phrase(block) or _fall_back(block) or block or None
+    )
+
+
+def _after_hashes(text: str) -> str | None:
+    """What stands behind GSM8K's ####; with text below it, only an answer does: else it is a heading."""
+    lines = list(_HASHES.finditer(text))[-MAX_PHRASES:]
+    for words in (_prose(line.group(1)) for line in reversed(lines)):
+        if not re.match(r"\d+[.)]\s+[A-Z]", words) and not _REMARK.search(words) and (answer := _leading(words)):
+            return answer
+    if lines and not text[lines[-1].end() :].strip():
+        return _in_a_block(lines[-1].group(1).strip())
+    return None
+
+
+def _after_a_phrase(text: str) -> str | None:
+    """The answer behind the last "the answer is" that an answer follows; else the words behind the last."""
+    said = None
+    for phrase in reversed(list(_PHRASE.finditer(text))[-MAX_PHRASES:]):
+        rest = text[phrase.end() : phrase.end() + MAX_SENTENCE_CHARS]
+        bold = re.findall(r"\*\*([^*\n]+)\*\*", rest.split("\n")[0])
+        if len(bold) == 1 and (answer := _leading(_prose(bold[0]))):
+            return answer
+        if re.search(r"\bwait\b|\bactually\b", rest, re.IGNORECASE) and (answer := _last_stated(rest)):
+            return answer
+        sentence = next(iter(_sentences(rest)), "")
+        is_heading = "\n" in phrase.group()
+        if sentence and (answer := _leading(sentence) or (_fall_back(rest) if is_heading else _find(sentence))):
+            return answer
+        said = said or (sentence if len(sentence.split()) <= 8 else None)
+    return said or None
+
+
+# ---------------------------------------------------------------- a response without a marker
+
+_OFFER = re.compile(r"^.*" + _any("let me know, would you like, feel free"), re.IGNORECASE | re.MULTILINE)
+_CUT_OFF = re.compile(
+    _any("the, an?, of, to, and, we, is, are, has, for, by, with, from, than") + r"$|(?:\s[-+/×=]|\()$"
+)
+_REFUSAL = _pattern(
+    r"\b(?:cannot|can['’]t|unable to|impossible to) (?:be (?:known|found|[a-z]+ed)|determine|solve|answer|tell|say)\b"
+    "|not enough (?:information|data)|无法"
+)
+_REMARK = _pattern(  # a sentence that states no answer: a check, a note, a wish, a part of it, a question
+    r"^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )"
+    + rf"|^\W*{_any('tip, note, sources?, 点睛, 点评')}|{_any('hope (?:this|that|it)')}"
+    + rf"|^{_any('of (?:these|those|them|which), (?:this|which) (?:matches|satisfies|agrees|makes sense)')}"
+    + rf"|^{_any('is, are, do, does, did, can, could, what, how, why, which, who')}.*\?$"
+)
+
+
+def _fall_back(text: str) -> str | None:
+    """A response without a marker: all of it if it is an answer, else the choice it starts with or its last value."""
+    if len(text) <= 200 and "\n" not in text.strip():
+        whole = _prose(text)
+        if _is_value(whole) or (len(whole.split()) == 1 and latex.is_prose(unmarked(whole))):
+            return latex.trim(_undelimited(whole))
+    choice = _LEADING_CHOICES.match(_prose(text[:200]))
+    if choice and not choice.group("more") and (answer := _leading(_prose(text[:200].strip().split("\n")[0]))):
+        return answer
+    text = text[-4 * MAX_SENTENCE_CHARS :]
+    text = _OFFER.split(text)[0].rstrip("-*_# \n") or text
+    said = re.sub(r"```.*?(?:```|$)", "\n", text, flags=re.DOTALL)
+    return _last_stated(said) or (_last_stated(text) if said != text else None)
+
+
+def _last_stated(text: str) -> str | None:
+    """What the last sentence states that states something."""
+    sentences = _sentences(text[-2 * MAX_SENTENCE_CHARS :])
+    if not sentences or _CUT_OFF.search(text.rstrip()[-20:]) or _REFUSAL.search(sentences[-1]):
+        return None
+    if named := re.fullmatch(r"\D*\b(?:is|was|on|an?|the) ([A-Z][a-z]+)", sentences[-1]):  # So it falls on a Tuesday
+        return named.group(1)
+    stating = [sentence for sentence in sentences if not _REMARK.search(sentence)]
+    return next(filter(None, map(_find, reversed(stating))), None)
+
+
+# ---------------------------------------------------------------- sentences in one spelling
+
+_FORMULA = (
+    r"\$\$(?:[^$\\]|\\.){1,1000}\$\$|\\\[.{1,1000}?\\\]|\\\(.{1,500}?\\\)"
+    r"|(?<!\\)\$(?!\d[^$]*(?<!\{) [a-z]{2,}[ ,])(?:[^$\n\\]|\\.){1,500}\$(?!\d)"  # not "$5 and they pay $"
+)
+_SENTENCE = re.compile(
+    rf"(?:{_FORMULA}|\([^()\n]{{0,100}}\)|[^\n.!?]"
+    r"|(?<=approx)\.|(?<=i\.e)\.|(?<=Rs)\.|\.(?!\s|$)|[!?](?!\s*$|\s+[A-Z]|\s*\n))+",
+    re.DOTALL,
+)
+_CJK = r"[\u3400-\u9fff]"
+_WIDE = {0xFF01 + i: chr(0x21 + i) for i in range(94)} | str.maketrans(
+    {"，": ", ", "、": ", ", "；": "; ", "。": ". ", "：": ":", "（": "(", "）": ")", "！": "! ", "【": " ", "】": " "}
+)
+_LINES = {
+    r"\\(?:begin|end)\{(?:align|gather|equation|split|multline)\w*\*?\}(?:\{\w*\})?": "\n",
+    r"&(?=\s*(?:=|<|>|\\[lg]eq?|\\[RrLlIe]))|(?<==)\s*&": " ",  # where lines are aligned
+    r"(?<=[\w})])(\.\$\$?)(?=\s)|(\.\s*\\[\])])": r"\1\2\n",  # a formula with a full stop ends a sentence too
+}
+_PLAIN = {
+    r"\\(?:boxed|fbox)\b\s*(?:\{\W*\})?": "",  # empty, or only named
+    "[₀-₉]+": r"_\g<0>",
+    r"(?<![\w)\]}*])\*{1,3}(?=[^\s*])|(?<=[^\s*])\*{1,3}(?![\w(\[{*\\])": "",  # emphasis, not 2*3
+    r"`|</?\w{1,8}>|(?<!\w)__?(?=\w)|(?<=\w)__?(?![\w{(\\])": "",
+    rf"(?<={_CJK})(?=[^\s\u3400-\u9fff])|(?<=[^\s\u3400-\u9fff])(?={_CJK})": " ",
+    r"(?<=[a-z])\s*\$\^\{?(\d)\}?\$": r"^\1",  # cm$^2$
+    r"(?<![\d)}$] )\b(?:minus|negative) (?=[\d$\\])": "-",
+    rf"(?s:\s*({_FORMULA})\s*)": r" \1 ",
+    r"(?<=\d) and (?:a|one)[ -]half\b": " 1/2",
+    r"\s*负\s*(?=[\d$\\])": " -",
+    r"\s*\(\s*(?!舍)([\u3400-\u9fff]{1,3})\s*\)": r" \1",  # 12 (个)
+    r"^(?:[-•>] )+(?=\S)": "",
+    r"(?<=\d)/-": "",  # Rs. 8,000/-
+    r"(?<=[A-Za-z]:)(?=\d)": " ",  # Total:5
+    r"(?<![\w^.\\{])(\d[\d.,]*)([mghslL])(?=[\s.,;!?]|$)(?!\s*[-=+*/^<>])": r"\1 \2",  # 540m
+    r"(?<=[\d$)}A-J]) (?:或者?) (?=[-\d$(A-J])": " or ",
+}
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences in one spelling: they end at a line break or a full stop that is no decimal point, not in a formula."""
+    text = latex.respell(re.sub(r"．(?!\d)", ". ", text).translate(_WIDE), _LINES)
+    sentences = ((_prose(found.group()), text[found.end() : found.end() + 1]) for found in _SENTENCE.finditer(text))
+    return [words + "?" * (end == "?") for words, end in sentences if words]
+
+
+def _prose(text: str) -> str:
+    """Without emphasis and end marks; Chinese words and formulas stand apart."""
+    text = latex.respell(text.translate(_WIDE), _PLAIN)
+    return latex.trim(text.strip().strip("\"'“”").rstrip("!?"))
+
+
+def _undelimited(text: str) -> str:
+    """The inside of one formula; anything else as it is."""
+    found = re.fullmatch(r"\$\$?([^$]+)\$\$?|\\[(\[]((?:(?!\\[(\[]).)+)\\[)\]]", text.strip(), re.DOTALL)
+    return (found[1] or found[2]).strip() if found else text.strip()
+
+
+# ---------------------------------------------------------------- what a sentence states
+
+_LEADING_CHOICES = re.compile(  # A; or more of them: A and C
+    rf"{_LETTER}(?P<more>(?:\s*(?:[,/&]|\b(?:or|and|possibly|maybe|perhaps)\b|或|和))+\s*{_LETTER})*"
+    rf"(?=[.,:;]|(?<=[)\]}}])\s|\s+(?:because|since|as|is)\b|\s+[—–-]\s|\s*$|\s*{_CJK})"
+)
+_ONE_CHOICE = _pattern(r"(?:(?:choice|option|answer)\s*)?[\s({\[*:]*([A-J])[\s)}\]*.:,]*")
+_LABELLED = re.compile(  # (B) 17, B: 17, B. heat flows, b) 17; not A: B
+    r"(?:(?:[Cc]hoice|[Oo]ption|[Aa]nswer) *)?\(?([A-J]|(?<!\()[a-j](?=\) ))(?:\) *:? *|[:.、][ *]*)"
+    r"(?!(?<!\) )[A-J]\b|[A-J]\b(?! =)|(?:and|or|nor|is|are|was)\b|- )"  # (B) or (C), (A) - 3; but (C) F = ma
+    r"((?:[\w$({[\"']|\\(?!cup|cap|le|ge|ne|in\b)|(?<= )-).*)"
+)
+_EXPLAINED = re.compile(  # B (heat flows)
+    r"([A-J]) *(?:[-—,] *|\()(?!(?:and|or|nor|but|maybe|perhaps)\b)([A-Za-z][a-z][^()]*)\)?"
+)
+_TWO_LABELS = re.compile(r"\([A-J]\)|\b[A-J](?: ?[):]|\. )|(?<![(\w])[a-j]\)|\b(?:and|or) [A-J]\b")
+_ASIDE_IN_BRACKETS = re.compile(
+    r"\s+\((?!or\b)[^()]*(?:[^\W\d_]{3}|[\u3400-\u9fff]|\d *[x×*] *\d|[=$])[^()]*\)$"
+)  # 18 (eggs), 18 (3 x 6)
+_LIGHT = _pattern(  # adds nothing to the value that follows
+    "(?:(?:"
+    + _any(
+        "approximately, approx, about, around, roughly, simply, just, exactly, therefore, then, now, the, an?, total"
+        ", of, equals?, to, given by, number, value, option, choice, x, 约, 大约, 共, 为, 是"
+    )
+    + r")?[\s.:=~≈]*)*"
+)
+_NEGATION = _pattern(  # what follows is not the answer
+    _any(
+        "not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, eliminat[a-z]+, exclud[a-z]+"
+        ", rather than, instead of, 不是, 并非, 而非, 不选, 排除"
+    )
+    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$"
+)
+_REJECTED = _pattern(
+    r"\s*(?:"
+    + _any("(?:is|are|was|were) (?:not|incorrect|wrong|false)")
+    + r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
+)
+_NUMBERED = _pattern(  # Step 2, May 5
+    _any("step, part, case, equation, example, problem, question, solution, method, section, chapter, figure, 第")
+    + r"\s*$|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
+)
+_ASIDE = _pattern(  # a reason or a comparison follows
+    "(?<!and )"
+    + _any(
+        r"since, because, given that, compared, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中"
+        r", including, not counting, consisting of, made up of, namely, (?:down|up) from, vs"
+        r", 当且仅当, 此时, (?<=,\s)当"
+    )
+    + r"|: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)"  # 12 fruits: 5 apples and 7 pears
+    + r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
+)
+_CONCLUSION = _pattern(  # the answer follows, as it does behind a clause at the start: If he pays 5, ...
+    _any(
+        "so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?"
+        ", round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,"
+    )
+    + rf"|^{_any('if, since, as, when, after, because, given, assuming, between, in, for')}[^,]*,"
+)
+_CIRCUMSTANCES = _pattern(  # what follows says when, where, how often, of what; not how many
+    "(?:"
+    + _any(
+        "(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until"
+        ", on(?: day)?, over, by, between, among, into, than, using, (?<!left )with"
+        ", after(?: [a-z]+ing)?, to [a-z]+(?: [^ ,]+){0,5}"
+        ", of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of"
+    )
+    + rf"|[\d.)$](?: \w+){{0,2}} of)(?: {_any('the[a-z]*, those, an?, all, each, every, her, his, its, year')})*\s*$"
+)
+_PRICE = _pattern(_any("at, from, than, of, with, vs") + r"\.?(?: the| an?)?\s*$")
+_QUALIFIER = _pattern(  # another value is meant than the one that follows
+    _any(
+        "(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?"
+        ", (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to"
+        ", minimum"
+        ", (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}"
+    )
+    + r"(?: or equal to)?\s*$"
+)
+_QUALIFIED = _pattern(  # or than the one that stands in front
+    rf"\s*(?:\+|{_any('(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]')}"
+    r"|[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),"
+    r"|(?:more|less|fewer) than [\d$]"
+    r"|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d"
+    rf"|[^.]*{_any('otherwise, depending on')})"
+)
+_HEDGED = _pattern(_any("otherwise") + r"|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
+_SUMMED = _pattern(_any("total, sum, so, altogether, all, then, leaving, which, that, 共"))
+_ARROW = re.compile(r"\\(?:[Ll]ong)?[Rr]ightarrow|\\implies|\\therefore|[⇒→∴]")
+
+
+def labelled(text: str) -> tuple[str, str]:
+    """Return the letter of a choice and the text or value beside it, if any; without a letter "" and all the text."""
+    if choice := _ONE_CHOICE.fullmatch(latex.plain_words(text)):
+        return choice.group(1).upper(), ""
+    plain = re.sub(r"^\{(.*)\}$", r"\1", latex.unstyled(text)).strip()
+    explained = _EXPLAINED.fullmatch(plain)
+    if explained and latex.is_prose(explained[2]) and not re.search(r"\b[A-J]\b", explained[2]):
+        return explained[1], explained[2]
+    labelled = _LABELLED.fullmatch(plain)
+    if not labelled or _TWO_LABELS.search(labelled[2]) or (plain[1] == "." and len(labelled[2]) == 1):  # i. e.
+        return "", text
+    return labelled[1].upper(), labelled[2]
+
+
+def _leading(words: str) -> str | None:
+    """The answer that words start with: a choice, all of them as a value, or a value before the rest."""
+    choice = _LEADING_CHOICES.match(words)
+    if choice and not _REJECTED.match(words, choice.end()):
+        letter, content = labelled(words)
+        if letter and _is_value(content):
+            return words
+        return latex.trim(choice.group()) if choice.group("more") else re.search("[A-J]", choice.group()).group()
+    plain = _ASIDE_IN_BRACKETS.sub("", words)
+    return _undelimited(plain) if _is_value(plain) else _find(words, only_leading=True)
+
+
+def _find(sentence: str, only_leading: bool = False) -> str | None:
+    """The value or choice that a sentence states; with `only_leading` the one that it starts with, if any."""
+    found = [span for span in _joined(sentence, _values(sentence)) if not _is_rejected(sentence, *span)]
+    if only_leading:
+        found = [span for span in found[:1] if _LIGHT.fullmatch(sentence, 0, span[0])]
+    else:
+        found = _main(sentence, found)
+    if found and _HEDGED.search(sentence):
+        return sentence
+    return _written(sentence, *found[-1]) if found else None
+
+
+def _is_rejected(sentence: str, start: int, end: int) -> bool:
+    """Whether it is said not to be the answer, or is only the number of a step."""
+    is_before = _before(_NEGATION, sentence, start) or _before(_NUMBERED, sentence, start)
+    return bool(is_before or _REJECTED.match(sentence, end))
+
+
+def _before(pattern: re.Pattern, sentence: str, at: int) -> re.Match | None:
+    return pattern.search(sentence, max(0, at - 100), at)
+
+
+def _main(sentence: str, found: list[_Span]) -> list[_Span]:
+    """What the main clause states: no reason, nor the 7 of "18 dollars for 7 days", where there is something else."""
+    if aside := _ASIDE.search(sentence):
+        found = [span for span in found if span[0] < aside.start()] or found
+    for conclusion in reversed(list(_CONCLUSION.finditer(sentence))):
+        if after := [span for span in found if span[0] >= conclusion.end()]:
+            found = after
+            break
+    main, computed = [], []
+    for start, end in found:
+        value = sentence[start:end]
+        is_money = re.match(r"[$€£¥][^$]*$", value) and not _before(_PRICE, sentence, start)
+        is_main = is_money or not _before(_CIRCUMSTANCES, sentence, start)
+        main += [(start, end)] * bool(is_main)
+        is_computed = "=" in sentence[:start].rstrip()[-1:] + value
+        computed += [(start, end)] * (is_computed and bool(is_main or _form(value) != "assignment"))  # not "at x = 2"
+    stated = computed or main or found
+    if len(stated) > 1 and _are_alike(sentence, *stated[-2:]):
+        return [(stated[-2][0], stated[-1][1])]
+    return stated
+
+
+def _are_alike(sentence: str, first: _Span, second: _Span) -> bool:
+    """Whether the same is said of two things: the mean is 2 and the median is 4; 12 for Ann and 15 for Bob."""
+    between = sentence[first[1] : second[0]]
+    if not re.search(r"\b(?:and|while|but)\b|[,;]", between) or _SUMMED.search(between):
+        return False
+    before = [re.search(r"([\u3400-\u9fff]|(?<![^\W\d_])[A-Za-z]+)\W*$", sentence[:at]) for at in (first[0], second[0])]
+    words = [word[1] if word else "" for word in before]
+    is_one_verb = words[0] == words[1] != "" and not re.fullmatch("at|in|on|to|from|by|of|after|with", words[0])
+    is_for_each = all(re.match(r"[^.,\d]*? for\b", sentence[at:]) for at in (first[1], second[1]))
+    are_names = all(word[:1].isupper() for word in words) and re.fullmatch(r"\s*[,;]?(?: and)? [A-Z]\w+ ", between)
+    are_names = are_names or re.fullmatch(r"(?: \w+)? and [A-Z]\w+ ", between)
+    return bool(is_one_verb or is_for_each or are_names)
+
+
+def _written(sentence: str, start: int, end: int) -> str:
+    """The value there as it is written, with its unit or "more than"; of a calculation the result: 7 of 10 - 3 = 7."""
+    qualifier, qualified = _before(_QUALIFIER, sentence, start), _QUALIFIED.match(sentence, end)
+    start, end = qualifier.start() if qualifier else start, qualified.end() if qualified else _with_unit(sentence, end)
+    stated = re.sub(
+        _FORMULA, lambda found: _undelimited(found.group()), latex.trim(sentence[start:end]), flags=re.DOTALL
+    )
+    stated = latex.trim(_ARROW.split(stated)[-1].lstrip("= "))
+    left, _, right = stated.rpartition("=")
+    has_names = re.search(r"(?<![^\W\d_])[^\W\d_](?![^\W\d_])|\\", re.sub(r"(?<=\d) ?[xX] ?(?=[\d$])", "*", left))
+    is_worked_out = (re.search(r"\d", right) and not has_names) or (_is_value(right) and not _is_value(stated))
+    stated = right.strip() if is_worked_out and not _n_open(left) else stated
+    return re.sub(r"^\(([A-J])\)$|(?<=\d)-[A-Za-z]{2}.*", r"\1", stated)
+
+
+def _with_unit(sentence: str, end: int) -> int:
+    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?]+)").match(sentence, end)
+    return unit.end() if unit and _is_measure(unit.group(1)) else end
+
+
+# ---------------------------------------------------------------- the values in a sentence
+
+_PIECE = re.compile(rf"{_FORMULA}|\S+", re.DOTALL)
+_OPERATORS = set("+ - − – = < > ≤ ≥ × * · ÷ / ^ ± ≈ ∪ ∈ : → & \\\\".split())
+_FUNCTION = "sin|cos|tan|log|ln|exp|sqrt"
+_MATH = re.compile(
+    r"[-+−–±=<>≤≥]?[(\[{|]*[-+−–±~≈]?(?:[$€£¥₹]\s?[-−]?)?"
+    rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|])"
+    r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b))"
+)
+_BARE_WORD = re.compile(rf"(?<![\\A-Za-z{{])(?!(?:{_FUNCTION}|pi|or|and)\b)[^\W\d_]{{2,}}")
+_WORDS_FIRST = re.compile(rf"[^\d\\$(\[{{=]*?{_BARE_WORD.pattern}(?![^\W\d_])(?!\s*[-=+*/^(_])")
+_FACTORS = "(?:L(?=O[MLDmld])|[MD])(?:O[MLD]|M)*(?:O[mld]|m)?"
+_RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters of _tokens: one value
+_JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
+_SIGN_BETWEEN = re.compile(  # 2 cups + 3
+    r"\s*(?:times|plus|minus|choose|to the|percent of|(?:divided|multiplied) by|[^\d.,;:()]{0,30}[-+*/×÷=])\s*"
+)
+_SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]") + "|[=:]")
+
+
+def _values(sentence: str) -> list[_Span]:
+    """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice."""
+    spans, kinds = _tokens(sentence)
+    for pattern in (_RUN, "[Hh]", "[Bb]"):
+        if runs := list(re.finditer(pattern, kinds)):
+            return [(spans[run.start()][0], _end(sentence, spans[run.end() - 1])) for run in runs]
+    return []
+
+
+def _tokens(sentence: str) -> tuple[list[_Span], str]:
+    """The spans of words and formulas, brackets whole; and a letter for the kind of each, small where it ends a clause.
+
+    M mathematics, O an operator, L a letter, B one that may be a choice, C a choice in brackets, W a word,
+    D dollars or a whole formula, H as in "a 5-day trip".
+    """
+    spans, are_closed = [], _n_open(sentence) <= 0
+    for start, end in (piece.span() for piece in _PIECE.finditer(sentence)):
+        if spans and are_closed and _n_open(sentence[slice(*spans[-1])]) > 0:
+            spans[-1] = spans[-1][0], end
+        else:
+            spans.append((start, end))
+    kinds = "".join(_kind(sentence, span, i + 1 == len(spans)) for i, span in enumerate(spans))
+    return spans, re.sub("(?<=M)[LB](?=[Mm])", "O", kinds)  # 3 x 4
+
+
+def _n_open(text: str) -> int:
+    return sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))
+
+
+def _end(sentence: str, span: _Span) -> int:
+    start, end = span
+    core = sentence[start:end].rstrip(".,;:?\"'”")
+    while _n_open(core) < 0 and core[-1:] in ")]}":
+        core = core[:-1]
+    return start + len(core)
+
+
+def _kind(sentence: str, span: _Span, is_last: bool) -> str:
+    start, end = span[0], _end(sentence, span)
+    core = sentence[start:end]
+    stops = end < span[1]
+    if core in _OPERATORS:
+        kind = "O"
+    elif re.fullmatch(_FORMULA, core, re.DOTALL) or re.match(r"[$€£¥]\d", core):
+        kind = "L" if re.fullmatch(r"\W*[A-Za-z]\W*", core) else "D"
+    elif re.fullmatch(r"\([A-J]\)", core):
+        kind = "C"
+    elif re.fullmatch(r"[A-Za-zα-ω]", core):
+        is_article = core in "AI" and not (stops or is_last or re.match(r"\s+(?:is|or|and)\b", sentence[end:]))
+        kind = "B" if core in "ABCDEFGHIJ" and not is_article and not re.match(r"\s*[=<>+*/^]", sentence[end:]) else "L"
+    elif re.match(r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}", core):
+        kind = "H"
+    elif _MATH.match(core) and not (core[0] in "([{" and _BARE_WORD.search(core)):
+        kind = "M"
+    else:
+        kind = "W"
+    return kind.lower() if stops else kind
+
+
+def _joined(sentence: str, found: list[_Span]) -> list[_Span]:
+    """Values that are said as one: 5 or 18; 2, 3 and 5; 3 hours 20 minutes."""
+    joined, last = [], None
+    for span in found:
+        if last and _is_said_again(sentence[last[1] : span[0]], sentence[slice(*span)]):
+            continue
+        if last and _belongs_to(sentence, joined[-1][0], last, span):
+            joined[-1] = joined[-1][0], span[1]
+        else:
+            joined.append(span)
+        last = span
+    return joined
+
+
+def _is_said_again(between: str, value: str) -> bool:
+    """Whether it is the value before, as in 60 centimeters (0.6 m), or 1/36, or about 2.78%."""
+    is_in_brackets = value[0] == "(" and re.fullmatch(r"\s+[^\W\d]+\.? ", between)
+    return bool(is_in_brackets or re.fullmatch(r",? or (?:about|approximately|roughly) ", between))
+
+
+def _belongs_to(sentence: str, first: int, last: _Span, span: _Span) -> bool:
+    """Whether a value is part of the one that starts at `first` and ends with the part `last`."""
+    between = sentence[last[1] : span[0]]
+    unit = re.fullmatch(r"\s*([^\s,.;:]+),?\s+(?:and\s+)?", between)
+    is_range = between == " to " and not re.search(r"\b(?:from|by|up|down|add|adding)\W*$", sentence[:first])
+    if (
+        is_range
+        or re.search(r"\s\(?[b-h]\)\s*$", between)
+        or _SIGN_BETWEEN.fullmatch(between)
+        or (unit and (_is_measure(unit[1]) or re.fullmatch(_CJK + "{1,2}", unit[1])))
+    ):
+        return True
+    forms = {_form(sentence[slice(*last)]), _form(sentence[slice(*span)])}
+    if len(forms) > 1 or forms == {"statement"}:  # a result and a further one
+        return False
+    if between.strip() == "," and re.match(r"\s*(?:[,.;]|and\b|or\b|$)", sentence[span[1] :]):
+        return True
+    word = _JOINED.fullmatch(between)
+    is_first = not sentence[:first].strip()
+    # rows 2 and 10 are only named beside each other
+    return bool(word and (word.group("or") or is_first or _before(_SAID, sentence, span[0])))
+
+
+def _form(text: str) -> str:
+    """A value (or an inequality), an assignment such as x = 5, or any other statement."""
+    if not re.search(r"=|∈|\\in\b", text):
+        return "value"
+    is_assignment = re.match(r"[\W_]*(?:[A-Za-z](?:_\{?\w+\}?)?|\([a-z, ]+\))\s*=[^=∈]*$", text)
+    return "assignment" if is_assignment else "statement"
+
+
+def _is_value(text: str) -> bool:
+    """Whether the text can be read as mathematics, and is no sentence that could be so by chance ("so 5" is s o 5)."""
+    cleaned = unmarked(text)
+    words = [word for word in _BARE_WORD.findall(cleaned) if not _is_measure(word)]
+    is_sentence = len(words) > 1 or _WORDS_FIRST.match(cleaned)
+    return bool(cleaned) and not is_sentence and latex.parse(cleaned) is not None
+
+
+@functools.lru_cache(1000)
+def _is_measure(word: str) -> bool:
+    """Whether the word is a known unit or scale: hours, percent, million; not "in" or "per"."""
+    node = latex.parse(unmarked("1 " + word)) if len(word) <= 20 and word not in ("in", "per") else None
+    if node is None or node[0] == "unit":
+        return node is not None and latex.is_known_unit(node[2])
+    return node[0] != "relation" and not latex.contains(node, latex.VARIABLES)
