@@ -11,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from nanor1.coding import CodeTests, code_accuracies, code_accuracy, extract_code, judge_programs, write_program
+from nanor1.coding import (
+    CodeTests,
+    code_accuracies,
+    code_accuracy,
+    extract_code,
+    judge_programs,
+    read_row,
+    write_program,
+)
 from nanor1.rewards import accuracy, final_answer
-from nanor1.sandbox import run_tests
+from nanor1.sandbox import run_many, run_tests
 from nanor1.tasks import Problem, code_problem, format_prompt, make_task, read_task
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "/no/such/folder"))
@@ -431,3 +439,26 @@ def test_all_reference_solutions_pass(name):
 @pytest.mark.parametrize("name", ["HumanEval", "mbpp_sanitized"])
 def test_most_mutated_solutions_fail(name):
     check_mutants(name, 1, 3, 0.8)
+
+
+@shared
+def test_cases_of_the_field_pass():
+    cases = [case["input"] for case in lines("field/answers.jsonl") if case["input"]["call"] == "coding.judge_programs"]
+    problems = [Problem("", "", "code", tests=read_row(case["row"])[2]) for case in cases]
+    verdicts = judge_programs(problems, [case["text"] for case in cases])
+    assert (
+        len(cases) > 10
+        and [case["text"] for case, verdict in zip(cases, verdicts, strict=True) if not verdict.passed] == []
+    )
+
+
+@shared
+def test_programs_of_the_field_earn_what_they_should_and_leave_the_next_its_right():
+    cases = [case for case in lines("field/programs.jsonl") if "tests" in case]
+    for case in cases:
+        tests = [test if isinstance(test, str) else list(map(tuple, test)) for test in case["tests"]]
+        started = time.monotonic()
+        passed = [verdict.passed for verdict in run_many(list(zip(case["program"], tests, strict=True)), 1, workers=1)]
+        assert time.monotonic() - started < 5, case["name"]
+        assert passed == [case["family"] != "new_attack", True][: len(passed)], case["name"]
+    assert len(cases) > 6
