@@ -11,6 +11,7 @@ minutes, more than 18, A or B) is found together. Choices, where tastes differ:
 - "about 18" says 18; "at least 18", "18+", "twice 9" and "5 or 18" say something else.
 - Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
   ("because"), and what is stated before circumstances ("for 7 days").
+- What is said alike of two things ("the mean is 2 and the median is 4") is two values, of which neither is the answer.
 - Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says that the
   answer cannot be known, states none.
 """
@@ -85,7 +86,8 @@ _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&.，、；和或与及]|\\[\\,;()\[\]]|\\q?quad|\\(?:text|mbox)\{\s*(?:and|or),?\s*\}|and|or|as well as"
     r"|[A-Za-z](?:_\{?\w\}?)?\s*=|(?<=\n)\s*(?:[-•]|\(?[b-h2-9][.)]|Part \w+:)|(?<=and )the \w+ is)*"
 )
-_RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>")  # GSM8K's <<9*2=18>>, special tokens
+# GSM8K's <<9*2=18>>, special tokens, the end of a proof
+_RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>|\$?\\(?:blacksquare|qed)\b\$?|[■∎]")
 _PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
 _HASHES = re.compile(rf"#{{4,}}([^\n]{{0,{MAX_SENTENCE_CHARS}}})")
 _LINE_BELOW_A_BOX = _pattern(
@@ -97,7 +99,8 @@ _PHRASE = re.compile(
     r"(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
     rf"(?:{_any('is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)')}|[:=：→—–]|(?=[$\\])|\n)"
     r"[\s*_\"':：]*"
-    rf"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:))\s+(?:option\s+|choice\s+)?(?={_LETTER})"
+    r"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:)|matches)\s+"
+    rf"(?:option\s+|choice\s+)?(?={_LETTER})"
     rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])",
     re.IGNORECASE,
 )
@@ -187,7 +190,7 @@ _CUT_OFF = re.compile(
 )
 _REFUSAL = _pattern(
     r"\b(?:cannot|can['’]t|unable to|impossible to) (?:be (?:known|found|[a-z]+ed)|determine|solve|answer|tell|say)\b"
-    "|not enough (?:information|data)|无法"
+    "|not enough (?:information|data)|无法|没有说明|请补充"
 )
 _REMARK = _pattern(  # a sentence that states no answer: a check, a note, a wish, a part of it, a question
     r"^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )"
@@ -299,7 +302,7 @@ _EXPLAINED = re.compile(  # B (heat flows)
 )
 _TWO_LABELS = re.compile(r"\([A-J]\)|\b[A-J](?: ?[):]|\. )|(?<![(\w])[a-j]\)|\b(?:and|or) [A-J]\b")
 _ASIDE_IN_BRACKETS = re.compile(
-    r"\s+\((?!or\b)[^()]*(?:[^\W\d_]{3}|[\u3400-\u9fff]|\d *[x×*] *\d|[=$])[^()]*\)$"
+    r"\s+\((?!or\b)[^()]*(?:[^\W\d_]{3}|[\u3400-\u9fff]|\d *[x×*] *\d|[=$%])[^()]*\)$"
 )  # 18 (eggs), 18 (3 x 6)
 _LIGHT = _pattern(  # adds nothing to the value that follows
     "(?:(?:"
@@ -328,7 +331,7 @@ _NUMBERED = _pattern(  # Step 2, May 5
 _ASIDE = _pattern(  # a reason or a comparison follows
     "(?<!and )"
     + _any(
-        r"since, because, given that, compared, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中"
+        r"since, because, given that, compared, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中"
         r", including, not counting, consisting of, made up of, namely, (?:down|up) from, vs"
         r", 当且仅当, 此时, (?<=,\s)当"
     )
@@ -474,7 +477,7 @@ def _written(sentence: str, start: int, end: int) -> str:
 
 
 def _with_unit(sentence: str, end: int) -> int:
-    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?]+)").match(sentence, end)
+    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?(]+)").match(sentence, end)
     return unit.end() if unit and _is_measure(unit.group(1)) else end
 
 
@@ -543,7 +546,7 @@ def _kind(sentence: str, span: _Span, is_last: bool) -> str:
     if core in _OPERATORS:
         kind = "O"
     elif re.fullmatch(_FORMULA, core, re.DOTALL) or re.match(r"[$€£¥]\d", core):
-        kind = "L" if re.fullmatch(r"\W*[A-Za-z]\W*", core) else "D"
+        kind = "L" if re.fullmatch(r"\W*[A-Za-df-hj-z]\W*", core) else "D"  # e and i are values
     elif re.fullmatch(r"\([A-J]\)", core):
         kind = "C"
     elif re.fullmatch(r"[A-Za-zα-ω]", core):
@@ -551,6 +554,8 @@ def _kind(sentence: str, span: _Span, is_last: bool) -> str:
         kind = "B" if core in "ABCDEFGHIJ" and not is_article and not re.match(r"\s*[=<>+*/^]", sentence[end:]) else "L"
     elif re.match(r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}", core):
         kind = "H"
+    elif re.fullmatch(r"\([\d.]+ ?\\?%\)", core):  # said again: 17/50 (34%)
+        kind = "W"
     elif _MATH.match(core) and not (core[0] in "([{" and _BARE_WORD.search(core)):
         kind = "M"
     else:

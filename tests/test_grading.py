@@ -19,6 +19,9 @@ from nanor1.tasks import Problem
 
 ONE_WAY = ("1011", "1011_2")  # a gold's base may be left out; a base too many is a mistake
 EQUAL = [
+    ("p(x) = x^2 - 7x + 12", "x^2 - 7x + 12"),
+    ("T_3(x) = 4x^3 - 3x", "4x^3 - 3x"),
+    ("10{:}45", "10:45"),
     # integers and decimals
     ("042", "42"),
     ("-17", "\\left(-17\\right)"),
@@ -709,6 +712,11 @@ EXTRACTED = [
 
 # How models end their answers: whether the response is paid for this gold answer.
 PAID = [
+    ("The reciprocal would give $1/e$. The limit is $e$.", "e"),
+    ("Therefore $f(x)=3+2x$ for all real $x$. $\\blacksquare$", "f(x)=2x+3"),
+    ("The number is $72$; indeed $72-27=45$.", "72"),
+    ("Therefore the probability is $\\frac{34}{100}$ (34%).", "\\frac{17}{50}"),
+    ("So n = 0.41 mol, which matches option B (0.41 mol).", "B"),
     ("#### Step 1\nAdd.\n#### Step 2\nShe has 42 stamps.", "42"),
     ("#### 1. Understand\n5 cats\n\n#### 2. Solve\nSo there are 20 legs.", "20"),
     ("### Answer\n\n18", "18"),
@@ -959,6 +967,9 @@ PAID = [
 ]
 
 UNPAID = [
+    ("The reciprocal would give $1/e$. The limit is $e$.", "1/e"),
+    ("The number is $72$; indeed $72-27=45$.", "45"),
+    ("丽丽有18支笔。题目没有说明多多少支,请补充条件。", "18"),
     ("It is 3 dozen.", "12"),
     ("#### 1. Understand\n5 cats\n\n#### 2. Solve\nSo there are 20 legs.", "2"),
     ("#### Solution 2\nUnknown.", "2"),
