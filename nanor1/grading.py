@@ -4,8 +4,8 @@ r"""Is this answer that answer? Compare two answers as mathematics.
 of `numeric`. What they cannot read is compared as a string. `extract_answer` (answers.py) finds the answer in a text.
 
 Choices, where tastes differ:
-- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both. 0.\overline{3}, 0.\dot{3} and
-  0.333..., a block at least three times, repeat.
+- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both, as they are within 5%.
+  0.\overline{3}, 0.\dot{3} and 0.333..., a block at least three times, repeat.
 - A percentage p% is p/100; it equals p as well, since a unit may be left out.
 - A unit or currency missing on one side is forgiven, also the `per hour` of money; two different known ones are not,
   but lengths, times, weights, volumes and money convert: 100 cm is 1 m. Plain `60 m` is a product, or else metres.
@@ -67,7 +67,8 @@ def math_equal(answer: str | None, gold: str) -> bool:
 
 def is_worked_out(answer: str) -> bool:
     """Return whether an answer is no sum that is left to do: 18, $18 and 2 1/2 are none, 47 + 85 and 36/2 are."""
-    return _is_worked_out(latex.parse(latex.spell_units(labelled(unmarked(answer))[1])))
+    sides = labelled(unmarked(answer))[1].split(r"\approx")
+    return all(_is_worked_out(latex.parse(latex.spell_units(side))) for side in sides if not _is_name(side))
 
 
 def _is_worked_out(node: tuple | None) -> bool:
@@ -76,21 +77,30 @@ def _is_worked_out(node: tuple | None) -> bool:
             return _is_worked_out(value)
         case ("mul", ("num", a), ("inv", ("num", b))):  # a fraction in lowest terms
             return a.denominator == b.denominator == math.gcd(int(a), int(b)) == 1
-        case ("mul", ("num", _), ("num", scale)):  # 1.2 million
-            return set(str(scale)[1:]) == {"0"}
+        case ("list" | "set" | "compound", parts):
+            return all(map(_is_worked_out, parts))
         case ("add", ("num", whole), ("mul", ("num", a), ("inv", ("num", b)))):  # mixed
             return whole.denominator == 1 and 0 < a < b
     return node is None or node[0] == "num" or node[0] not in latex.SCALARS
 
 
-def _is_bare_name(text: str) -> bool:
+def _is_name(text: str) -> bool:
     node = latex.parse(text)
-    return node is None or latex.is_name(node)
+    return node is not None and latex.is_name(node)
+
+
+def _exact_and_rounded(text: str) -> list[str]:
+    r"""The two sides of `\frac{1}{3} \approx 0.33`; else, or where they are not within 5%, the last."""
+    sides = [side for side in text.split(r"\approx") if side.strip() and not _is_name(side)]
+    nodes = [latex.parse(side) for side in sides]
+    values = samples(*map(_meaning, nodes)) if len(nodes) == 2 and all(nodes) else []
+    are_close = values and all(abs(real(a) - real(b)) <= 0.05 * abs(real(a)) for a, b in values)
+    return sides if are_close else sides[-1:]
 
 
 def _same_content(answer: str, gold: str) -> bool:
-    if r"\approx" in answer + gold:  # \frac{1}{3} \approx 0.33 is either, x \approx 5 is 5
-        sides = [[side for side in text.split(r"\approx") if not _is_bare_name(side)] for text in (answer, gold)]
+    if r"\approx" in answer + gold:
+        sides = [_exact_and_rounded(text) for text in (answer, gold)]
         return any(_same_content(a, b) for a in sides[0] for b in sides[1])
     choices = [_CHOICES.fullmatch(latex.unstyled(text)) and re.findall("[A-J]", text) for text in (answer, gold)]
     if all(choices):  # A, C is AC

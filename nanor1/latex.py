@@ -424,7 +424,7 @@ class _Parser:
         if unit and value[0] == "sym" and value[1].isupper():  # a choice has no unit
             raise _Unparsed
         if unit.split(" ")[0] == "dozen":  # 3 dozen eggs are 3, or 36
-            return ("compound", (("unit", value, unit), ("mul", value, number("12"))))
+            return ("compound", (("unit", value, unit), _scaled(value, Fraction(12))))
         return ("unit", value, unit) if unit and value[0] in SCALARS else value
 
     def unit(self) -> str:
@@ -480,7 +480,7 @@ class _Parser:
             if self.token in _POSTFIXES:
                 value = (_POSTFIXES[self.next()], value)
             elif self.token[1:] in _SCALES and not _is_letter(self.previous):
-                value = ("mul", value, number(f"1e{_SCALES[self.next()[1:]]}"))
+                value = _scaled(value, Fraction(10) ** _SCALES[self.next()[1:]])
             elif self.take("^"):
                 value = _power(value, self.argument())
         return value
@@ -692,9 +692,15 @@ def _compound(parts: list[tuple]) -> tuple:
     """The sum of quantities in each of their units."""
     forms = []
     for _, _, unit in parts:
-        terms = [("mul", value, ("num", conversion(own, unit))) for _, value, own in parts]
-        forms.append(("unit", ("add", *terms), unit))
+        terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
+        are_numbers = all(term[0] == "num" for term in terms)
+        forms.append(("unit", ("num", sum(term[1] for term in terms)) if are_numbers else ("add", *terms), unit))
     return ("compound", tuple(forms))
+
+
+def _scaled(value: tuple, factor: Fraction) -> tuple:
+    """The product; of a number it is a number, no sum that is left to do."""
+    return ("num", value[1] * factor) if value[0] == "num" else ("mul", value, ("num", factor))
 
 
 def conversion(unit: str, other: str) -> Fraction | None:

@@ -19,6 +19,8 @@ from nanor1.tasks import Problem
 
 ONE_WAY = ("1011", "1011_2")  # a gold's base may be left out; a base too many is a mistake
 EQUAL = [
+    ("\\frac{1}{3} \\approx 0.33", "0.33"),
+    ("x = \\frac{3+\\sqrt{17}}{4} \\approx 1.78", "\\frac{3+\\sqrt{17}}{4}"),
     ("p(x) = x^2 - 7x + 12", "x^2 - 7x + 12"),
     ("T_3(x) = 4x^3 - 3x", "4x^3 - 3x"),
     ("10{:}45", "10:45"),
@@ -240,6 +242,8 @@ EQUAL = [
 ]
 
 UNEQUAL = [
+    ("5 \\approx 7", "5"),  # no two answers for one
+    ("1.0 \\approx 1.01 \\approx 1.02", "1.01"),
     ("41", "42"),
     ("-5", "5"),
     ("100", "1000"),
@@ -1175,7 +1179,10 @@ def test_a_number_or_letter_that_is_not_the_answer_is_not_paid(text, gold):
         ("1.2 million", True), ("$60/hour", True), ("60 L", True), ("3 hours 20 minutes", True), ("(B) 18", True),
         ("47 + 85", False), ("36/2", False), ("\\frac{36}{2}", False), ("2^5", False), ("6!", False),
         ("\\sqrt{16}", False), ("\\binom{6}{3}", False), ("-(3 - 4)", False), ("x = 7 - 2", False),
-        ("4 \\cdot 5", False), ("2 \\cdot 3 cm", False),
+        ("2 \\cdot 3 cm", False), ("47 + 85, 47 + 85", False), ("\\{36/2, 36/2\\}", False), ("47 + 85 dozen", False),
+        ("13 * 10", False), ("3 \\cdot 50", False), ("47 + 85 hours 0 minutes", False), ("18, 18", True),
+        ("6 dozen", True), ("5 dollars and 50 cents", True), ("132 \\approx 47 + 85", False),
+        ("47 + 85 \\approx 130", False), ("x \\approx 5", True), ("33.33 \\approx 33.3", True),
     ],
 )  # fmt: skip
 def test_a_number_is_worked_out_and_a_sum_is_not(answer, is_number):
