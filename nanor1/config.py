@@ -1,12 +1,12 @@
 """A frozen dataclass becomes a command line, and a config.json.
 
 Every field is an option: `max_new_tokens: int` is set by `--max-new-tokens 5` or `--max-new-tokens=5`; a bool by
-`--compile`, `--no-compile` or `--compile=false`; a tuple or list by `0.9,0.95`, or by JSON (`["a,b","c"]`) where an
-item holds a comma; an Optional is emptied by `none`. What a field accepts beside its type, and what it takes to have
-an effect, is said where it stands (see `option`). Fields that scripts share are those of a base class; `--help` shows
-them behind the script's own. `--config FILE.json` starts from the arguments of another run. What wins, weakest first:
-the default, the preset, the file, the flags; a preset named by a flag beats the file. Left out: nested configurations,
-subcommands, abbreviated names. Source: the standard library only.
+`--compile`, `--no-compile` or `--compile=false`; an Optional is emptied by `none`. A field is an int, float, str, bool
+or Literal of strings, or one of these or None. What it accepts beside its type, and what it takes to have an effect, is
+said where it stands (see `option`). Fields that scripts share are those of a base class; `--help` shows them behind the
+script's own. `--config FILE.json` starts from the arguments of another run. What wins, weakest first: the default, the
+preset, the file, the flags. Left out: nested configurations, subcommands, abbreviated names. Source: the standard
+library only (argparse takes a bool's word for a positional value, and -1e-6 for an option).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import types
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 T = typing.TypeVar("T")
@@ -51,10 +51,10 @@ def option(
     needs: tuple[str, Callable[[typing.Any], object]] | None = None,
     alias: str | None = None,
 ):
-    """A field of a Config: its default (MISSING: required), its help, and the heading that it opens.
+    """A field of a Config: its default, its help, and the heading that it opens.
 
-    `positional`: its value needs no option name. A number, or each of several, is at `least` or `above`, and at `most`;
-    `why` is said where it is not. `needs` is what gives the option an effect, in words, and whether a Config has it:
+    `positional`: its value needs no option name. A number is at `least` or `above`, and at `most`; `why` is said where
+    it is not. `needs` is what gives the option an effect, in words, and whether a Config has it:
     see `refuse_idle`. `alias` is another name for it on the command line.
     """
     metadata = dict(help=help, group=group, positional=positional, needs=needs, alias=alias)
@@ -127,31 +127,19 @@ def let_go(stream: typing.TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def parse_args(
-    Config: type[T],
-    argv: Sequence[str] | None = None,
-    *,
-    description: str = "",
-    presets: dict[str, Values] | None = None,
-) -> tuple[T, Given]:
+def parse_args(Config: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> tuple[T, Given]:
     """Read the command line (default: sys.argv[1:]) into a Config; what the user got wrong ends the program by `fail`.
 
-    Returns the config and what was set by flags or by `--config`. `presets` maps the value of a field
-    named `preset` to what it sets. The config's own `validate()`, if there is one, may raise ValueError.
+    Returns the config and what was set by flags or by `--config`. The config's own `validate()`, if there is one, may
+    raise ValueError.
     """
-    assert "config" not in (field.name for field in fields(Config)), "--config FILE.json takes that name"
     try:
         flags = read_flags(Config, sys.argv[1:] if argv is None else argv, description)
         path = flags.pop("config", None)
         stored = {} if path is None else read_values(Config, load_arguments(path), path)
-        config, given = build(Config, stored | flags, "on the command line"), Given(stored | flags)
+        given = Given(stored | flags)
         given.flags = frozenset(flags)
-        if presets is not None and config.preset is not None:
-            if config.preset not in presets:
-                raise ValueError(f"--preset: expected {'|'.join(presets)}, got {config.preset!r}")
-            kept = frozenset(flags) if "preset" in flags else given
-            config = apply_preset(config, kept, presets[config.preset])
-        return validated(config), given
+        return validated(Config(**stored | flags)), given
     except ValueError as error:
         fail(str(error))
 
@@ -161,15 +149,12 @@ def apply_preset(config: T, given: frozenset[str], preset: Values) -> T:
     return dataclasses.replace(config, **{name: value for name, value in preset.items() if name not in given})
 
 
-def to_json(config: object) -> Values:
-    """The fields as JSON keeps them: a tuple is a list."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+to_json = dataclasses.asdict
 
 
 def from_json(Config: type[T], values: Values, source: str = "config.json") -> T:
-    """Build a Config from parsed JSON; ValueError names `source` and the key that is unknown, missing or mistyped."""
-    return validated(build(Config, read_values(Config, values, source), f"in {source}"))
+    """Build a Config from parsed JSON; ValueError names `source` and the key that is unknown or mistyped."""
+    return validated(Config(**read_values(Config, values, source)))
 
 
 def load_arguments(path: str | Path) -> Values:
@@ -192,28 +177,18 @@ def read_values(Config: type, values: Values, source: str) -> Values:
     return {name: read_value(value, kinds[name], f"{source}: {name}") for name, value in values.items()}
 
 
-def build(Config: type[T], values: Values, where: str) -> T:
-    for field in fields(Config):
-        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{option_name(field.name)} is required: no value {where}")
-    return Config(**values)
-
-
 def validated(config: T) -> T:
     """The config, if its numbers lie in their ranges and its own `validate()`, where it has one, agrees."""
     for field in fields(config):
-        check_range(field.name, getattr(config, field.name), *field.metadata.get("range", (None, None, None, "")))
-    getattr(config, "validate", lambda: None)()
-    return config
-
-
-def check_range(name: str, value, least: float | None, above: float | None, most: float | None, why: str) -> None:
-    bounds = [("at least", least, operator.ge), ("above", above, operator.gt), ("at most", most, operator.le)]
-    bounds = [bound for bound in bounds if bound[1] is not None]
-    for number in value if isinstance(value, (tuple, list)) else [value]:
+        least, above, most, why = field.metadata.get("range", (None, None, None, ""))
+        bounds = [("at least", least, operator.ge), ("above", above, operator.gt), ("at most", most, operator.le)]
+        bounds = [bound for bound in bounds if bound[1] is not None]
+        number = getattr(config, field.name)
         if number is not None and not all(holds(number, limit) for _, limit, holds in bounds):
             words = " and ".join(f"{word} {limit}" for word, limit, _ in bounds)
-            raise ValueError(f"{option_name(name)} is {number}; it must be {words}{why}")
+            raise ValueError(f"{option_name(field.name)} is {number}; it must be {words}{why}")
+    getattr(config, "validate", lambda: None)()
+    return config
 
 
 def refuse_idle(config, given: Given) -> None:
@@ -229,43 +204,19 @@ def refuse_idle(config, given: Given) -> None:
 
 def read_value(value: object, kind: object, where: str, is_text: bool = False) -> object:
     """A JSON value, or a command line's text, as the field holds it; ValueError says `where` and what was expected."""
-    try:
-        return convert(value, kind, is_text)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: expected {describe(kind)}, got {value!r}") from error
-
-
-def convert(value: object, kind: object, is_text: bool) -> object:
-    """Empty an Optional and convert the items of a tuple or list; `convert_one` does the rest."""
-    inner = without_none(kind)
-    origin, parts = typing.get_origin(inner), typing.get_args(inner)
+    inner, read, reason = without_none(kind), value, None
     if inner is not kind and (value is None or is_text and value.lower() == "none"):
         return None
-    if origin not in (tuple, list):
-        return convert_one(value, inner, is_text)
-    if is_text and value.startswith("["):
-        return convert(json.loads(value), inner, is_text=False)
-    if is_text:
-        value = value.split(",") if value else []
-    if not isinstance(value, list):
-        raise ValueError(value)
-    any_length = origin is list or parts[-1] is Ellipsis
-    kinds = [parts[0]] * len(value) if any_length else parts
-    return origin(convert(item, item_kind, is_text) for item, item_kind in zip(value, kinds, strict=True))
-
-
-def convert_one(value: object, kind: object, is_text: bool) -> object:
-    if typing.get_origin(kind) is typing.Literal:
-        for choice in typing.get_args(kind):
-            if str(choice) == value if is_text else (type(choice), choice) == (type(value), value):
-                return choice
-    elif is_text:
-        value = BOOL_WORDS.get(value.lower(), value) if kind is bool else kind(value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise ValueError(value)
+    try:
+        if is_text and inner in (int, float, bool):
+            read = BOOL_WORDS.get(value.lower()) if inner is bool else inner(value)
+        if inner is float and type(read) in (int, float) and math.isfinite(read):
+            return float(read)
+        if read in typing.get_args(inner) or (type(read) is inner and inner is not float):
+            return read
+    except (ValueError, OverflowError) as error:
+        reason = error
+    raise ValueError(f"{where}: expected {describe(kind)}, got {value!r}") from reason
 
 
 def without_none(kind: object) -> object:
@@ -278,20 +229,16 @@ def without_none(kind: object) -> object:
 
 
 def describe(kind: object) -> str:
-    """A type as help and errors show it: `int`, `float,float`, `str,...`, `zero|r1`, `int|none`."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return "|".join(map(str, parts))
-    if origin in (tuple, list):
-        return ",".join("..." if part is Ellipsis else describe(part) for part in parts) + ",..." * (origin is list)
-    return kind.__name__ if without_none(kind) is kind else f"{describe(without_none(kind))}|none"
+    """A type as help and errors show it: `int`, `zero|r1`, `int|none`."""
+    inner = without_none(kind)
+    shown = "|".join(typing.get_args(inner)) or inner.__name__
+    return shown if inner is kind else f"{shown}|none"
 
 
 def read_flags(Config: type, argv: Sequence[str], description: str) -> Values:
     """The fields that the command line sets; `--help` prints the help text and exits with 0."""
     kinds = {"config": str} | typing.get_type_hints(Config)
-    aliases = {field.metadata.get("alias"): field.name for field in fields(Config)}
-    aliases = {alias: name for alias, name in aliases.items() if alias and alias not in kinds}
+    names = {name: name for name in kinds} | aliases_of(Config)
     positional = deque(field.name for field in fields(Config) if field.metadata.get("positional"))
     tokens, values = deque(argv), {}
     while tokens:
@@ -299,34 +246,34 @@ def read_flags(Config: type, argv: Sequence[str], description: str) -> Values:
         if token in ("-h", "--help"):
             print(help_text(Config, description))
             raise SystemExit(0)
-        if re.match(r"--\w|-[A-Za-z][\w-]*$", token):
-            name, value = read_option(token, tokens, kinds | {alias: kinds[name] for alias, name in aliases.items()})
-            values[aliases.get(name, name)] = value
-        elif positional:
+        if not re.match(r"--\w|-[A-Za-z][\w-]*$", token):
+            if not positional:
+                raise ValueError(f"unexpected argument {token!r}; a value follows its option, as in --name value")
             name = positional.popleft()
             values[name] = read_value(token, kinds[name], name, is_text=True)
-        else:
-            raise ValueError(f"unexpected argument {token!r}; a value follows its option, as in --name value")
+            continue
+        flag, has_value, text = token.partition("=")
+        word = flag.removeprefix("--").replace("-", "_")
+        if word not in names and not has_value and kinds.get(word.removeprefix("no_")) is bool:
+            values[word.removeprefix("no_")] = False
+            continue
+        if word not in names:
+            raise ValueError(f"unknown option {flag}{suggestion(flag, map(option_name, names))}")
+        kind, upcoming = kinds[names[word]], tokens[0] if tokens else "--"
+        if not has_value and kind is bool and upcoming.lower() not in ("true", "false"):
+            text = "true"
+        elif not has_value and upcoming.startswith("--"):
+            raise ValueError(f"{flag} needs a value: {describe(kind)}")
+        elif not has_value:
+            text = tokens.popleft()
+        values[names[word]] = read_value(text, kind, flag, is_text=True)
     return values
 
 
-def read_option(token: str, following: deque[str], kinds: dict[str, object]) -> tuple[str, object]:
-    """The field and value of `--name=value`, `--no-name`, or `--name value`, whose value it takes off `following`."""
-    flag, has_value, text = token.partition("=")
-    name = flag.removeprefix("--").replace("-", "_")
-    negated = name.removeprefix("no_")
-    if name not in kinds and not has_value and without_none(kinds.get(negated)) is bool:
-        return negated, False
-    if name not in kinds:
-        raise ValueError(f"unknown option {flag}{suggestion(flag, map(option_name, kinds))}")
-    if not has_value:
-        upcoming = following[0] if following else "--"
-        if without_none(kinds[name]) is bool and upcoming.lower() not in ("true", "false"):
-            return name, True
-        if upcoming.startswith("--"):
-            raise ValueError(f"{flag} needs a value: {describe(kinds[name])}")
-        text = following.popleft()
-    return name, read_value(text, kinds[name], flag, is_text=True)
+def aliases_of(Config: type) -> dict[str, str]:
+    """Other names of fields, less those that a field is called by."""
+    aliases = {field.metadata["alias"]: field.name for field in fields(Config) if field.metadata.get("alias")}
+    return {alias: name for alias, name in aliases.items() if alias not in typing.get_type_hints(Config)}
 
 
 def option_name(name: str) -> str:
@@ -339,7 +286,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def help_text(Config: type, description: str) -> str:
     """What `--help` prints: usage, description, then every option under its group, with its type and default."""
-    kinds = typing.get_type_hints(Config)
+    kinds, other_names = typing.get_type_hints(Config), {name: alias for alias, name in aliases_of(Config).items()}
     positional = [f"[{field.name.upper()}] " for field in fields(Config) if field.metadata.get("positional")]
     lines = [f"usage: {Path(sys.argv[0]).name} {''.join(positional)}[--option value ...]", "", description.strip()]
     own = inspect.get_annotations(Config)
@@ -347,12 +294,9 @@ def help_text(Config: type, description: str) -> str:
         if index == 0 or field.metadata.get("group"):
             lines += ["", field.metadata.get("group") or "options"]
         name, kind = option_name(field.name), kinds[field.name]
-        alias = field.metadata.get("alias")
-        name += f", {option_name(alias)}" if alias and alias not in kinds else ""
+        name += f", {option_name(other_names[field.name])}" if field.name in other_names else ""
         left = f"{name}, --no-{name[2:]}" if kind is bool else f"{name} {describe(kind)}"
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        note = "required" if default is MISSING else f"default: {default}"
-        lines.append(two_columns(left, f"{field.metadata.get('help', '')} ({note})"))
+        lines.append(two_columns(left, f"{field.metadata.get('help', '')} (default: {field.default})"))
     return "\n".join([*lines, two_columns("--config FILE.json", "start from the arguments of a run's config.json")])
 
 

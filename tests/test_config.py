@@ -30,13 +30,11 @@ class Options:
     steps: int = field(default=200, metadata={"help": "optimizer steps", "group": "training"})
     learning_rate: float = 1e-6
     compile: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)
-    layers: tuple[int, ...] = ()
-    names: list[str] = field(default_factory=list)
+    name: str = "all"
     top_k: Optional[int] = None  # noqa: UP045 (both spellings must work)
     folder: str | None = None
-    level: Literal[1, 2] = 1
-    preset: Literal["zero", "r1"] | None = None
+    level: Literal["low", "high"] = "low"
+    choice: Literal["zero", "r1"] | None = None
 
     def validate(self):
         if self.steps > 1_000_000:
@@ -63,20 +61,16 @@ options = st.builds(
     steps=st.integers(max_value=1_000_000),
     learning_rate=finite,
     compile=st.booleans(),
-    betas=st.tuples(finite, finite),
-    layers=st.lists(st.integers()).map(tuple),
-    names=st.lists(st.text()),
+    name=st.text(),
     top_k=st.none() | st.integers(),
     folder=st.none() | st.text().filter(lambda text: text.lower() != "none"),
-    level=st.sampled_from([1, 2]),
-    preset=st.sampled_from([None, "zero", "r1"]),
+    level=st.sampled_from(["low", "high"]),
+    choice=st.sampled_from([None, "zero", "r1"]),
 )
 
 
 def as_argv(config: Options) -> list[str]:
-    values = dataclasses.asdict(config)
-    texts = {k: json.dumps(v) if isinstance(v, (tuple, list)) else str(v) for k, v in values.items()}
-    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items()]
 
 
 @given(options)
@@ -100,10 +94,9 @@ def test_any_command_line_is_read_or_refused_with_exit_code_0_or_2(argv):
 
 
 def test_values_follow_their_option_or_an_equals_sign():
-    config = parse("--steps", "1_000", "--learning-rate=-1e-6", "--betas", "0.5,1", "--names", "a,b", "--top-k", "none")
-    assert (config.steps, config.learning_rate, config.betas) == (1000, -1e-6, (0.5, 1.0))
-    assert config.names == ["a", "b"] and config.top_k is None
-    assert parse("--layers=").layers == () and parse("--layers", "3,4").layers == (3, 4)
+    config = parse("--steps", "1_000", "--learning-rate=-1e-6", "--name", "a,b", "--top-k", "none")
+    assert (config.steps, config.learning_rate, config.name, config.top_k) == (1000, -1e-6, "a,b", None)
+    assert parse("--name=").name == "" and parse("--learning-rate", "-1e-6").learning_rate == -1e-6
 
 
 @pytest.mark.parametrize(
@@ -145,12 +138,10 @@ def test_an_unknown_option_names_the_closest_known_one(capsys):
         (["--learning-rate", "nan"], "--learning-rate: expected float, got 'nan'"),
         (["--learning-rate", "1e999"], "--learning-rate: expected float, got '1e999'"),
         (["--compile=maybe"], "--compile: expected bool, got 'maybe'"),
-        (["--betas", "0.9"], "--betas: expected float,float, got '0.9'"),
-        (["--layers", "1,x"], "--layers: expected int,..., got '1,x'"),
-        (["--names", '["a"'], "--names: expected str,..., got '[\"a\"'"),
         (["--top-k", "many"], "--top-k: expected int|none, got 'many'"),
-        (["--level", "3"], "--level: expected 1|2, got '3'"),
-        (["--preset", "r2"], "--preset: expected zero|r1|none, got 'r2'"),
+        (["--level", "3"], "--level: expected low|high, got '3'"),
+        (["--level", "none"], "--level: expected low|high, got 'none'"),
+        (["--choice", "r2"], "--choice: expected zero|r1|none, got 'r2'"),
         (["--steps"], "--steps needs a value: int"),
         (["--steps", "--compile"], "--steps needs a value: int"),
     ],
@@ -165,23 +156,12 @@ def test_validate_reports_like_any_other_error(capsys):
         from_json(Options, {"steps": 1_000_001})
 
 
-def test_a_field_without_default_is_required(capsys):
-    @dataclass(frozen=True)
-    class Needy:
-        model: str
-
-    assert parse_args(Needy, ["--model", "m"])[0].model == "m"
-    with pytest.raises(SystemExit):
-        parse_args(Needy, [])
-    assert capsys.readouterr().err == "error: --model is required: no value on the command line\n"
-
-
 def test_flags_override_the_config_file(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"arguments": {"steps": 5, "betas": [0.1, 0.2]}, "commit": "abc"}))
+    path.write_text(json.dumps({"arguments": {"steps": 5, "name": "x"}, "commit": "abc"}))
     config, names = parse_args(Options, ["--steps", "7", f"--config={path}"])
-    assert (config.steps, config.betas, names) == (7, (0.1, 0.2), {"steps", "betas"})
-    assert load_arguments(path) == {"steps": 5, "betas": [0.1, 0.2]}
+    assert (config.steps, config.name, names, names.flags) == (7, "x", {"steps", "name"}, {"steps"})
+    assert load_arguments(path) == {"steps": 5, "name": "x"}
 
 
 @pytest.mark.parametrize(
@@ -192,9 +172,8 @@ def test_flags_override_the_config_file(tmp_path):
         ('{"steps": true}', "FILE: steps: expected int, got True"),
         ('{"learning_rate": NaN}', "FILE: learning_rate: expected float, got nan"),
         ('{"learning_rate": "1e-6"}', "FILE: learning_rate: expected float, got '1e-6'"),
-        ('{"betas": [1]}', "FILE: betas: expected float,float, got [1]"),
-        ('{"betas": "1,2"}', "FILE: betas: expected float,float, got '1,2'"),
-        ('{"level": true}', "FILE: level: expected 1|2, got True"),
+        ('{"name": [1]}', "FILE: name: expected str, got [1]"),
+        ('{"level": true}', "FILE: level: expected low|high, got True"),
         ("[1]", "FILE must hold a JSON object of field names and values"),
         ('{"steps": ', "cannot read FILE as JSON: Expecting value: line 1 column 11 (char 10)"),
     ],
@@ -209,30 +188,9 @@ def test_a_missing_config_file_is_named(tmp_path, capsys):
     assert str(tmp_path / "none.json") in error_of(capsys, "--config", str(tmp_path / "none.json"))
 
 
-PRESETS = {"zero": {"steps": 10, "learning_rate": 0.5}, "r1": {"steps": 20}}
-
-
 def test_a_preset_sets_only_what_the_user_did_not():
-    config = parse("--preset", "zero", "--steps", "3", presets=PRESETS)
-    assert (config.steps, config.learning_rate) == (3, 0.5)
-    assert apply_preset(Options(steps=3), frozenset({"steps"}), PRESETS["zero"]) == Options(steps=3, learning_rate=0.5)
-    assert parse("--steps", "3", presets=PRESETS) == Options(steps=3)
-
-
-def test_a_stored_run_is_reproduced_and_a_preset_flag_beats_the_file(tmp_path):
-    path = tmp_path / "config.json"
-    run = parse("--preset", "zero", "--learning-rate", "0.25", presets=PRESETS)
-    path.write_text(json.dumps(to_json(run)))
-    assert parse("--config", str(path), presets=PRESETS) == run
-    changed = parse("--config", str(path), "--preset", "r1", presets=PRESETS)
-    assert changed == dataclasses.replace(run, preset="r1", steps=20)
-
-
-def test_a_preset_is_validated_together_with_the_flags(capsys):
-    too_many = {"zero": {"steps": 2_000_000}}
-    assert parse("--preset", "zero", "--steps", "1", presets=too_many).steps == 1
-    assert "2000000" in error_of(capsys, "--preset", "zero", presets=too_many)
-    assert "expected zero, got 'r1'" in error_of(capsys, "--preset", "r1", presets=too_many)
+    preset = {"steps": 10, "learning_rate": 0.5}
+    assert apply_preset(Options(steps=3), frozenset({"steps"}), preset) == Options(steps=3, learning_rate=0.5)
 
 
 def test_help_shows_groups_types_defaults_and_stops(capsys):
@@ -310,7 +268,7 @@ class Shared:
 @dataclass(frozen=True, kw_only=True)
 class Ranged(Shared):
     share: float = option(0.5, "of all", "own", above=0, most=1)
-    sizes: list[int] = dataclasses.field(default_factory=lambda: [1], metadata=dict(range=(1, None, 8, " (bytes)")))
+    size: int = option(1, "of it", least=1, most=8, why=" (bytes)")
     limit: int | None = option(None, "none: no limit", least=1)
     every: int = option(0, "0: never", least=0, needs=("--limit", lambda config: config.limit))
     few_shot: str | None = option(None, "a file", alias="examples")
@@ -322,7 +280,7 @@ class Ranged(Shared):
         ("--share 0", "--share is 0.0; it must be above 0 and at most 1"),
         ("--share 1.01", "--share is 1.01; it must be above 0 and at most 1"),
         ("--share -1", "--share is -1.0"),
-        ("--sizes 1,9", "--sizes is 9; it must be at least 1 and at most 8 (bytes)"),
+        ("--size 9", "--size is 9; it must be at least 1 and at most 8 (bytes)"),
         ("--limit 0", "--limit is 0; it must be at least 1"),
         ("--seed -1", "--seed is -1; it must be at least 0"),
     ],
@@ -333,12 +291,12 @@ def test_a_number_outside_its_range_is_refused_with_the_range(argv, said, capsys
     assert said in capsys.readouterr().err
     name, value = argv.removeprefix("--").split()
     with pytest.raises(ValueError, match=re.escape(said.split(";")[0])):  # and so from a file
-        from_json(Ranged, {name: json.loads(f"[{value}]") if name == "sizes" else json.loads(value)})
+        from_json(Ranged, {name: json.loads(value)})
 
 
 def test_numbers_on_the_edge_of_a_range_and_none_are_taken():
-    config, _ = parse_args(Ranged, ["--share", "1", "--sizes", "1,8", "--limit", "1", "--seed", "0"])
-    assert (config.share, config.sizes, config.limit) == (1.0, [1, 8], 1)
+    config, _ = parse_args(Ranged, ["--share", "1", "--size", "8", "--limit", "1", "--seed", "0"])
+    assert (config.share, config.size, config.limit) == (1.0, 8, 1)
     assert parse_args(Ranged, ["--limit", "none"])[0].limit is None
 
 
