@@ -12,13 +12,11 @@ Nothing is pickled: tensors are safetensors, the rest is JSON (which turns tuple
 Left out: asynchronous and sharded saving; two runs saving into one folder at once.
 """
 
-import ctypes
 import errno
 import functools
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import time
@@ -62,7 +60,7 @@ def save_checkpoint(
     fsync(root.parent)
     remove_leftovers(root, "tmp")
     folder = root / f"step_{step:06d}"
-    temporary = root / f".tmp-{folder.name}-{os.getpid()}"
+    temporary = root / f".tmp-{folder.name}"
     free = shutil.disk_usage(root).free
     try:
         write_files(temporary, step, write_model, tensors, state)
@@ -120,25 +118,6 @@ def load_checkpoint(folder: str | Path) -> tuple[Tensors, dict]:
     return load_file(folder / "optimizer.safetensors"), state
 
 
-def random_state() -> tuple[Tensors, dict]:
-    """The state of Python's generator (as JSON) and of torch's on the CPU and each GPU (as tensors, uint8)."""
-    version, words, gauss = random.getstate()
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors, {"python": [version, list(words), gauss]}
-
-
-def set_random_state(tensors: Tensors, state: dict) -> None:
-    """Put back what `random_state` gave; `tensors` may hold others too. GPUs that this machine lacks are left out."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"random.cuda.{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
-
-
 def require_finite(tensors: Tensors, state: dict, step: int) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -167,7 +146,9 @@ def write_files(folder: Path, step: int, write_model: Callable[[Path], None], te
 def publish(temporary: Path, folder: Path) -> None:
     """Give a finished checkpoint its name; one already there (of a run resumed from before it) stays until then."""
     if folder.exists():
-        os.rename(folder, folder.with_name(f".old-{folder.name}-{os.getpid()}"))
+        aside = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed after its second rename
+        os.rename(folder, aside)
     os.rename(temporary, folder)
     fsync(folder.parent)
 
@@ -181,40 +162,15 @@ def prune(root: Path, step: int, keep_last: int) -> None:
     for folder in folders:
         if step_of(folder) not in kept:
             # Hidden first, so that a half-removed checkpoint is never met under its name.
-            doomed = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+            doomed = folder.with_name(f".tmp-{folder.name}")
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
 
 
 def remove_leftovers(root: Path, kind: str) -> None:
-    """Remove the hidden folders of saves that did not finish: this process's own, and those of dead processes."""
+    """Remove the hidden folders of saves that did not finish."""
     for folder in root.glob(f".{kind}-step_*"):
-        process = int(folder.name.rpartition("-")[2])
-        if process == os.getpid() or not is_alive(process):
-            shutil.rmtree(folder)
-
-
-def is_alive(process: int) -> bool:
-    if hasattr(ctypes, "WinDLL"):  # os.kill sends a signal there, where it only asks elsewhere
-        return _is_alive_on_windows(process)
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's process, but a live one
-    return True
-
-
-def _is_alive_on_windows(process: int) -> bool:
-    """Source: Windows' documents on OpenProcess and GetExitCodeProcess; the numbers are those of its headers."""
-    kernel32, code = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.c_ulong()
-    handle = kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
-    if not handle:
-        return ctypes.get_last_error() == 5  # ERROR_ACCESS_DENIED: somebody else's process, but a live one
-    kernel32.GetExitCodeProcess(handle, ctypes.byref(code))
-    kernel32.CloseHandle(handle)
-    return code.value == 259  # STILL_ACTIVE
+        shutil.rmtree(folder)
 
 
 def step_of(folder: Path) -> int:
@@ -223,7 +179,7 @@ def step_of(folder: Path) -> int:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Oldest first; with those put aside by `publish`, should the process have died between its two renames."""
-    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+-\d+", path.name)]
+    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+(-\d+)?", path.name)]
     return sorted(folders, key=lambda path: (step_of(path), path.name))
 
 

@@ -56,7 +56,6 @@ def kill(process, number):
     raise AssertionError(f"signal {number} would be sent to process {process}")
 
 os.open, os.fsync, os.stat, os.kill, io.open = open_descriptor, fsync, stat_file, kill, open_file
-DEAD, LIVE, FOREIGN = 4_000_001, 4_000_002, 4_000_003
 
 def memory_of_process(process, counters, size):
     assert process.value == 2**64 - 1 and counters[0] == size == ctypes.sizeof(counters) == 72
@@ -68,18 +67,11 @@ def memory_of_machine(status):
     status[2] = 1 << 30
     return 1
 
-def exit_code(handle, code):
-    code._obj.value = 259 if handle == LIVE else 1
-    return 1
-
 kernel32 = SimpleNamespace(
     K32GetProcessMemoryInfo=memory_of_process,
     GlobalMemoryStatusEx=memory_of_machine,
-    OpenProcess=lambda access, inherit, process: 0 if process == FOREIGN else process,
-    GetExitCodeProcess=exit_code,
-    CloseHandle=lambda handle: 1,
 )
-ctypes.WinDLL, ctypes.get_last_error = (lambda name, use_last_error=False: dict(kernel32=kernel32)[name]), lambda: 5
+ctypes.WinDLL = lambda name: dict(kernel32=kernel32)[name]
 
 def run(command):
     out, err = io.StringIO(), io.StringIO()
@@ -104,12 +96,11 @@ WORK = r"""
 said = {f"{name} --help": run(f"{name}.py --help") for name in ("train_zero", "sample", "distill", "train_sft")}
 folder = sys.argv_folder
 flags = "--problems 2 --completions 2 --max-new-tokens 8 --eval-problems 2 --eval-samples 1 --threads 1 --workers 1"
-leftovers = [f"{folder}/zero/checkpoints/.tmp-step_000001-{process}" for process in (DEAD, LIVE, FOREIGN)]
+leftover = f"{folder}/zero/checkpoints/.tmp-step_000001"
 said["zero"] = run(f"train_zero.py --task arithmetic --steps 1 --out {folder}/zero {flags}")
-for leftover in leftovers:
-    os.makedirs(leftover)
+os.makedirs(leftover)
 said["resumed"] = run(f"train_zero.py --resume {folder}/zero --steps 2")
-said["leftovers"] = [os.path.isdir(leftover) for leftover in leftovers]
+said["leftover"] = os.path.isdir(leftover)
 with open(f"{folder}/pairs.jsonl", "w") as file:
     file.write('{"prompt": "1 + 2 =", "completion": "3"}\n' * 4)
 said["sft"] = run(
@@ -161,8 +152,8 @@ def test_memory_is_what_windows_tells(said):
     assert {line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line} == {3.0}
 
 
-def test_leftovers_of_dead_processes_are_removed_without_a_signal_to_any(said):
-    assert said["leftovers"] == [False, True, True]  # of a dead, a live and somebody else's process
+def test_what_a_killed_save_left_is_removed(said):
+    assert not said["leftover"]
 
 
 def test_programs_of_a_model_are_refused_and_what_is_missing_is_named(said):
