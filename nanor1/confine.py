@@ -20,13 +20,17 @@ import functools
 import math
 import os
 import platform
-import resource
 import signal
 import stat
 import struct
 import sys
 
-LIBC = ctypes.CDLL(None, use_errno=True)
+try:
+    import resource
+except ImportError:  # Windows, where none of this is called
+    resource = None
+
+LIBC = ctypes.CDLL(None, use_errno=True) if resource else None
 IS_LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 3, 4, 22, 36
 PR_SET_NO_NEW_PRIVS = 38

@@ -1,4 +1,4 @@
-"""The processes in which model-written Python runs; sandbox.py starts the first, and no other module imports this.
+"""The processes in which model-written Python runs, and the messages between them; sandbox.py starts the first.
 
 This keeper forks two processes for every job, which share no memory and no file, only two pipes between them:
 
@@ -18,15 +18,140 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.util
+import json
+import math
 import os
+import select
 import signal
+import struct
 import symtable
 import sys
 import time
 import types
+from collections.abc import ItemsView, KeysView, ValuesView
 
 from nanor1.confine import confine, die_with_parent, leave_namespaces, most_processes, mount_scratch
-from nanor1.wire import EXITED, MAX_REPLY, decode, describe, encode, read_some, receive, send, shorten
+
+MAX_REPLY = 4 << 20  # bytes of one answer, and of what a script prints
+MAX_TEXT = 200  # characters of a value or an error in a reason
+OVERTIME_S = 0.5  # what the judge has beyond the program's time
+EXITED = "exited before answering"
+
+
+# ---- messages: JSON behind its length
+
+
+def send(fd: int, message: dict) -> None:
+    """Write one message to a pipe: 4 bytes of length, then JSON (ASCII, so lone surrogates pass)."""
+    text = json.dumps(message).encode()
+    unsent = memoryview(struct.pack(">I", len(text)) + text)
+    while unsent:
+        unsent = unsent[os.write(fd, unsent) :]
+
+
+def receive(fd: int, deadline: float = math.inf, limit: float = math.inf) -> dict:
+    """Read one message; EOFError, TimeoutError, OverflowError (over `limit` bytes) or ValueError (no message)."""
+    (size,) = struct.unpack(">I", _read(fd, 4, deadline))
+    if size > limit:
+        raise OverflowError(f"a message of {size} bytes")
+    message = json.loads(_read(fd, size, deadline))
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    return message
+
+
+def _read(fd: int, size: int, deadline: float) -> bytearray:
+    taken = bytearray()
+    while len(taken) < size:
+        piece = read_some(fd, size - len(taken), deadline)
+        if not piece:
+            raise EOFError("the other end is closed")
+        taken += piece
+    return taken
+
+
+def read_some(fd: int, size: int, deadline: float) -> bytes:
+    """At least one byte; none at the end of the stream; TimeoutError at the deadline (of time.monotonic)."""
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN)
+    left = deadline - time.monotonic()
+    if left <= 0 or not waiting.poll(None if left == math.inf else math.ceil(left * 1000)):
+        raise TimeoutError
+    return os.read(fd, min(size, 1 << 16))
+
+
+# ---- values: what Python's literals can say, and iterators
+
+
+def encode(value, keep):
+    """The value as JSON can hold it, subclasses as what they derive from; anything else is {"kept": keep(value)}.
+
+    Containers other than lists are {"type": [items]}. Iterators, ranges and views of a dict are taken out, lazily read
+    to the end. Numbers and arrays of numpy are what `tolist` makes of them.
+    """
+
+    def each(items):
+        return [encode(item, keep) for item in items]
+
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return each(value)
+    for kind in (tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {kind.__name__: each(value)}
+    if isinstance(value, dict):
+        return {"dict": [each(pair) for pair in value.items()]}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": [value.decode("latin-1")]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, (KeysView, ItemsView, ValuesView)) or hasattr(type(value), "__next__"):
+        return {"iterator": each(value)}
+    if hasattr(type(value), "tolist"):
+        return encode(value.tolist(), keep)
+    return {"kept": keep(value)}
+
+
+def decode(value, kept):
+    """The value that `encode` wrote, of exact builtin types; `kept(...)` for what stayed behind; else an error."""
+    if isinstance(value, list):
+        return [decode(item, kept) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, items),) = value.items()
+    if kind == "dict":
+        return {decode(key, kept): decode(item, kept) for key, item in items}
+    if kind == "bytes":
+        return items[0].encode("latin-1")
+    make = {"tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
+    if kind in make:
+        return make[kind]([decode(item, kept) for item in items])
+    return {"complex": complex, "range": range, "kept": kept}[kind](*items)
+
+
+def shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
+
+
+def describe(error: BaseException) -> str:
+    """The error in a line; whatever the error's own methods do."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, SystemExit):
+        return EXITED
+    if isinstance(error, SyntaxError):
+        return shorten(f"syntax error: {error.msg} (line {error.lineno})")
+    try:
+        return shorten(f"{type(error).__name__}: {str(error)[:MAX_TEXT]}".removesuffix(": "))
+    except BaseException:
+        return "an error that cannot be told"
+
+
+# ---- foreign text as a module
 
 
 class Text(importlib.abc.SourceLoader):
@@ -55,12 +180,10 @@ def load(name: str, source: str, names: dict) -> dict:
 # ---- the candidate: holds the program
 
 
-def candidate(
-    job_fd: int, calls: int, answers: int, output: int, folders: list[str], layers: list[str], n_processes: int
-) -> None:
+def candidate(calls: int, answers: int, output: int, folders: list[str], layers: list[str], n_processes: int) -> None:
     """Read a job, confine this process, and run the program; a script's process returns, to end as Python does."""
     try:
-        job = receive(job_fd)
+        job = receive(0)
     except EOFError:
         os._exit(0)
     stdin = job["stdin"]
@@ -82,8 +205,13 @@ def candidate(
     sys.path += folders
     if stdin is None:
         _answer_calls(job["program"], calls, answers)
-    else:
-        _run_script(job["program"], answers)
+    try:
+        load("__main__", job["program"], {})
+    except SystemExit:
+        raise
+    except BaseException as error:
+        send(answers, {"failed": describe(error)})
+        os._exit(1)
 
 
 def _as_file(text: str) -> int:
@@ -105,6 +233,7 @@ def _keep_only(*fds: int) -> list[int]:
 
 
 def _answer_calls(program: str, calls: int, answers: int) -> None:
+    """Load the program and answer until the calls end; never returns."""
     try:
         objects = dict(load("program", program, {}))
         send(answers, {"loaded": True})
@@ -135,17 +264,6 @@ def _answer(call: dict, objects: dict, answers: int) -> None:
     except BaseException as error:  # nothing was sent: what fails in `send` is the encoding
         kinds = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
         send(answers, token | {"error": kinds, "text": describe(error)})
-
-
-def _run_script(program: str, answers: int) -> None:
-    """Run the program as a script and return: the interpreter then ends as it does, waiting for threads."""
-    try:
-        load("__main__", program, {})
-    except SystemExit:
-        raise
-    except BaseException as error:
-        send(answers, {"failed": describe(error)})
-        os._exit(1)
 
 
 # ---- the judge: holds the tests
@@ -179,9 +297,10 @@ class Program:
         except (ValueError, RecursionError, MemoryError):
             self.fail("an answer that is none")
 
-    def wait_until_loaded(self) -> None:
+    def expect(self, key: str | None) -> None:
+        """Fail, as the candidate says, unless its next message has this key."""
         message = self.hear()
-        if "loaded" not in message:
+        if key not in message:
             self.fail(shorten(str(message.get("failed") or "an answer to no question")))
 
     def call(self, key, attributes: tuple, arguments: tuple, named: dict):
@@ -193,7 +312,10 @@ class Program:
         token = os.urandom(16).hex()
         plain = encode([arguments, named], _key)
         self.last = text
-        self._send({"token": token, "key": key, "attributes": attributes, "arguments": plain})
+        try:
+            send(self.calls, {"token": token, "key": key, "attributes": attributes, "arguments": plain})
+        except BrokenPipeError:
+            self.fail(EXITED)
         answer = self.hear()
         if answer.get("token") != token:
             self.fail("an answer to no question")
@@ -207,12 +329,6 @@ class Program:
         except (ValueError, TypeError, KeyError, RecursionError, MemoryError, AttributeError, OverflowError):
             self.fail("an answer that is none")
         return value
-
-    def _send(self, message: dict) -> None:
-        try:
-            send(self.calls, message)
-        except BrokenPipeError:
-            self.fail(EXITED)
 
     def _raise(self, text: str, answer: dict):
         if answer.get("text") in ("memory", EXITED):
@@ -280,19 +396,19 @@ def free_names(tests: str) -> set[str]:
     tables, read, own = [top], set(), set()
     for table in tables:
         tables += table.get_children()
-        read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
-        own |= {s.get_name() for s in table.get_symbols() if binds(s) and (table is top or s.is_declared_global())}
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and (table is top or symbol.is_global()):
+                read.add(symbol.get_name())
+            is_set = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+            if is_set and (table is top or symbol.is_declared_global()):
+                own.add(symbol.get_name())
     return read - own - set(dir(builtins))
-
-
-def binds(symbol: symtable.Symbol) -> bool:
-    return symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
 
 
 def examine(program: Program, tests: str) -> dict:
     """Run the tests against the program; a verdict of None where it is the tests that are at fault."""
     try:
-        program.wait_until_loaded()
+        program.expect("loaded")
         stubs = types.ModuleType("program")
         stubs.__getattr__ = lambda name: Remote(program, name)  # for tests that say `from program import sum`
         stubs.__all__ = []  # `from program import *` brings what is there already
@@ -316,7 +432,7 @@ def collect(program: Program, output: int) -> dict:
             printed += piece
             if len(printed) > MAX_REPLY:
                 program.fail("output limit")
-        program.fail(shorten(str(program.hear().get("failed") or "an answer to no question")))
+        program.expect(None)  # whatever it says: a script that ends well says nothing
     except TimeoutError:
         return {"passed": False, "reason": "timeout"}
     except Failed:
@@ -325,17 +441,16 @@ def collect(program: Program, output: int) -> dict:
     return {"passed": None, "reason": EXITED, "output": printed.decode("utf-8", "replace")}
 
 
-def judge(job_fd: int, verdicts: int, calls: int, answers: int, output: int, folders: list[str]) -> int:
+def judge(calls: int, answers: int, output: int, folders: list[str]) -> int:
     """Wait for the candidate to stand confined, take the tests, and send a verdict; returns the exit code."""
-    try:
+    ready = {}
+    with contextlib.suppress(EOFError):
         ready = receive(answers)
-    except EOFError:
-        return STOP
-    send(verdicts, ready)
+        send(1, ready)
     if "layers" not in ready:
         return STOP
-    job = receive(job_fd)
-    verdicts, calls, answers, output = _keep_only(verdicts, calls, answers, output)
+    job = receive(0)
+    verdicts, calls, answers, output = _keep_only(1, calls, answers, output)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
@@ -353,8 +468,6 @@ def judge(job_fd: int, verdicts: int, calls: int, answers: int, output: int, fol
 # ---- the keeper
 
 KILL, REAP, STOP = 0, 3, 1  # what the judge's exit code asks of the keeper: kill the candidate, let it end, stop
-LATE = -signal.SIGALRM  # its exit code when its own time is over
-OVERTIME_S = 0.5  # what it has beyond the program's time
 
 
 def keep(folders: list[str]) -> None:
@@ -367,21 +480,22 @@ def keep(folders: list[str]) -> None:
         runner = os.fork()
         if runner == 0:
             start_as_child()
-            return candidate(0, calls[0], answers[1], output[1], folders, layers, n_processes)
+            return candidate(calls[0], answers[1], output[1], folders, layers, n_processes)
         judging = os.fork()
         if judging == 0:
             start_as_child()
             for fd in (calls[0], answers[1], output[1]):
                 os.close(fd)
-            os._exit(judge(0, 1, calls[1], answers[0], output[0], folders))
+            os._exit(judge(calls[1], answers[0], output[0], folders))
         for fd in (*calls, *answers, *output):
             os.close(fd)
         judged = os.waitstatus_to_exitcode(os.waitpid(judging, 0)[1])
-        if judged == LATE:
+        is_late = judged == -signal.SIGALRM
+        if is_late:
             send(1, {"passed": False, "reason": "timeout"})
         status = end(runner, 0.2 if judged == REAP else 0)
         send(1, {"status": status})
-        if judged not in (KILL, REAP, LATE):
+        if judged not in (KILL, REAP) and not is_late:
             return
 
 

@@ -1,11 +1,11 @@
 """Run model-written Python against tests: a verdict and a short reason, whatever the program is and does.
 
 Tests are code that calls the program's functions and asserts (HumanEval, MBPP), or pairs of a script's standard input
-and output. Each program runs in processes of its own, which jail.py describes: a new session, an empty environment and
-folder, no network, no further process, nothing written but small files that go with it, limits on time, memory and
-output, all killed at the end. The tests never enter the program's process. Their code runs in a second, equally
-confined process, which asks the first for values and compares them; of scripts this process compares the output. A run
-that ends well proves nothing: only values count.
+and output. Each program runs in a process of its own (jail.py): a new session, an empty environment and folder, no
+network, no further process, nothing written but small files that go with it, limits on time, memory and output, all
+killed at the end. The tests never enter that process. Their code runs in a second, equally confined one, which asks the
+first for values and compares them; of scripts this process compares the output. A run that ends well proves nothing:
+only values count.
 
 Where the system cannot confine programs at all (Windows has neither fork nor resource limits), none is run: ValueError.
 
@@ -20,8 +20,8 @@ Left out: other languages, subprocesses for the program, functions as arguments,
 Source of the design: the ways to cheat that are known from code rewards; see jail.py for the system's side.
 """
 
-import collections
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -33,15 +33,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanor1.wire import EXITED, receive, send, shorten
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from nanor1.confine import PR_GET_DUMPABLE, PR_SET_DUMPABLE, prctl, resource
+from nanor1.jail import EXITED, receive, send, shorten
 
 # Without `site` Python starts three times as fast; the folders it would find are added for the program alone.
 OPTIONS = ["-I", "-S", "-X", "int_max_str_digits=0"]  # time limits numbers, too
@@ -93,15 +89,14 @@ def run_many(
     refuse_unconfined()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     workers = min(len(jobs), workers or cores)
-    waiting = collections.deque(enumerate(jobs))
+    left = list(enumerate(jobs))
+    waiting = iter(left)  # one for all workers
     verdicts = [Verdict(None, "not judged")] * len(jobs)
 
     def work() -> None:
-        with Jail(timeout_s, memory_mib) as jail:
-            while waiting:
-                with contextlib.suppress(IndexError):  # another worker took the last one
-                    i, (program, tests) = waiting.popleft()
-                    verdicts[i] = jail.judge(program, tests)
+        with contextlib.closing(Jail(timeout_s, memory_mib)) as jail:
+            for i, (program, tests) in waiting:
+                verdicts[i] = jail.judge(program, tests)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     with unreadable:
@@ -111,7 +106,7 @@ def run_many(
             for thread in threads:
                 thread.join()
         finally:
-            waiting.clear()  # after Ctrl-C no further job is begun
+            left.clear()  # after Ctrl-C no further job is begun
     return verdicts
 
 
@@ -144,8 +139,6 @@ class Unreadable:
         self.lock, self.entered, self.before = threading.Lock(), 0, -1
 
     def __enter__(self):
-        from nanor1.confine import PR_GET_DUMPABLE, PR_SET_DUMPABLE, prctl  # it cannot be imported on Windows
-
         with self.lock:
             self.entered += 1
             if self.entered == 1:
@@ -153,8 +146,6 @@ class Unreadable:
                 prctl(PR_SET_DUMPABLE, 0)
 
     def __exit__(self, *_):
-        from nanor1.confine import PR_SET_DUMPABLE, prctl
-
         with self.lock:
             self.entered -= 1
             if self.entered == 0 and self.before == 1:
@@ -171,50 +162,47 @@ class Jail:
         self.timeout_s, self.memory_mib = timeout_s, memory_mib
         self.keeper, self.folder = None, None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def judge(self, program: str, tests: Tests) -> Verdict:
         """One verdict; None for `passed` if the system or the tests are at fault."""
         if isinstance(tests, str):
             return self._run(program, tests, None)[0]
         verdict = Verdict(None, "there are no tests")
         for stdin, expected in tests:
-            verdict = self._run_pair(program, stdin, expected)
+            verdict, printed = self._run(program, None, stdin)
+            if printed is not None:
+                is_same = same_output(printed, expected)
+                reason = "passed" if is_same else shorten(f"wrong output: {stdin!r:.80} -> {printed!r}")
+                verdict = replace(verdict, passed=is_same, reason=reason)
             if not verdict.passed:
                 break
         return verdict
 
-    def _run_pair(self, program: str, stdin: str, expected: str) -> Verdict:
-        verdict, printed = self._run(program, None, stdin)
-        if printed is None:
-            return verdict
-        if same_output(printed, expected):
-            return Verdict(True, "passed", verdict.isolation)
-        return Verdict(False, shorten(f"wrong output: {stdin!r:.80} -> {printed!r}"), verdict.isolation)
-
     def _run(self, program: str, tests: str | None, stdin: str | None) -> tuple[Verdict, str | None]:
         """The verdict, and what a script printed if it ended well."""
         limits = {"timeout_s": self.timeout_s, "memory_mib": self.memory_mib}
-        messages: list[dict] = []
+        isolation = None
         try:
             self._start()
             send(self.keeper.stdin.fileno(), {"program": program, "stdin": stdin} | limits)
             send(self.keeper.stdin.fileno(), {"tests": tests} | limits)
-            self._hear(messages)
-        except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
+            ready = self._hear(START_S)
+            if "broken" in ready:
+                raise OSError(ready["broken"])
+            isolation = ", ".join(ready["layers"])
+            told = self._hear(self.timeout_s + GRACE_S)
+            passed, reason, printed = told["passed"], told["reason"], told.get("output")
+            status = self._hear(GRACE_S)["status"]  # of the program's process
+        except (OSError, EOFError, ValueError, KeyError) as error:  # TimeoutError is an OSError
             self.close()
-            return self._unfinished(messages, error), None
-        started, verdict, status = messages
-        isolation = ", ".join(started["layers"])
-        if status["status"] < 0 and verdict["reason"] == EXITED:
-            verdict = {"passed": False, "reason": f"killed by signal {-status['status']}"}
-        elif status["status"] > 0 and "output" in verdict:
-            verdict = {"passed": False, "reason": f"exit code {status['status']}"}
-        return Verdict(verdict["passed"], verdict["reason"], isolation), verdict.get("output")
+            if isolation is None:
+                return Verdict(None, f"the program could not be run: {error or type(error).__name__}"), None
+            reason = "timeout" if isinstance(error, TimeoutError) else "its values ended the judge"
+            return Verdict(False, reason, isolation), None
+        if status < 0 and reason == EXITED:
+            passed, reason, printed = False, f"killed by signal {-status}", None
+        elif status > 0 and printed is not None:
+            passed, reason, printed = False, f"exit code {status}", None
+        return Verdict(passed, reason, isolation), printed
 
     def _start(self) -> None:
         if self.keeper is None:
@@ -229,20 +217,10 @@ class Jail:
                 start_new_session=True,
                 bufsize=0,
             )
-            receive(self.keeper.stdout.fileno(), time.monotonic() + START_S)
+            self._hear(START_S)  # it can no longer be read
 
-    def _hear(self, messages: list[dict]) -> None:
-        """Take the jail's three messages: it stands, the verdict, how the program's process ended."""
-        for seconds in (START_S, self.timeout_s + GRACE_S, GRACE_S):
-            messages.append(receive(self.keeper.stdout.fileno(), time.monotonic() + seconds))
-            if messages == [{"broken": messages[0].get("broken")}]:
-                raise OSError(messages[0]["broken"])
-
-    def _unfinished(self, messages: list[dict], error: Exception) -> Verdict:
-        if not messages or "layers" not in messages[0]:
-            return Verdict(None, f"the program could not be run: {error or type(error).__name__}")
-        reason = "timeout" if isinstance(error, TimeoutError) else "its values ended the judge"
-        return Verdict(False, reason, ", ".join(messages[0]["layers"]))
+    def _hear(self, seconds: float) -> dict:
+        return receive(self.keeper.stdout.fileno(), time.monotonic() + seconds)
 
     def close(self) -> None:
         """End the keeper and all it started, wait until they are gone, and remove the folder."""
@@ -268,13 +246,9 @@ def same_output(printed: str, expected: str) -> bool:
 
     Where a number is expected in decimals, any way to write it will do, to 6 digits: 0.5 for 0.500000, not 5 for 05.
     """
-    ours, theirs = (text.rstrip().split("\n") for text in (printed, expected))
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
-
-
-def _same_line(printed: str, expected: str) -> bool:
-    ours, theirs = printed.split(), expected.split()
-    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+    ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (printed, expected))
+    chain = itertools.chain.from_iterable
+    return list(map(len, ours)) == list(map(len, theirs)) and all(map(_same_word, chain(ours), chain(theirs)))
 
 
 def _same_word(printed: str, expected: str) -> bool:

@@ -1,5 +1,6 @@
 """Model-written programs: what is judged, what cannot be faked, and that nothing hangs or stays behind."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1 import confine, sandbox, wire
+from nanor1 import confine, jail, sandbox
 from nanor1.sandbox import isolation, run_many, run_tests, same_output
 
 TESTS = "assert f(3) == 4\nassert f(5) == 6"
@@ -261,7 +262,7 @@ plain = st.recursive(
 @given(plain)
 @settings(max_examples=50)
 def test_encoding_is_undone_by_decoding(value):
-    again = wire.decode(json.loads(json.dumps(wire.encode(value, None))), None)
+    again = jail.decode(json.loads(json.dumps(jail.encode(value, None))), None)
     assert again == value and type(again) is type(value)
 
 
@@ -392,16 +393,18 @@ def test_a_jail_is_closed_when_all_its_processes_are_gone(monkeypatch, is_killed
     marker = uuid.uuid4().hex
     monkeypatch.setattr(sandbox, "START", f"{sandbox.START}  # {marker}")
 
-    def hear(jail, messages):
-        wire.receive(jail.keeper.stdout.fileno(), time.monotonic() + 60)  # the program stands confined
-        assert len(processes(marker)) == 3
+    def receive(*arguments):
+        message = jail.receive(*arguments)
+        if "layers" not in message:
+            return message
+        assert len(processes(marker)) == 3  # the program stands confined
         if is_killed_first:
-            jail.keeper.kill()
+            started.keeper.kill()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox.Jail, "_hear", hear)
-    with pytest.raises(KeyboardInterrupt), sandbox.Jail(60, 300) as jail:
-        jail.judge("while True: pass", TESTS)
+    monkeypatch.setattr(sandbox, "receive", receive)
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(sandbox.Jail(60, 300)) as started:
+        started.judge("while True: pass", TESTS)
     assert processes(marker) == []
 
 
@@ -429,16 +432,16 @@ SLOW = {
 
 
 def test_the_judges_time_is_the_programs_whatever_it_returns():
-    with sandbox.Jail(5, 512) as jail:
-        assert jail.judge("f = abs", "assert f(-1) == 1").passed
-        keeper, jail.timeout_s = jail.keeper, 0.3
+    with contextlib.closing(sandbox.Jail(5, 512)) as one:
+        assert one.judge("f = abs", "assert f(-1) == 1").passed
+        keeper, one.timeout_s = one.keeper, 0.3
         for name, (program, tests) in SLOW.items():
             started = time.monotonic()
-            verdict = jail.judge(program, tests)
+            verdict = one.judge(program, tests)
             assert (verdict.passed, verdict.reason) == (False, "timeout"), name
             assert time.monotonic() - started < 4, name
-        jail.timeout_s = 5
-        assert jail.judge("f = abs", "assert f(-1) == 1").passed and jail.keeper is keeper
+        one.timeout_s = 5
+        assert one.judge("f = abs", "assert f(-1) == 1").passed and one.keeper is keeper
 
 
 def test_no_jobs_give_no_verdicts():
