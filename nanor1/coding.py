@@ -76,7 +76,7 @@ def read_row(row: dict) -> tuple[str, str, CodeTests]:
 
 
 def _humaneval(row: dict) -> tuple[str, str, CodeTests]:
-    opening, test, function = (_text(row, name) for name in ("prompt", "test", "entry_point"))
+    opening, test, function = (text_field(row, name) for name in ("prompt", "test", "entry_point"))
     preamble, rest = _split(opening, function)
     if not rest:
         raise ValueError(f"expected a 'prompt' that holds 'def {function}', found {opening!r:.60}")
@@ -87,7 +87,7 @@ def _humaneval(row: dict) -> tuple[str, str, CodeTests]:
 
 
 def _mbpp(row: dict) -> tuple[str, str, CodeTests]:
-    question = _text(row, "text" if "text" in row else "prompt").strip()
+    question = text_field(row, "text" if "text" in row else "prompt").strip()
     tests, imports = row["test_list"], row.get("test_imports") or []
     for name, code in (("test_list", tests), ("test_imports", imports)):
         if not isinstance(code, list) or {type(line) for line in code} - {str}:
@@ -106,7 +106,7 @@ def _mbpp(row: dict) -> tuple[str, str, CodeTests]:
 
 
 def _script(row: dict) -> tuple[str, str, CodeTests]:
-    question = _text(row, next((name for name in ("question", "problem", "description") if name in row), "prompt"))
+    question = text_field(row, next((name for name in ("question", "problem", "description") if name in row), "prompt"))
     pairs = row.get("io")
     if pairs is None:
         pairs = row["input_output"]
@@ -122,7 +122,7 @@ def _script(row: dict) -> tuple[str, str, CodeTests]:
     return prompt, row.get("solution", ""), CodeTests(tuple(map(tuple, pairs)))
 
 
-def _text(row: dict, name: str) -> str:
+def text_field(row: dict, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected a non-empty text {name!r}, found {value!r:.60} (fields: {', '.join(row)})")

@@ -12,8 +12,8 @@ conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
 """
 
 import ast
+import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import operator
@@ -23,29 +23,19 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from nanor1.coding import read_row
+from nanor1.coding import read_row, text_field
 from nanor1.grading import extract_answer
 
 SPLITS = ("train", "held-out", "all")  # the parts of a task's problems
 HELD_OUT_SHARE = 0.1  # of all instances, where no file says what is held out
 MAX_DRAWS = 20_000  # for one problem; if none fits, the parameters are at fault
-FIELDS = {  # what the tasks read of a line of their files
-    "countdown": ("nums", "target"),
-    "arithmetic": (),
-    "gsm8k": ("question", "answer"),
-    "math": ("problem", "answer", "solution"),
-    "code": tuple(
-        "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
-        "question problem description input_output io solution".split()
-    ),
-    "text": ("prompt", "question", "answer"),
-}
-TASKS = tuple(FIELDS)
 BOXED_TASKS = ("gsm8k", "math")  # a chat model writes these answers in \boxed{}, as it was trained to
+File = str | Path
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -64,25 +54,33 @@ class Problem:
     tests: object = None
 
 
-# How a task comes by problems: a random draw (its None: draw again) and the reading of a JSON line; None: not so.
-Draw = Callable[[random.Random], Problem | None]
-File = str | Path
-Row = TypeVar("Row")
-Source = tuple[Draw | None, Callable[[dict], Problem] | None]
+class Source:
+    """How a task comes by problems: a random draw (its None: draw again), and the reading of a JSON line; None: not so.
+
+    The subclasses below have the task's parameters as their dataclass fields.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()  # what is read of a line
+    draw: ClassVar[Callable[..., Problem | None] | None] = None
+    read: ClassVar[Callable[..., Problem] | None] = None
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A source of problems, made by `make_task`: for training, for evaluation, or a part to go through once; all pure.
+    """Problems for training, for evaluation, or a part to go through once; made by `make_task`, and all pure.
 
     `listed` has the parts that are read from files, in the files' order; the others are drawn, without end.
     """
 
     name: str
-    draw: Draw | None
-    is_held_out: Callable[[Problem], bool]
-    listed: dict[str, list[Problem]]
-    words: dict[str, str]  # about each part, for `describe`
+    source: Source
+    share: float = HELD_OUT_SHARE
+    keys: frozenset[str] = frozenset()  # the instances of a file that are held out, in place of a share of all
+    listed: dict[str, list[Problem]] = dataclasses.field(default_factory=dict)
+    words: dict[str, str] = dataclasses.field(default_factory=dict)  # about each part, for `describe`
+
+    def is_held_out(self, problem: Problem) -> bool:
+        return instance_key(problem) in self.keys if self.keys else is_held_out(problem, self.share)
 
     def sample(self, n: int, seed: int, step: int) -> list[Problem]:
         """`n` problems to train on: of a file those from step * n on in an endless sequence of shuffled epochs.
@@ -91,11 +89,8 @@ class Task:
         """
         if "train" in self.listed:
             return _take(self._there("train"), n, seed, step)
-        rng = random.Random(f"sample {seed} {step}")
-        try:
-            return [_draw_where(self.draw, rng, lambda problem: not self.is_held_out(problem)) for _ in range(n)]
-        except ValueError as error:
-            raise ValueError(f"{error} to train on; widen the ranges of numbers and results") from error
+        rng, hint = random.Random(f"sample {seed} {step}"), " to train on; widen the ranges of numbers and results"
+        return [self._draw(rng, lambda problem: not self.is_held_out(problem), hint) for _ in range(n)]
 
     def held_out(self, n: int, seed: int = 0) -> list[Problem]:
         """`n` problems to evaluate on: drawn ones all differ, no two share both the numbers and the answer."""
@@ -106,15 +101,18 @@ class Task:
             return _take(problems, n, seed, 0)
         rng, found = random.Random(f"held out {seed}"), {}
         is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
-        try:
-            while len(found) < n:
-                problem = _draw_where(self.draw, rng, is_new)
-                found[instance_key(problem), problem.answer] = problem
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
-            ) from error
+        while len(found) < n:
+            hint = f": only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
+            problem = self._draw(rng, is_new, hint)
+            found[instance_key(problem), problem.answer] = problem
         return list(found.values())
+
+    def _draw(self, rng: random.Random, accept: Callable[[Problem], bool], hint: str) -> Problem:
+        for _ in range(MAX_DRAWS):
+            problem = self.source.draw(rng)
+            if problem is not None and accept(problem):
+                return problem
+        raise ValueError(f"no further problem in {MAX_DRAWS} draws{hint}")
 
     def part(self, split: str, n: int = 0, seed: int = 0) -> list[Problem]:
         """At most `n` problems of one of SPLITS (0: all), for a script that goes through them once.
@@ -171,82 +169,69 @@ def make_task(
     Problems come from the JSON-lines file `data`, or are generated. The held-out ones come from the file `eval_data`
     (training then skips its instances), or a hash holds out a share of all instances. Only `parts` of SPLITS must have
     problems; to evaluate alone, `eval_data` is enough. `fields` names the columns of one's own files, see
-    `parse_fields`. The other parameters are those of `countdown`, `arithmetic` and `text` below. Raises ValueError for
-    what a user can get wrong.
+    `parse_fields`. The other parameters are the fields of the task's class below. Raises ValueError for what a user can
+    get wrong.
 
         make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
     """
-    draw, to_problem = _source(name, parameters, fields)
-    if (data or eval_data or fields) and not to_problem:
+    source = _source(name, parameters, fields or {})
+    if (data or eval_data or fields) and not source.read:
         raise ValueError(f"the {name} task is generated; leave data and eval_data out, and fields")
-    if not draw and not data and ("train" in parts or not eval_data):
+    if not source.draw and not data and ("train" in parts or not eval_data):
         raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
     if fields and not data and not eval_data:
         raise ValueError(f"fields {fields} name columns of a file; give data=FILE, JSON lines")
-    problems = read_json_lines(data, to_problem) if data else []
-    evaluation = read_json_lines(eval_data, to_problem) if eval_data else []
-    rule = _held_out_rule(evaluation, held_out_share)
+    if not 0 < held_out_share < 1:
+        raise ValueError(f"held_out_share is {held_out_share}; it must lie between 0 and 1")
+
+    def read(path: File | None) -> list[Problem]:
+        return read_json_lines(path, lambda row: source.read(_own_columns(name, fields, row))) if path else []
+
+    problems, evaluation = read(data), read(eval_data)
+    words = _words(*(Path(file).name if file else "" for file in (data, eval_data)), held_out_share)
+    task = Task(name, source, held_out_share, frozenset(map(instance_key, evaluation)), words=words)
     train, out = [], []
     for problem in problems:
-        (out if rule(problem) else train).append(problem)
-    listed = {} if draw and not data else {"train": train}
+        (out if task.is_held_out(problem) else train).append(problem)
+    if data or not source.draw:
+        task.listed["train"] = train
     if data or eval_data:
-        listed |= {"held-out": evaluation or out, "all": problems or evaluation}
-    task = Task(name, draw, rule, listed, _words(data, eval_data, held_out_share))
+        task.listed.update({"held-out": evaluation or out, "all": problems or evaluation})
     for part in parts:
         task.describe(part)  # refuses one that is empty
     return task
 
 
-def _words(data: File | None, eval_data: File | None, share: float) -> dict[str, str]:
-    """What `Task.describe` says of each part, behind the number of problems where they are read."""
-    data, eval_data = (Path(file).name if file else "" for file in (data, eval_data))
-    words = {"train": f"generated, none of the instances of {eval_data}", "held-out": f"{eval_data}, all held out"}
+def _source(name: str, parameters: dict, fields: dict[str, str]) -> Source:
+    if name not in SOURCES:
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    kind = SOURCES[name]
+    names = [field.name for field in dataclasses.fields(kind)]
+    for verb, what, given, known in (("has", "parameter", parameters, names), ("reads", "field", fields, kind.fields)):
+        if unknown := set(given) - set(known):
+            known = ", ".join(known) or "none"
+            raise ValueError(f"the {name} task {verb} no {what} {min(unknown)!r}; it {verb} {known}")
+    return kind(**parameters)
+
+
+def _words(data: str, eval_data: str, share: float) -> dict[str, str]:
+    """What `Task.describe` says of each part of these files, behind the number of problems where they are read."""
     if not data and not eval_data:
         return {"train": "generated, none of the held-out instances", "held-out": "generated, held-out instances alone"}
-    if data and eval_data:
-        words["train"] = f"{data}: all but the instances of {eval_data}"
-    elif data:
-        chosen = f"{100 * share:g}%, chosen by a hash of the problem"
-        words["train"] = f"{data}: the train part ({chosen}, are held out)"
-        words["held-out"] = f"{data}: the held-out part ({chosen})"
-    return words | {"all": f"{data or eval_data}, all of them"}
-
-
-def read_task(name: str, path: File, fields: dict[str, str] | None = None, **parameters) -> list[Problem]:
-    """All problems of a task's file of JSON lines, in order; ValueError as in `make_task`."""
-    return make_task(name, data=path, parts=("all",), fields=fields, **parameters).part("all")
-
-
-def _source(name: str, parameters: dict, fields: dict[str, str] | None) -> Source:
-    sources = {
-        "countdown": countdown,
-        "arithmetic": arithmetic,
-        "gsm8k": lambda: (None, gsm8k_problem),
-        "math": lambda: (None, math_problem),
-        "code": lambda: (None, code_problem),
-        "text": text,
+    chosen = f"{100 * share:g}%, chosen by a hash of the problem"
+    words = {
+        "train": f"{data}: the train part ({chosen}, are held out)",
+        "held-out": f"{data}: the held-out part ({chosen})",
+        "all": f"{data or eval_data}, all of them",
     }
-    if name not in sources:
-        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    unknown = set(parameters) - set(inspect.signature(sources[name]).parameters)
-    if unknown:
-        known = ", ".join(inspect.signature(sources[name]).parameters) or "none"
-        raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
-    if unread := set(fields or ()) - set(FIELDS[name]):
-        raise ValueError(
-            f"the {name} task reads no field {min(unread)!r}; it reads {', '.join(FIELDS[name]) or 'none'}"
-        )
-    draw, to_problem = sources[name](**parameters)
-    return draw, partial(_from_columns, name, fields, to_problem) if fields and to_problem else to_problem
+    if eval_data:
+        of_others = f"{data}: all but the instances" if data else "generated, none of the instances"
+        words |= {"train": f"{of_others} of {eval_data}", "held-out": f"{eval_data}, all held out"}
+    return words
 
 
 def task_parameters(text: str) -> dict:
-    """Read the parameters of a task from a JSON object, the empty text as none; ValueError for anything else.
-
-    >>> task_parameters('{"n_numbers": 3}')
-    {'n_numbers': 3}
-    """
+    """Read the parameters of a task from a JSON object, the empty text as none; ValueError for anything else."""
     return parse_object(text, "task parameters")
 
 
@@ -300,24 +285,6 @@ def is_in_share(key: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _held_out_rule(evaluation: list[Problem], share: float) -> Callable[[Problem], bool]:
-    if not 0 < share < 1:
-        raise ValueError(f"held_out_share is {share}; it must lie between 0 and 1")
-    keys = frozenset(map(instance_key, evaluation))
-    return (lambda problem: instance_key(problem) in keys) if keys else partial(is_held_out, share=share)
-
-
-# ---- drawn at random, or taken in order
-
-
-def _draw_where(draw: Draw, rng: random.Random, accept: Callable[[Problem], bool]) -> Problem:
-    for _ in range(MAX_DRAWS):
-        problem = draw(rng)
-        if problem is not None and accept(problem):
-            return problem
-    raise ValueError(f"no further problem in {MAX_DRAWS} draws")
-
-
 def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
     """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
     taken: list[Problem] = []
@@ -336,55 +303,45 @@ def _epoch_order(n: int, seed: int, epoch: int) -> array:
 
 # ---- generated: numbers and operators drawn at random, kept where the running value stays in range
 
-_FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
-
-def fold(numbers: list[int], operators: list[str], max_result: int) -> int | None:
-    """Work `((n0 op n1) op n2) ...` from left to right; None where a result is no integer or leaves 0..max_result.
-
-    >>> fold([8, 2, 3], ["/", "*"], 24)
-    12
-    """
-    value = numbers[0]
-    for sign, number in zip(operators, numbers[1:], strict=True):
-        if sign == "/" and (number == 0 or value % number):
-            return None
-        value = _FOLD[sign](value, number)
-        if not 0 <= value <= max_result:
-            return None
-    return value
-
-
-def countdown(
-    n_numbers="3to4", max_number=99, operators="+-*/", max_result=1000, min_target=10, max_target=99, wording="words"
-) -> Source:
+@dataclass(frozen=True)
+class Countdown(Source):
     """Reach `target` from `n_numbers` (3, 4 or "3to4") numbers in 1..max_number, each used once.
 
     Solvable as drawn: the target is worked out from the numbers, every result an integer in 0..max_result. Read from
     a file: `nums`, `target`. `wording` as in `countdown_problem`.
     """
-    counts = {"3": (3,), "4": (4,), "3to4": (3, 4)}.get(str(n_numbers))
-    if counts is None:
-        raise ValueError(f"n_numbers is {n_numbers!r}; choose 3, 4 or '3to4'")
-    _check_choices(operators, "+-*/", wording)
 
-    def draw(rng: random.Random) -> Problem | None:
-        numbers = [rng.randint(1, max_number) for _ in range(rng.choice(counts))]
-        target = fold(numbers, rng.choices(operators, k=len(numbers) - 1), max_result)
-        if target is None or not min_target <= target <= max_target:
+    fields = ("nums", "target")
+    n_numbers: int | str = "3to4"
+    max_number: int = 99
+    operators: str = "+-*/"
+    max_result: int = 1000
+    min_target: int = 10
+    max_target: int = 99
+    wording: str = "words"
+
+    def __post_init__(self):
+        if str(self.n_numbers) not in ("3", "4", "3to4"):
+            raise ValueError(f"n_numbers is {self.n_numbers!r}; choose 3, 4 or '3to4'")
+        _check_choices(self.operators, "+-*/", self.wording)
+
+    def draw(self, rng: random.Random) -> Problem | None:
+        counts = (3, 4) if self.n_numbers == "3to4" else (int(self.n_numbers),)
+        numbers = [rng.randint(1, self.max_number) for _ in range(rng.choice(counts))]
+        target = fold(numbers, rng.choices(self.operators, k=len(numbers) - 1), self.max_result)
+        if target is None or not self.min_target <= target <= self.max_target:
             return None
         rng.shuffle(numbers)  # the order drawn would give the solution away
-        return countdown_problem(tuple(numbers), target, operators, wording)
+        return countdown_problem(tuple(numbers), target, self.operators, self.wording)
 
-    def to_problem(row: dict) -> Problem:
+    def read(self, row: dict) -> Problem:
         nums, target = row.get("nums"), row.get("target")
         if type(target) is not int or not isinstance(nums, list) or {type(number) for number in nums} != {int}:
             raise ValueError(
                 f"expected 'nums': [integers] and 'target': integer, found {nums!r:.60} and {target!r:.60}"
             )
-        return countdown_problem(tuple(nums), target, operators, wording)
-
-    return draw, to_problem
+        return countdown_problem(tuple(nums), target, self.operators, self.wording)
 
 
 def countdown_problem(numbers: tuple[int, ...], target: int, operators="+-*/", wording="words") -> Problem:
@@ -399,26 +356,33 @@ def countdown_problem(numbers: tuple[int, ...], target: int, operators="+-*/", w
     return Problem(prompt, str(target), "countdown", numbers, target)
 
 
-def arithmetic(n_terms=2, max_term=99, max_value=9801, operators="+-*", wording="words") -> Source:
+@dataclass(frozen=True)
+class Arithmetic(Source):
     """`t0 op t1 op ...` with terms in 1..max_term and every running value in 0..max_value.
 
     `wording`: "words" (`What is 47 + 85?`) or "symbols" (`47 + 85 =`). The miniature: n_terms=6, max_term=9,
     max_value=40, operators="+-", wording="symbols".
     """
-    if n_terms < 2:
-        raise ValueError(f"n_terms is {n_terms}; it takes at least 2 terms")
-    # With three terms or more a product would bind tighter than the left-to-right running value.
-    _check_choices(operators, "+-*" if n_terms == 2 else "+-", wording)
 
-    def draw(rng: random.Random) -> Problem | None:
-        terms = [rng.randint(1, max_term) for _ in range(n_terms)]
-        signs = rng.choices(operators, k=n_terms - 1)
-        value = fold(terms, signs, max_value)
+    n_terms: int = 2
+    max_term: int = 99
+    max_value: int = 9801
+    operators: str = "+-*"
+    wording: str = "words"
+
+    def __post_init__(self):
+        if self.n_terms < 2:
+            raise ValueError(f"n_terms is {self.n_terms}; it takes at least 2 terms")
+        # With three terms or more a product would bind tighter than the left-to-right running value.
+        _check_choices(self.operators, "+-*" if self.n_terms == 2 else "+-", self.wording)
+
+    def draw(self, rng: random.Random) -> Problem | None:
+        terms = [rng.randint(1, self.max_term) for _ in range(self.n_terms)]
+        signs = rng.choices(self.operators, k=self.n_terms - 1)
+        value = fold(terms, signs, self.max_value)
         question = " ".join(f"{sign} {term}" for sign, term in zip(["", *signs], terms, strict=True)).strip()
-        prompt = f"What is {question}?" if wording == "words" else f"{question} ="
+        prompt = f"What is {question}?" if self.wording == "words" else f"{question} ="
         return None if value is None else Problem(prompt, str(value), "arithmetic", tuple(terms))
-
-    return draw, None
 
 
 def _check_choices(operators: str, allowed: str, wording: str) -> None:
@@ -429,6 +393,71 @@ def _check_choices(operators: str, allowed: str, wording: str) -> None:
 
 
 # ---- read from JSON lines
+
+
+@dataclass(frozen=True)
+class Gsm8k(Source):
+    """GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
+
+    fields = ("question", "answer")
+
+    def read(self, row: dict) -> Problem:
+        question, (_, mark, gold) = _text(row, "question"), _text(row, "answer").rpartition("####")
+        gold = gold.replace(",", "").strip()
+        if not mark or not gold:
+            raise ValueError(f"expected an 'answer' that ends in '#### NUMBER', found {row['answer'][-40:]!r}")
+        return Problem(question, gold, "gsm8k")
+
+
+@dataclass(frozen=True)
+class Math(Source):
+    r"""MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
+
+    fields = ("problem", "answer", "solution")
+
+    def read(self, row: dict) -> Problem:
+        question = _text(row, "problem")
+        if "answer" in row:
+            return Problem(question, _answer(row), "math")
+        _, box, rest = _text(row, "solution").rpartition("\\boxed")
+        gold = extract_answer(box + rest) if box else None
+        if not gold:
+            raise ValueError(r"expected an 'answer', or a 'solution' with its result in \boxed{...}; found neither")
+        return Problem(question, gold, "math")
+
+
+@dataclass(frozen=True)
+class Code(Source):
+    """HumanEval, MBPP or a set of scripts' inputs and outputs as published; see coding.py."""
+
+    fields = tuple(
+        "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
+        "question problem description input_output io solution".split()
+    )
+
+    def read(self, row: dict) -> Problem:
+        prompt, solution, tests = read_row(row)
+        return Problem(prompt, solution, "code", tests=tests)
+
+
+@dataclass(frozen=True)
+class Text(Source):
+    """Any problems: `prompt`, or `question` if there is none, and `answer`, text or number, compared by `math_equal`.
+
+    With `needs_answer` False a line may come without one, where a reward of one's own judges.
+    """
+
+    fields = ("prompt", "question", "answer")
+    needs_answer: bool = True
+
+    def read(self, row: dict) -> Problem:
+        prompt = _text(row, "question" if "question" in row and "prompt" not in row else "prompt")
+        is_empty = row.get("answer") is None or not str(row["answer"]).strip()
+        return Problem(prompt, "" if is_empty and not self.needs_answer else _answer(row), "text")
+
+
+SOURCES = dict(countdown=Countdown, arithmetic=Arithmetic, gsm8k=Gsm8k, math=Math, code=Code, text=Text)
+TASKS = tuple(SOURCES)
 
 
 def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
@@ -443,48 +472,45 @@ def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines") from error
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            if line.strip():
-                rows.append(parse(_json_object(line)))
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise ValueError(f"{where}: expected one JSON object on the line, found no valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        try:
+            rows.append(parse(row))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     if not rows:
         raise ValueError(f"{path} is empty; expected JSON lines, one object a line")
     return rows
 
 
-def _json_object(line: bytes) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ValueError(f"expected one JSON object on the line, found no valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    return row
+def _text(row: dict, name: str) -> str:
+    return text_field(row, name).strip()
 
 
-def _text_field(row: dict, name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"expected a non-empty text {name!r}, found {value!r:.60} (fields: {', '.join(row)})")
-    return value.strip()
-
-
-def _answer_field(row: dict) -> str:
+def _answer(row: dict) -> str:
     answer = row.get("answer")
     is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
-    return str(answer) if is_number else _text_field(row, "answer")
+    return str(answer) if is_number else _text(row, "answer")
 
 
 _NUMBER_ALONE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _BEFORE = {"question": "prompt", "solution": "answer"}  # a task that finds the latter does not look for the former
 
 
-def _from_columns(name: str, fields: dict[str, str], to_problem: Callable[[dict], Problem], row: dict) -> Problem:
-    """A line of one's own file, each field taken from the column that holds it.
+def _own_columns(name: str, fields: dict[str, str] | None, row: dict) -> dict:
+    """A line of one's own file, each field taken from the column that holds it; as it is without `fields`.
 
     GSM8K's answer may be the number alone there, without "####".
     """
+    if not fields:
+        return row
     for column in fields.values():
         if column not in row:
             raise ValueError(f"there is no column {column!r}; the line has {', '.join(row) or 'none'}")
@@ -492,49 +518,7 @@ def _from_columns(name: str, fields: dict[str, str], to_problem: Callable[[dict]
     row = {field: row[field] for field in row if field not in hidden} | {f: row[column] for f, column in fields.items()}
     if name == "gsm8k" and _NUMBER_ALONE.fullmatch(answer := str(row.get("answer")).strip()):
         row["answer"] = f"#### {answer}"
-    return to_problem(row)
-
-
-def gsm8k_problem(row: dict) -> Problem:
-    """A line of GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
-    question, (_, mark, gold) = _text_field(row, "question"), _text_field(row, "answer").rpartition("####")
-    gold = gold.replace(",", "").strip()
-    if not mark or not gold:
-        raise ValueError(f"expected an 'answer' that ends in '#### NUMBER', found {row['answer'][-40:]!r}")
-    return Problem(question, gold, "gsm8k")
-
-
-def math_problem(row: dict) -> Problem:
-    r"""A line of MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
-    question = _text_field(row, "problem")
-    if "answer" in row:
-        return Problem(question, _answer_field(row), "math")
-    solution = _text_field(row, "solution")
-    at = solution.rfind("\\boxed")
-    gold = extract_answer(solution[at:]) if at >= 0 else None
-    if not gold:
-        raise ValueError(r"expected an 'answer', or a 'solution' with its result in \boxed{...}; found neither")
-    return Problem(question, gold, "math")
-
-
-def text(needs_answer=True) -> Source:
-    """Any problems: `prompt`, or `question` if there is none, and `answer`, text or number, compared by `math_equal`.
-
-    With `needs_answer` False a line may come without one, where a reward of one's own judges.
-    """
-
-    def to_problem(row: dict) -> Problem:
-        prompt = _text_field(row, "question" if "question" in row and "prompt" not in row else "prompt")
-        is_empty = row.get("answer") is None or not str(row["answer"]).strip()
-        return Problem(prompt, "" if is_empty and not needs_answer else _answer_field(row), "text")
-
-    return None, to_problem
-
-
-def code_problem(row: dict) -> Problem:
-    """A line of HumanEval, MBPP or a set of scripts' inputs and outputs as published; see coding.py."""
-    prompt, solution, tests = read_row(row)
-    return Problem(prompt, solution, "code", tests=tests)
+    return row
 
 
 # ---- prompts
@@ -589,36 +573,27 @@ def format_prompt(
         if problem.task == "code":
             where = AS_PYTHON
         instruction = STYLES[style].replace("{where}", where)
-        return [
-            message
-            for example in examples
-            for message in (_user(example.prompt, instruction), _assistant(problem.task, example, style))
-        ] + [_user(problem.prompt, instruction)]
+        turns = [(example.prompt, _shown(problem.task, example, style)) for example in examples]
+        messages = []
+        for asked, answer in [*turns, (problem.prompt, None)]:
+            messages.append({"role": "user", "content": f"{asked}\n\n{instruction}"})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        return messages
     raise ValueError(f"unknown template {template!r}; choose 'r1-zero', 'chat' or 'bare'")
 
 
-def _user(prompt: str, instruction: str) -> dict[str, str]:
-    return {"role": "user", "content": f"{prompt}\n\n{instruction}"}
-
-
-def _assistant(task: str, example: Example, style: Style) -> dict[str, str]:
+def _shown(task: str, example: Example, style: Style) -> str:
     """A worked answer, or in the direct style no more of it than the answer itself."""
     answer = extract_answer(example.completion) if style == "direct" and task != "code" else None
     if answer is None:
-        return {"role": "assistant", "content": example.completion}
-    return {
-        "role": "assistant",
-        "content": f"\\boxed{{{answer}}}" if task in BOXED_TASKS else f"<answer> {answer} </answer>",
-    }
+        return example.completion
+    return f"\\boxed{{{answer}}}" if task in BOXED_TASKS else f"<answer> {answer} </answer>"
 
 
 def read_examples(path: File) -> tuple[Example, ...]:
     """Worked examples from JSON lines of `prompt` and `completion`; ValueError names file, line and fault."""
-
-    def to_example(row: dict) -> Example:
-        return Example(_text_field(row, "prompt"), _text_field(row, "completion"))
-
-    return tuple(read_json_lines(path, to_example))
+    return tuple(read_json_lines(path, lambda row: Example(_text(row, "prompt"), _text(row, "completion"))))
 
 
 def prefilled(prompt_text: str) -> str:
@@ -630,7 +605,26 @@ def prefilled(prompt_text: str) -> str:
     return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
 
 
-# ---- the countdown checker
+# ---- countdown's mathematics: expressions made, and checked
+
+_FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+def fold(numbers: list[int], operators: list[str], max_result: int) -> int | None:
+    """Work `((n0 op n1) op n2) ...` from left to right; None where a result is no integer or leaves 0..max_result.
+
+    >>> fold([8, 2, 3], ["/", "*"], 24)
+    12
+    """
+    value = numbers[0]
+    for sign, number in zip(operators, numbers[1:], strict=True):
+        if sign == "/" and (number == 0 or value % number):
+            return None
+        value = _FOLD[sign](value, number)
+        if not 0 <= value <= max_result:
+            return None
+    return value
+
 
 _EXPRESSION = re.compile(r"[-+*/() 0-9]{1,256}")
 _NUMBER = re.compile(r"[0-9]+")

@@ -19,6 +19,7 @@ from nanor1.tasks import (
     TASKS,
     Problem,
     Task,
+    Text,
     check_countdown,
     countdown_numbers,
     countdown_problem,
@@ -30,7 +31,6 @@ from nanor1.tasks import (
     make_task,
     parse_fields,
     prefilled,
-    read_task,
 )
 
 MINIATURE = dict(
@@ -42,6 +42,10 @@ SHARED = Path(os.environ.get("NANOR1_SHARED", "/nonexistent"))
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="NANOR1_SHARED names no folder with conformance/ and data/"
 )
+
+
+def read_task(name, path, **arguments):
+    return make_task(name, data=path, parts=("all",), **arguments).part("all")
 
 
 def reachable(numbers: tuple) -> set[Fraction]:
@@ -436,7 +440,7 @@ def test_a_problem_drawn_by_itself_is_the_one_of_its_place_in_the_sequence(tmp_p
 
 def test_a_problem_of_a_long_file_is_drawn_without_shuffling_the_file_again():
     problems = [Problem(str(i), str(i), "text") for i in range(200_000)]
-    task = Task("text", None, lambda problem: False, {"train": problems}, {})
+    task = Task("text", Text(), listed={"train": problems})
     task.sample(1, 0, 0)
     start = time.perf_counter()
     for i in range(1, 200):

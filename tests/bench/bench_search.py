@@ -23,7 +23,7 @@ from nanor1.methods import Run, figures
 from nanor1.model import Transformer
 from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, read_examples, read_task
+from nanor1.tasks import Problem, make_task, read_examples
 from nanor1.tokenizer import Tokenizer
 
 WAYS = {"plain 8": 8, "majority@8": Run("samples", 8), "plain 16": 16, "beam 4x4": Run("beam", 16)}
@@ -60,7 +60,7 @@ def main() -> None:
     examples = read_examples(args.examples) if args.examples else ()
     prompter = Prompter(tokenizer, "chat", style=args.style, examples=examples)
     asker = Asker(sampler, prompter, 0, sampling, rules=make_rules(prompter))
-    problems = read_task("gsm8k", args.data)[: args.limit]
+    problems = make_task("gsm8k", data=args.data, parts=("all",)).part("all")[: args.limit]
     prompts = [prompter.write(problem)[1] for problem in problems]
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(args.turns + 1):
