@@ -54,33 +54,69 @@ class Problem:
     tests: object = None
 
 
-class Source:
-    """How a task comes by problems: a random draw (its None: draw again), and the reading of a JSON line; None: not so.
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """Problems for training, for evaluation, or a part to go through once: pure, and never changed once made.
 
-    The subclasses below have the task's parameters as their dataclass fields.
+    They come from the JSON-lines file `data`, or are drawn. The held-out ones come from the file `eval_data` (training
+    then skips its instances), or a hash holds out a share of all instances. Only `parts` of SPLITS must have problems;
+    to evaluate alone, `eval_data` is enough. `fields` names the columns of one's own files, see `parse_fields`.
+
+    The classes below can draw a problem (None: draw again), read one from a line's object, or both; their parameters
+    are fields, too. ValueError for what a user can get wrong.
     """
 
-    fields: ClassVar[tuple[str, ...]] = ()  # what is read of a line
+    data: File | None = None
+    eval_data: File | None = None
+    held_out_share: float = HELD_OUT_SHARE
+    parts: Sequence[str] = ("train", "held-out")
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()  # the fields of a line that `read` looks at
     draw: ClassVar[Callable[..., Problem | None] | None] = None
     read: ClassVar[Callable[..., Problem] | None] = None
 
+    def __post_init__(self):
+        has_file = self.data or self.eval_data
+        if unread := self.fields.keys() - set(self.reads):
+            known = ", ".join(self.reads) or "none"
+            raise ValueError(f"the {self.name} task reads no field {min(unread)!r}; it reads {known}")
+        if (has_file or self.fields) and not self.read:
+            raise ValueError(f"the {self.name} task is generated; leave data and eval_data out, and fields")
+        if not self.draw and not self.data and ("train" in self.parts or not self.eval_data):
+            raise ValueError(f"the {self.name} task is not generated; give data=FILE, JSON lines")
+        if self.fields and not has_file:
+            raise ValueError(f"fields {self.fields} name columns of a file; give data=FILE, JSON lines")
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"held_out_share is {self.held_out_share}; it must lie between 0 and 1")
+        problems, evaluation = (
+            read_json_lines(path, lambda row: self.read(self._own_columns(row))) if path else []
+            for path in (self.data, self.eval_data)
+        )
+        self.held_out_keys = set(map(instance_key, evaluation))
+        train, out = [], []
+        for problem in problems:
+            (out if self.is_held_out(problem) else train).append(problem)
+        # The parts that are read, in the files' order; the others are drawn, without end.
+        self.listed = {"train": train} if self.data or not self.draw else {}
+        if has_file:
+            self.listed |= {"held-out": evaluation or out, "all": problems or evaluation}
+        for split in self.parts:
+            self.describe(split)  # refuses one that is empty
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Problems for training, for evaluation, or a part to go through once; made by `make_task`, and all pure.
-
-    `listed` has the parts that are read from files, in the files' order; the others are drawn, without end.
-    """
-
-    name: str
-    source: Source
-    share: float = HELD_OUT_SHARE
-    keys: frozenset[str] = frozenset()  # the instances of a file that are held out, in place of a share of all
-    listed: dict[str, list[Problem]] = dataclasses.field(default_factory=dict)
-    words: dict[str, str] = dataclasses.field(default_factory=dict)  # about each part, for `describe`
+    def _own_columns(self, row: dict) -> dict:
+        """A line of one's own file, each field taken from the column that holds it; as it is without `fields`."""
+        for column in self.fields.values():
+            if column not in row:
+                raise ValueError(f"there is no column {column!r}; the line has {', '.join(row) or 'none'}")
+        hidden = {_BEFORE.get(field) for field in self.fields} - self.fields.keys()
+        kept = {field: row[field] for field in row if field not in hidden}
+        return kept | {field: row[column] for field, column in self.fields.items()}
 
     def is_held_out(self, problem: Problem) -> bool:
-        return instance_key(problem) in self.keys if self.keys else is_held_out(problem, self.share)
+        if self.held_out_keys:
+            return instance_key(problem) in self.held_out_keys
+        return is_held_out(problem, self.held_out_share)
 
     def sample(self, n: int, seed: int, step: int) -> list[Problem]:
         """`n` problems to train on: of a file those from step * n on in an endless sequence of shuffled epochs.
@@ -89,7 +125,7 @@ class Task:
         """
         if "train" in self.listed:
             return _take(self._there("train"), n, seed, step)
-        rng, hint = random.Random(f"sample {seed} {step}"), " to train on; widen the ranges of numbers and results"
+        rng, hint = random.Random(f"sample {seed} {step}"), "to train on; widen the ranges of numbers and results"
         return [self._draw(rng, lambda problem: not self.is_held_out(problem), hint) for _ in range(n)]
 
     def held_out(self, n: int, seed: int = 0) -> list[Problem]:
@@ -102,17 +138,17 @@ class Task:
         rng, found = random.Random(f"held out {seed}"), {}
         is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
         while len(found) < n:
-            hint = f": only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
+            hint = f"to evaluate on: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
             problem = self._draw(rng, is_new, hint)
             found[instance_key(problem), problem.answer] = problem
         return list(found.values())
 
     def _draw(self, rng: random.Random, accept: Callable[[Problem], bool], hint: str) -> Problem:
         for _ in range(MAX_DRAWS):
-            problem = self.source.draw(rng)
+            problem = self.draw(rng)
             if problem is not None and accept(problem):
                 return problem
-        raise ValueError(f"no further problem in {MAX_DRAWS} draws{hint}")
+        raise ValueError(f"no further problem in {MAX_DRAWS} draws {hint}")
 
     def part(self, split: str, n: int = 0, seed: int = 0) -> list[Problem]:
         """At most `n` problems of one of SPLITS (0: all), for a script that goes through them once.
@@ -135,14 +171,22 @@ class Task:
         """Which problems a part has, as "1,319 problems of test.jsonl, all held out"; ValueError if it has none."""
         if split not in SPLITS:
             raise ValueError(f"unknown part {split!r}; choose one of {', '.join(SPLITS)}")
-        if split not in self.words:
-            raise ValueError(
-                f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
-            )
         if split not in self.listed:
-            return self.words[split]
-        n = len(self._there(split))
-        return f"{n:,} problem{'' if n == 1 else 's'} of {self.words[split]}"
+            if split == "all":
+                raise ValueError(
+                    f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
+                )
+            if split == "held-out":
+                return "generated, held-out instances alone"
+            others = f"of {Path(self.eval_data).name}" if self.eval_data else ""
+            return f"generated, none of the {'' if others else 'held-out '}instances {others}".strip()
+        n, data, eval_data = len(self._there(split)), *(Path(path or "").name for path in (self.data, self.eval_data))
+        part = f"{data}: the {split} part ({100 * self.held_out_share:g}%, chosen by a hash of the problem"
+        words = {"train": f"{part}, are held out)", "held-out": f"{part})", "all": f"{data or eval_data}, all of them"}
+        if eval_data:
+            words["train"] = f"{data}: all but the instances of {eval_data}"
+            words["held-out"] = f"{eval_data}, all held out"
+        return f"{n:,} problem{'' if n == 1 else 's'} of {words[split]}"
 
     def _there(self, split: str) -> list[Problem]:
         if not self.listed[split]:
@@ -154,80 +198,20 @@ class Task:
         return self.listed[split]
 
 
-def make_task(
-    name: str,
-    *,
-    data: File | None = None,
-    eval_data: File | None = None,
-    held_out_share: float = HELD_OUT_SHARE,
-    parts: Sequence[str] = ("train", "held-out"),
-    fields: dict[str, str] | None = None,
-    **parameters,
-) -> Task:
-    """Build the task called `name`, one of TASKS.
+def make_task(name: str, **options) -> Task:
+    """The task called `name`, one of TASKS, of these options of Task and parameters of its own class below.
 
-    Problems come from the JSON-lines file `data`, or are generated. The held-out ones come from the file `eval_data`
-    (training then skips its instances), or a hash holds out a share of all instances. Only `parts` of SPLITS must have
-    problems; to evaluate alone, `eval_data` is enough. `fields` names the columns of one's own files, see
-    `parse_fields`. The other parameters are the fields of the task's class below. Raises ValueError for what a user can
-    get wrong.
-
-        make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
+    make_task("countdown", n_numbers=3, max_number=15, operators="+-*", max_result=24, min_target=0, max_target=24)
     """
-    source = _source(name, parameters, fields or {})
-    if (data or eval_data or fields) and not source.read:
-        raise ValueError(f"the {name} task is generated; leave data and eval_data out, and fields")
-    if not source.draw and not data and ("train" in parts or not eval_data):
-        raise ValueError(f"the {name} task is not generated; give data=FILE, JSON lines")
-    if fields and not data and not eval_data:
-        raise ValueError(f"fields {fields} name columns of a file; give data=FILE, JSON lines")
-    if not 0 < held_out_share < 1:
-        raise ValueError(f"held_out_share is {held_out_share}; it must lie between 0 and 1")
-
-    def read(path: File | None) -> list[Problem]:
-        return read_json_lines(path, lambda row: source.read(_own_columns(name, fields, row))) if path else []
-
-    problems, evaluation = read(data), read(eval_data)
-    words = _words(*(Path(file).name if file else "" for file in (data, eval_data)), held_out_share)
-    task = Task(name, source, held_out_share, frozenset(map(instance_key, evaluation)), words=words)
-    train, out = [], []
-    for problem in problems:
-        (out if task.is_held_out(problem) else train).append(problem)
-    if data or not source.draw:
-        task.listed["train"] = train
-    if data or eval_data:
-        task.listed.update({"held-out": evaluation or out, "all": problems or evaluation})
-    for part in parts:
-        task.describe(part)  # refuses one that is empty
-    return task
-
-
-def _source(name: str, parameters: dict, fields: dict[str, str]) -> Source:
-    if name not in SOURCES:
+    if name not in KINDS:
         raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    kind = SOURCES[name]
-    names = [field.name for field in dataclasses.fields(kind)]
-    for verb, what, given, known in (("has", "parameter", parameters, names), ("reads", "field", fields, kind.fields)):
-        if unknown := set(given) - set(known):
-            known = ", ".join(known) or "none"
-            raise ValueError(f"the {name} task {verb} no {what} {min(unknown)!r}; it {verb} {known}")
-    return kind(**parameters)
-
-
-def _words(data: str, eval_data: str, share: float) -> dict[str, str]:
-    """What `Task.describe` says of each part of these files, behind the number of problems where they are read."""
-    if not data and not eval_data:
-        return {"train": "generated, none of the held-out instances", "held-out": "generated, held-out instances alone"}
-    chosen = f"{100 * share:g}%, chosen by a hash of the problem"
-    words = {
-        "train": f"{data}: the train part ({chosen}, are held out)",
-        "held-out": f"{data}: the held-out part ({chosen})",
-        "all": f"{data or eval_data}, all of them",
-    }
-    if eval_data:
-        of_others = f"{data}: all but the instances" if data else "generated, none of the instances"
-        words |= {"train": f"{of_others} of {eval_data}", "held-out": f"{eval_data}, all held out"}
-    return words
+    kind = KINDS[name]
+    shared = {field.name for field in dataclasses.fields(Task)}
+    parameters = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+    if unknown := options.keys() - shared - set(parameters):
+        known = ", ".join(parameters) or "none"
+        raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
+    return kind(**options)
 
 
 def task_parameters(text: str) -> dict:
@@ -304,15 +288,16 @@ def _epoch_order(n: int, seed: int, epoch: int) -> array:
 # ---- generated: numbers and operators drawn at random, kept where the running value stays in range
 
 
-@dataclass(frozen=True)
-class Countdown(Source):
+@dataclass(eq=False, kw_only=True)
+class Countdown(Task):
     """Reach `target` from `n_numbers` (3, 4 or "3to4") numbers in 1..max_number, each used once.
 
     Solvable as drawn: the target is worked out from the numbers, every result an integer in 0..max_result. Read from
     a file: `nums`, `target`. `wording` as in `countdown_problem`.
     """
 
-    fields = ("nums", "target")
+    name = "countdown"
+    reads = ("nums", "target")
     n_numbers: int | str = "3to4"
     max_number: int = 99
     operators: str = "+-*/"
@@ -325,6 +310,7 @@ class Countdown(Source):
         if str(self.n_numbers) not in ("3", "4", "3to4"):
             raise ValueError(f"n_numbers is {self.n_numbers!r}; choose 3, 4 or '3to4'")
         _check_choices(self.operators, "+-*/", self.wording)
+        super().__post_init__()
 
     def draw(self, rng: random.Random) -> Problem | None:
         counts = (3, 4) if self.n_numbers == "3to4" else (int(self.n_numbers),)
@@ -356,14 +342,15 @@ def countdown_problem(numbers: tuple[int, ...], target: int, operators="+-*/", w
     return Problem(prompt, str(target), "countdown", numbers, target)
 
 
-@dataclass(frozen=True)
-class Arithmetic(Source):
+@dataclass(eq=False, kw_only=True)
+class Arithmetic(Task):
     """`t0 op t1 op ...` with terms in 1..max_term and every running value in 0..max_value.
 
     `wording`: "words" (`What is 47 + 85?`) or "symbols" (`47 + 85 =`). The miniature: n_terms=6, max_term=9,
     max_value=40, operators="+-", wording="symbols".
     """
 
+    name = "arithmetic"
     n_terms: int = 2
     max_term: int = 99
     max_value: int = 9801
@@ -375,6 +362,7 @@ class Arithmetic(Source):
             raise ValueError(f"n_terms is {self.n_terms}; it takes at least 2 terms")
         # With three terms or more a product would bind tighter than the left-to-right running value.
         _check_choices(self.operators, "+-*" if self.n_terms == 2 else "+-", self.wording)
+        super().__post_init__()
 
     def draw(self, rng: random.Random) -> Problem | None:
         terms = [rng.randint(1, self.max_term) for _ in range(self.n_terms)]
@@ -395,13 +383,16 @@ def _check_choices(operators: str, allowed: str, wording: str) -> None:
 # ---- read from JSON lines
 
 
-@dataclass(frozen=True)
-class Gsm8k(Source):
+@dataclass(eq=False, kw_only=True)
+class Gsm8k(Task):
     """GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
 
-    fields = ("question", "answer")
+    name = "gsm8k"
+    reads = ("question", "answer")
 
     def read(self, row: dict) -> Problem:
+        if self.fields and _NUMBER_ALONE.fullmatch(answer := str(row.get("answer")).strip()):
+            row["answer"] = f"#### {answer}"  # one's own file may have no more than the number
         question, (_, mark, gold) = _text(row, "question"), _text(row, "answer").rpartition("####")
         gold = gold.replace(",", "").strip()
         if not mark or not gold:
@@ -409,11 +400,12 @@ class Gsm8k(Source):
         return Problem(question, gold, "gsm8k")
 
 
-@dataclass(frozen=True)
-class Math(Source):
+@dataclass(eq=False, kw_only=True)
+class Math(Task):
     r"""MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
 
-    fields = ("problem", "answer", "solution")
+    name = "math"
+    reads = ("problem", "answer", "solution")
 
     def read(self, row: dict) -> Problem:
         question = _text(row, "problem")
@@ -426,28 +418,31 @@ class Math(Source):
         return Problem(question, gold, "math")
 
 
-@dataclass(frozen=True)
-class Code(Source):
-    """HumanEval, MBPP or a set of scripts' inputs and outputs as published; see coding.py."""
+def code_problem(row: dict) -> Problem:
+    """A line of HumanEval, MBPP or a set of scripts' inputs and outputs as published; see coding.py."""
+    prompt, solution, tests = read_row(row)
+    return Problem(prompt, solution, "code", tests=tests)
 
-    fields = tuple(
+
+@dataclass(eq=False, kw_only=True)
+class Code(Task):
+    name = "code"
+    reads = tuple(
         "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
         "question problem description input_output io solution".split()
     )
-
-    def read(self, row: dict) -> Problem:
-        prompt, solution, tests = read_row(row)
-        return Problem(prompt, solution, "code", tests=tests)
+    read = staticmethod(code_problem)
 
 
-@dataclass(frozen=True)
-class Text(Source):
+@dataclass(eq=False, kw_only=True)
+class Text(Task):
     """Any problems: `prompt`, or `question` if there is none, and `answer`, text or number, compared by `math_equal`.
 
     With `needs_answer` False a line may come without one, where a reward of one's own judges.
     """
 
-    fields = ("prompt", "question", "answer")
+    name = "text"
+    reads = ("prompt", "question", "answer")
     needs_answer: bool = True
 
     def read(self, row: dict) -> Problem:
@@ -456,8 +451,8 @@ class Text(Source):
         return Problem(prompt, "" if is_empty and not self.needs_answer else _answer(row), "text")
 
 
-SOURCES = dict(countdown=Countdown, arithmetic=Arithmetic, gsm8k=Gsm8k, math=Math, code=Code, text=Text)
-TASKS = tuple(SOURCES)
+KINDS = {kind.name: kind for kind in (Countdown, Arithmetic, Gsm8k, Math, Code, Text)}
+TASKS = tuple(KINDS)
 
 
 def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
@@ -502,23 +497,6 @@ def _answer(row: dict) -> str:
 
 _NUMBER_ALONE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _BEFORE = {"question": "prompt", "solution": "answer"}  # a task that finds the latter does not look for the former
-
-
-def _own_columns(name: str, fields: dict[str, str] | None, row: dict) -> dict:
-    """A line of one's own file, each field taken from the column that holds it; as it is without `fields`.
-
-    GSM8K's answer may be the number alone there, without "####".
-    """
-    if not fields:
-        return row
-    for column in fields.values():
-        if column not in row:
-            raise ValueError(f"there is no column {column!r}; the line has {', '.join(row) or 'none'}")
-    hidden = {_BEFORE.get(field) for field in fields} - fields.keys()
-    row = {field: row[field] for field in row if field not in hidden} | {f: row[column] for f, column in fields.items()}
-    if name == "gsm8k" and _NUMBER_ALONE.fullmatch(answer := str(row.get("answer")).strip()):
-        row["answer"] = f"#### {answer}"
-    return row
 
 
 # ---- prompts

@@ -18,8 +18,6 @@ from nanor1.tasks import (
     SPLITS,
     TASKS,
     Problem,
-    Task,
-    Text,
     check_countdown,
     countdown_numbers,
     countdown_problem,
@@ -438,9 +436,10 @@ def test_a_problem_drawn_by_itself_is_the_one_of_its_place_in_the_sequence(tmp_p
     assert singly == [problem for step in range(5) for problem in task.sample(12, 4, step)]
 
 
-def test_a_problem_of_a_long_file_is_drawn_without_shuffling_the_file_again():
+def test_a_problem_of_a_long_file_is_drawn_without_shuffling_the_file_again(tmp_path):
     problems = [Problem(str(i), str(i), "text") for i in range(200_000)]
-    task = Task("text", Text(), listed={"train": problems})
+    task = make_task("text", data=write_rows(tmp_path, {"prompt": "q", "answer": "1"}), parts=())
+    task.listed["train"] = problems
     task.sample(1, 0, 0)
     start = time.perf_counter()
     for i in range(1, 200):
