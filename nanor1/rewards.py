@@ -47,8 +47,7 @@ _NUMBER_TASKS = ("arithmetic", "gsm8k")
 def after_thinking(text: str) -> str:
     """The part that counts as the answer: what follows the last `</think>`.
 
-    A text without `</think>` counts whole if it opens no `<think>` (the model answered at once), and not at all if it
-    does (it was still thinking when it ended).
+    Without one all of it, if it opens no `<think>` (the model answered at once), else nothing (it was still thinking).
 
     >>> after_thinking("<think>maybe <answer>3</answer></think> <answer>4</answer>")
     ' <answer>4</answer>'
@@ -271,13 +270,12 @@ class OwnReward:
             raise
         except BaseException as error:
             self.n_failed += 1
-            if self.first_error is None:
-                line = _line_in(self.path, error) or _first_line(self.function)
-                self.first_error = f"{self.path.name}, line {line}, in {self.name}: {_in_a_line(error)}"
+            line = _line_in(self.path, error) or _first_line(self.function)
+            where = f"{self.path.name}, line {line}, in {self.name}"
+            self.first_error = self.first_error or f"{where}: {_in_a_line(error)}"
             return None
 
     def _to_number(self, result: object) -> float:
-        """The reward as a float; TypeError and ValueError for what is none."""
         what = f"it returned {reprlib.repr(result)}"
         if isinstance(result, str | bytes):
             raise TypeError(f"{what}, which is text; a reward is a number, or None")
@@ -307,24 +305,22 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     that has another use of a name or cannot be called like this.
     """
     path = Path(path)
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a Python file of rewards") from error
     name = f"reward_file_{path.stem}"  # not the stem alone: a file may be called math.py
     module = module_from_spec(spec_from_loader(name, _AsItIs(name, str(path))))
     sys.modules[name] = module  # dataclasses look their module up
     try:
         module.__spec__.loader.exec_module(module)
-    except OSError as error:
-        if error.filename != str(path):
-            raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}") from error
-        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a Python file of rewards") from error
     except (Exception, SystemExit) as error:
         hint = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}{hint}") from error
     found = {
         name: OwnReward(name, path, value)
         for name, value in vars(module).items()
-        if inspect.isroutine(value)
-        and not name.startswith("_")
-        and getattr(value, "__module__", None) == module.__name__
+        if inspect.isroutine(value) and name[0] != "_" and getattr(value, "__module__", None) == module.__name__
     }
     if not found:
         raise ValueError(f"{path} defines no public function; write one, as def my_reward(problem, text): return 1.0")
@@ -335,23 +331,24 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
 
 def _check_reward(reward: OwnReward) -> None:
     """ValueError for a function that cannot be called as a reward is, or has a name that is taken."""
-    where, function = f"{reward.path}, line {_first_line(reward.function)}: {reward.name}", reward.function
-    if reward.name == "preference":
-        raise ValueError(f"{where} is a reward model's name, not a function's; give it another one")
-    if reward.name in LOGGED:
-        raise ValueError(f"{where} is the name of another figure in metrics.jsonl; give it another one")
-    if any(kind(function) for kind in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
-        raise ValueError(f"{where} is async; a reward is a plain function, which returns its number")
-    if inspect.isgeneratorfunction(function):
-        raise ValueError(f"{where} yields; a reward is a plain function, which returns its number")
-    signature = inspect.signature(function)
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise ValueError(
-            f"{where}{signature} cannot be called as {reward.name}(problem, text) ({error}); if it is no reward, call "
-            f"it _{reward.name}"
-        ) from error
+    name, function, fault = reward.name, reward.function, ""
+    if name == "preference":
+        fault = " is a reward model's name, not a function's; give it another one"
+    elif name in LOGGED:
+        fault = " is the name of another figure in metrics.jsonl; give it another one"
+    elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        fault = " is async; a reward is a plain function, which returns its number"
+    elif inspect.isgeneratorfunction(function):
+        fault = " yields; a reward is a plain function, which returns its number"
+    else:
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None, None)
+        except TypeError as error:
+            how = f"cannot be called as {name}(problem, text) ({error})"
+            fault = f"{signature} {how}; if it is no reward, call it _{name}"
+    if fault:
+        raise ValueError(f"{reward.path}, line {_first_line(function)}: {name}{fault}")
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
@@ -405,18 +402,13 @@ def parse_rewards(text: str, names: Sequence[str] = NAMES) -> dict[str, float]:
             raise ValueError(f"the reward {name!r} in {text!r} has no weight; write {name}=NUMBER")
         if name in weights:
             raise ValueError(f"the reward {name!r} stands twice in {text!r}; give it one weight")
-        weights[name] = _weight(name, number)
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 <= weights[name] < math.inf:
+            raise ValueError(f"the weight of {name!r} is {number!r}; write a number from 0 up, such as 0.1")
     return weights
-
-
-def _weight(name: str, number: str) -> float:
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"the weight of {name!r} is {number!r}; write a number from 0 up, such as 0.1")
-    return weight
 
 
 def combine(parts: dict[str, float | None], weights: dict[str, float]) -> float | None:
@@ -428,12 +420,10 @@ def combine(parts: dict[str, float | None], weights: dict[str, float]) -> float 
     >>> combine({"accuracy": 1.0, "format": 0.0}, {"accuracy": 1.0, "format": 0.1})
     0.9
     """
+    weighed = {name: parts[name] for name, weight in weights.items() if weight}
+    if None in weighed.values():
+        return None
     reward = 0.0
-    for name, weight in weights.items():
-        if weight == 0:
-            continue
-        part = parts[name]
-        if part is None:
-            return None
-        reward += weight * (part - 1 if name == "format" else part)
+    for name, part in weighed.items():
+        reward += weights[name] * (part - 1 if name == "format" else part)
     return reward
