@@ -251,13 +251,9 @@ def judge_programs(
     problems: Sequence, texts: Sequence[str], timeout_s: float = TIMEOUT_S, workers: int | None = None
 ) -> list[Verdict]:
     """The verdict on each response to its problem (a tasks.Problem with `tests`), `workers` at a time."""
-    programs = [write_program(problem.tests, text) for problem, text in zip(problems, texts, strict=True)]
-    found = [i for i, program in enumerate(programs) if program is not None]
-    verdicts = [Verdict(False, "no Python block")] * len(programs)
-    jobs = [(programs[i], problems[i].tests.tests) for i in found]
-    for i, verdict in zip(found, run_many(jobs, timeout_s, workers=workers), strict=True):
-        verdicts[i] = verdict
-    return verdicts
+    jobs = [(write_program(p.tests, text), p.tests.tests) for p, text in zip(problems, texts, strict=True)]
+    judged = iter(run_many([job for job in jobs if job[0] is not None], timeout_s, workers=workers))
+    return [Verdict(False, "no Python block") if program is None else next(judged) for program, _ in jobs]
 
 
 def code_accuracies(problems: Sequence, texts: Sequence[str], workers: int | None = None) -> list[float | None]:

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -832,8 +831,3 @@ def test_the_bare_template_is_the_prompt_and_prefills_nothing():
 def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match="unknown template 'zero'"):
         format_prompt(Problem("q", "1", "math"), "zero")
-
-
-def test_judging_code_imports_no_torch():
-    code = "import sys, nanor1.tasks, nanor1.rewards; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
