@@ -9,8 +9,9 @@ This keeper forks two processes for every job, which share no memory and no file
   decoded from JSON. What the program does to builtins, `__eq__`, frames, atexit or its exit code cannot reach them.
 
 A call carries a secret drawn for it, and the answer must repeat it. The keeper, which never holds a job, waits for the
-judge, kills the candidate, and tells how it ended. Programs and tests are loaded by importlib, as modules whose source
-is in memory: the one place where foreign text runs, and never in the trainer's process.
+judge, kills the candidate, and tells how it ended. It is the parent of both: Landlock keeps a confined judge from
+ending a candidate of its own, even by dying. Programs and tests are loaded by importlib, as modules whose source is in
+memory: the one place where foreign text runs, and never in the trainer's process.
 """
 
 import builtins
@@ -477,13 +478,9 @@ def keep(folders: list[str]) -> None:
     send(1, {"unreadable": True})  # before it there is no test that another program could look for here
     while True:
         calls, answers, output = os.pipe(), os.pipe(), os.pipe()
-        runner = os.fork()
-        if runner == 0:
-            start_as_child()
+        if not (runner := fork()):
             return candidate(calls[0], answers[1], output[1], folders, layers, n_processes)
-        judging = os.fork()
-        if judging == 0:
-            start_as_child()
+        if not (judging := fork()):
             for fd in (calls[0], answers[1], output[1]):
                 os.close(fd)
             os._exit(judge(calls[1], answers[0], output[0], folders))
@@ -499,26 +496,26 @@ def keep(folders: list[str]) -> None:
             return
 
 
-def start_as_child() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def fork() -> int:
+    """os.fork, with a child that the keeper takes along when it dies."""
+    if not (pid := os.fork()):
+        die_with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return pid
 
 
 def end(runner: int, grace_s: float) -> int:
     """The exit code of the candidate, minus the signal if one ended it; killed unless it ends within the grace."""
     deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(runner, os.WNOHANG)
-        if pid:
-            break
+    while not (found := os.waitpid(runner, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.001)
-    else:
+    if not found[0]:
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(runner, signal.SIGKILL)
-        _, status = os.waitpid(runner, 0)
+        found = os.waitpid(runner, 0)
     sweep()
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(found[1])
 
 
 def sweep() -> None:

@@ -70,14 +70,14 @@ class Task:
     eval_data: File | None = None
     held_out_share: float = HELD_OUT_SHARE
     parts: Sequence[str] = ("train", "held-out")
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    fields: dict[str, str] | None = None
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()  # the fields of a line that `read` looks at
     draw: ClassVar[Callable[..., Problem | None] | None] = None
     read: ClassVar[Callable[..., Problem] | None] = None
 
     def __post_init__(self):
-        has_file = self.data or self.eval_data
+        self.fields, has_file = self.fields or {}, self.data or self.eval_data
         if unread := self.fields.keys() - set(self.reads):
             known = ", ".join(self.reads) or "none"
             raise ValueError(f"the {self.name} task reads no field {min(unread)!r}; it reads {known}")
