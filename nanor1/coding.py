@@ -247,18 +247,16 @@ def write_program(tests: CodeTests, text: str) -> str | None:
 # ---- the verdict
 
 
-def judge_programs(
-    problems: Sequence, texts: Sequence[str], timeout_s: float = TIMEOUT_S, workers: int | None = None
-) -> list[Verdict]:
-    """The verdict on each response to its problem (a tasks.Problem with `tests`), `workers` at a time."""
+def judge_programs(problems: Sequence, texts: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[Verdict]:
+    """The verdict on each response to its problem (a tasks.Problem with `tests`), one a core at a time."""
     jobs = [(write_program(p.tests, text), p.tests.tests) for p, text in zip(problems, texts, strict=True)]
-    judged = iter(run_many([job for job in jobs if job[0] is not None], timeout_s, workers=workers))
+    judged = iter(run_many([job for job in jobs if job[0] is not None], timeout_s))
     return [Verdict(False, "no Python block") if program is None else next(judged) for program, _ in jobs]
 
 
-def code_accuracies(problems: Sequence, texts: Sequence[str], workers: int | None = None) -> list[float | None]:
+def code_accuracies(problems: Sequence, texts: Sequence[str]) -> list[float | None]:
     """`code_accuracy` of many responses at once: the way to judge a step, at a tenth of the time."""
-    verdicts = judge_programs(problems, texts, workers=workers)
+    verdicts = judge_programs(problems, texts)
     return [None if verdict.passed is None else float(verdict.passed) for verdict in verdicts]
 
 

@@ -128,14 +128,14 @@ class Task:
         rng, hint = random.Random(f"sample {seed} {step}"), "to train on; widen the ranges of numbers and results"
         return [self._draw(rng, lambda problem: not self.is_held_out(problem), hint) for _ in range(n)]
 
-    def held_out(self, n: int, seed: int = 0) -> list[Problem]:
+    def held_out(self, n: int) -> list[Problem]:
         """`n` problems to evaluate on: drawn ones all differ, no two share both the numbers and the answer."""
         if "held-out" in self.listed:
             problems = self._there("held-out")
             if n > len(problems):
                 raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
-            return _take(problems, n, seed, 0)
-        rng, found = random.Random(f"held out {seed}"), {}
+            return _take(problems, n, 0, 0)
+        rng, found = random.Random("held out 0"), {}
         is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
         while len(found) < n:
             hint = f"to evaluate on: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
@@ -607,19 +607,15 @@ def fold(numbers: list[int], operators: list[str], max_result: int) -> int | Non
 _EXPRESSION = re.compile(r"[-+*/() 0-9]{1,256}")
 _NUMBER = re.compile(r"[0-9]+")
 _MAX_DEPTH = 64
-_BINARY = {
-    ast.Add: ("+", operator.add),
-    ast.Sub: ("-", operator.sub),
-    ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", Fraction),  # exact: with floats and a tolerance 300001 / 300000 would pass for 1
-}
+# Division is exact: with floats and a tolerance 300001 / 300000 would pass for 1.
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
 
 
-def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: int, operators: str = "+-*/") -> bool:
+def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: int) -> bool:
     """Whether the expression uses each given number exactly once and has exactly the value `target`.
 
-    One line of integers, + - * / (or the `operators` given), signs and parentheses; at most 256 characters between
-    the outer blanks and 64 levels. Everything else is False, and no text raises. Refused by choice: an equals sign,
+    One line of integers, + - * /, signs and parentheses; at most 256 characters between the outer blanks and 64 levels.
+    Everything else is False, and no text raises. Refused by choice: an equals sign,
     a number left out, leading zeros (05), 2(3), LaTeX, other scripts' digits and operators, 5000 parentheses.
 
     >>> check_countdown("5 * (5 - 1 / 5)", [1, 5, 5, 5], 24)
@@ -628,7 +624,7 @@ def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: in
     # Length, characters and numbers are settled before the parser sees anything: that keeps rubbish cheap.
     if countdown_numbers(equation) != sorted(nums):
         return False
-    value = countdown_value(equation, operators)
+    value = countdown_value(equation)
     return value is not None and value == target
 
 
@@ -642,7 +638,7 @@ def countdown_numbers(equation: str) -> list[int] | None:
     return sorted(map(int, _NUMBER.findall(expression))) if _EXPRESSION.fullmatch(expression) else None
 
 
-def countdown_value(equation: str, operators: str = "+-*/") -> int | Fraction | None:
+def countdown_value(equation: str) -> int | Fraction | None:
     """The exact value of an expression such as `check_countdown` takes; None for all that it refuses.
 
     >>> countdown_value("5 - 1 / 5"), countdown_value("2 ** 3")
@@ -652,21 +648,21 @@ def countdown_value(equation: str, operators: str = "+-*/") -> int | Fraction | 
     if not _EXPRESSION.fullmatch(expression):
         return None
     try:
-        return _value(ast.parse(expression, mode="eval").body, operators, _MAX_DEPTH)
+        return _value(ast.parse(expression, mode="eval").body, _MAX_DEPTH)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
-def _value(node: ast.expr, operators: str, depth: int) -> int | Fraction:
+def _value(node: ast.expr, depth: int) -> int | Fraction:
     """The exact value of a parsed expression; ValueError for any node that countdown does not know."""
     if depth == 0:
         raise ValueError("nested too deep")
     if isinstance(node, ast.Constant):
         return node.value  # an int: letters, dots and quotes never reached the parser
     if isinstance(node, ast.UnaryOp):
-        value = _value(node.operand, operators, depth - 1)
+        value = _value(node.operand, depth - 1)
         return -value if isinstance(node.op, ast.USub) else value  # ~ and not never reached the parser
-    sign, combine = _BINARY.get(type(getattr(node, "op", None)), ("", None))
-    if not sign or sign not in operators:
-        raise ValueError("not an expression of the allowed operators")
-    return combine(_value(node.left, operators, depth - 1), _value(node.right, operators, depth - 1))
+    combine = _BINARY.get(type(getattr(node, "op", None)))
+    if combine is None:
+        raise ValueError("not an expression")
+    return combine(_value(node.left, depth - 1), _value(node.right, depth - 1))
