@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 from nanor1.sandbox import Tests, Verdict, refuse_unconfined, run_many
 
-TIMEOUT_S = 5  # for a program's calls together, or for one run of a script
-
 # A fence opens a block, whatever its mark says; one behind other text on its line only if that is nothing or Python.
 _OPENING = re.compile(r"(^[ \t]*)?(?<![`~])(`{3,}|~{3,})[ \t]*([^\n`]*)(?:\n|\Z)", re.MULTILINE)
 _PYTHON = re.compile(
@@ -247,7 +245,7 @@ def write_program(tests: CodeTests, text: str) -> str | None:
 # ---- the verdict
 
 
-def judge_programs(problems: Sequence, texts: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[Verdict]:
+def judge_programs(problems: Sequence, texts: Sequence[str], timeout_s: float = 5) -> list[Verdict]:
     """The verdict on each response to its problem (a tasks.Problem with `tests`), one a core at a time."""
     jobs = [(write_program(p.tests, text), p.tests.tests) for p, text in zip(problems, texts, strict=True)]
     judged = iter(run_many([job for job in jobs if job[0] is not None], timeout_s))

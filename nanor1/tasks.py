@@ -34,6 +34,7 @@ SPLITS = ("train", "held-out", "all")  # the parts of a task's problems
 HELD_OUT_SHARE = 0.1  # of all instances, where no file says what is held out
 MAX_DRAWS = 20_000  # for one problem; if none fits, the parameters are at fault
 BOXED_TASKS = ("gsm8k", "math")  # a chat model writes these answers in \boxed{}, as it was trained to
+_BEFORE = {"question": "prompt", "solution": "answer"}  # a task that finds the latter does not look for the former
 File = str | Path
 Row = TypeVar("Row")
 
@@ -382,8 +383,9 @@ def _check_choices(operators: str, allowed: str, wording: str) -> None:
 
 # ---- read from JSON lines
 
+_NUMBER_ALONE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
-@dataclass(eq=False, kw_only=True)
+
 class Gsm8k(Task):
     """GSM8K as published: `question`, and `answer` ending in `#### 1,200` (the gold answer: 1200)."""
 
@@ -400,7 +402,6 @@ class Gsm8k(Task):
         return Problem(question, gold, "gsm8k")
 
 
-@dataclass(eq=False, kw_only=True)
 class Math(Task):
     r"""MATH as published: `problem`, and `answer` or else the last `\boxed{}` of `solution`."""
 
@@ -424,7 +425,6 @@ def code_problem(row: dict) -> Problem:
     return Problem(prompt, solution, "code", tests=tests)
 
 
-@dataclass(eq=False, kw_only=True)
 class Code(Task):
     name = "code"
     reads = tuple(
@@ -493,10 +493,6 @@ def _answer(row: dict) -> str:
     answer = row.get("answer")
     is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
     return str(answer) if is_number else _text(row, "answer")
-
-
-_NUMBER_ALONE = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
-_BEFORE = {"question": "prompt", "solution": "answer"}  # a task that finds the latter does not look for the former
 
 
 # ---- prompts
