@@ -180,20 +180,11 @@ _BRACES = r"\{[^{}]*+\}"
 for _ in range(2):  # \boxed{\frac{\text{total}}{2}}
     _BRACES = rf"\{{(?:[^{{}}]++|{_BRACES})*+\}}"
 _NO_WORDS = regex.compile(
-    "|".join(
-        [
-            r"```.*?```",
-            r"`{1,2}+[^`\n]++`{1,2}+",
-            r"\$\$(?:[^$\\]|\\.|\$(?!\$))*+\$\$",
-            r"\$(?=[^\s$])(?:[^$\\]|\\.)*+(?<!\s)\$(?!\d)",
-            r"\\\((?:[^\\]|\\[^()])*+\\\)",
-            r"\\\[(?:[^\\]|\\[^\[\]])*+\\\]",
-            rf"\\[A-Za-z]++(?:{_BRACES})*+",
-            r"\\.",
-            r"</?[A-Za-z]++>",
-            r"(?:https?://|www\.)[!-~]++",
-        ]
-    ),
+    r"```.*?```|`{1,2}+[^`\n]++`{1,2}+|"  # code
+    r"\$\$(?:[^$\\]|\\.|\$(?!\$))*+\$\$|\$(?=[^\s$])(?:[^$\\]|\\.)*+(?<!\s)\$(?!\d)|"  # formulas
+    r"\\\((?:[^\\]|\\[^()])*+\\\)|\\\[(?:[^\\]|\\[^\[\]])*+\\\]|"
+    rf"\\[A-Za-z]++(?:{_BRACES})*+|\\.|"  # commands of LaTeX
+    r"</?[A-Za-z]++>|(?:https?://|www\.)[!-~]++",  # tags, addresses
     regex.DOTALL,
 )
 # A word is a run of letters of one script; in scripts that are written without blanks it is one letter. A single Latin
