@@ -47,7 +47,7 @@ def make_rules(prompter: Prompter, **fields) -> Rules:
 
 
 def judge(
-    problem: Problem,
+    problem: Problem | None,
     prompt: Prompt,
     completion: Completion,
     tokenizer: Tokenizer,
@@ -57,9 +57,11 @@ def judge(
     """Reward one completion by rules. An answer cut off by the length limit is not an answer: its accuracy is 0.
 
     `known` parts are not judged again. The reward is None where a weighted part is, or is still to come from a reward
-    model.
+    model. An answer to what is no problem is read and not judged.
     """
     response = read_response(prompt, completion, tokenizer, rules.next_turn)
+    if problem is None:
+        return Rollout(None, prompt[1], completion, response, None, {})
     form = {} if rules.style == "think" else {"format": marked}
     functions, known = REWARDS | form | rules.own, known or {}
     names = {*REPORTED, *rules.weights} & functions.keys()
@@ -78,7 +80,7 @@ def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, 
 
 
 def judge_all(
-    problems: Sequence[Problem],
+    problems: Sequence[Problem | None],
     prompts: Sequence[Prompt],
     completions_PG: Sequence[Sequence[Completion]],
     tokenizer: Tokenizer,
@@ -101,7 +103,7 @@ def judge_all(
 
 def _run_programs(jobs: list[tuple], tokenizer: Tokenizer, next_turn: str) -> dict[int, dict[str, float | None]]:
     """The accuracy of each job that is code, run together: a tenth of the time that one by one would take."""
-    code = [i for i, (problem, _, _) in enumerate(jobs) if problem.task == "code"]
+    code = [i for i, (problem, _, _) in enumerate(jobs) if problem and problem.task == "code"]
     answers = [after_thinking(read_response(*jobs[i][1:], tokenizer, next_turn)) for i in code]
     accuracies = code_accuracies([jobs[i][0] for i in code], answers) if code else []
     return {i: {"accuracy": value} for i, value in zip(code, accuracies, strict=True)}

@@ -10,8 +10,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanor1.runlog import fsync, write_json
@@ -19,7 +19,7 @@ from nanor1.runlog import fsync, write_json
 SPARSE_S, LIVE_S = 30.0, 0.2  # between reports of progress: to a file, on a terminal
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ledger:
     """How far a file is: what FILE.progress.json holds."""
 
@@ -33,20 +33,40 @@ class Ledger:
     def is_whole(self) -> bool:
         return self.n_done == self.n_problems
 
+    def append(self, path: Path | None, lines: list[dict], n_problems: int, counts: Counter[str]) -> None:
+        """Add the lines of a batch where the last one ends: first the bytes are on the disk, then the ledger says so.
+
+        Without a path nothing is written, and problems are counted only.
+        """
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
+        if path:
+            with path.open("r+b") as file:
+                file.seek(self.n_bytes)
+                file.truncate()
+                file.write(content)
+            fsync(path)
+        self.n_done, self.n_bytes = self.n_done + n_problems, self.n_bytes + len(content)
+        self.counts = dict(Counter(self.counts) + counts)
+        if path:
+            write_json(ledger_path(path), asdict(self))
+
 
 def ledger_path(path: str | Path) -> Path:
     return Path(f"{path}.progress.json")
 
 
-def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
+def open_ledger(path: Path | None, arguments: dict, n_problems: int) -> Ledger:
     """Start a file, or cut one back to the last whole batch; ValueError where it is something else."""
-    beside, new = ledger_path(path), Ledger(arguments, n_problems)
+    if path is None:
+        return Ledger(arguments, n_problems)
+    beside = ledger_path(path)
     if not beside.exists():
         if path.exists() and path.stat().st_size:
             raise ValueError(f"{path} is there already, without {beside.name} to continue it; give a new --out")
         touch(path)
-        write_json(beside, asdict(new))
-        return new
+        ledger = Ledger(arguments, n_problems)
+        write_json(beside, asdict(ledger))
+        return ledger
     try:
         ledger = Ledger(**json.loads(beside.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -65,6 +85,30 @@ def open_ledger(path: Path, arguments: dict, n_problems: int) -> Ledger:
     return ledger
 
 
+def work_through(
+    ledger: Ledger, path: Path | None, batches: Iterable[tuple], make: Callable, progress: "Progress", say: Callable
+) -> None:
+    """Add what `make` returns, lines and counts, of batch after batch; after Ctrl-C what is done stays.
+
+    A batch is how many problems it has, how many answers, and the arguments of `make`.
+    """
+    if ledger.n_done:
+        so_far = "is whole" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
+        say(f"{path} {so_far}")
+    n_problems = 0
+    try:
+        for n_problems, n_answers, *arguments in batches:  # noqa: B007
+            lines, counts = make(*arguments)
+            progress.end_batch(n_answers)
+            ledger.append(path, lines, n_problems, counts)
+    except KeyboardInterrupt:
+        progress.clear()
+        kept = f", kept in {path}; the same command goes on from there" if path else ""
+        so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({n_problems} under way lost)"
+        say(f"stopped by Ctrl-C after {so_far}{kept}")
+    progress.clear()
+
+
 def digest(asked: Sequence) -> str:
     """Changes when a question or what judges it does, as when the file that they are read from is edited."""
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -76,24 +120,6 @@ def touch(path: Path, option: str = "--out") -> None:
         path.open("ab").close()
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be written ({error.strerror}); give another one") from error
-
-
-def append(path: Path, ledger: Ledger, lines: list[dict], n_problems: int, counts: Counter[str]) -> Ledger:
-    """Add the lines of a batch where the last one ends: first the bytes are on the disk, then the ledger says so."""
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
-    with path.open("r+b") as file:
-        file.seek(ledger.n_bytes)
-        file.truncate()
-        file.write(content)
-    fsync(path)
-    ledger = replace(
-        ledger,
-        n_done=ledger.n_done + n_problems,
-        n_bytes=ledger.n_bytes + len(content),
-        counts=dict(Counter(ledger.counts) + counts),
-    )
-    write_json(ledger_path(path), asdict(ledger))
-    return ledger
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -117,14 +143,10 @@ class Progress:
         self.is_live = sys.stderr.isatty()
         self.start_s = self.shown_s = time.monotonic()
 
-    def hear(self, n_tokens: int, lengths: Sequence[int]) -> None:
-        """So many tokens more were sampled, and answers of such lengths ended."""
+    def hear(self, n_tokens: int, lengths: Sequence[int] = ()) -> None:
+        """So many tokens more were sampled, and answers of such lengths ended; a search tells that at its end only."""
         self.n_done += len(lengths)
         self.n_tokens_done += sum(lengths)
-        self.count(n_tokens)
-
-    def count(self, n_tokens: int, _: Sequence[int] = ()) -> None:
-        """So many tokens more: a search tells how many answers are done at the end of a batch only."""
         self.n_tokens += n_tokens
         if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
             self.show()
@@ -143,9 +165,8 @@ class Progress:
             n_to_come = self.n_tokens_done * (self.n_answers - self.n_done) / n_new
             left_s = max(0.0, n_to_come - (self.n_tokens - self.n_tokens_done)) / rate
             text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
-        print(
-            f"\r\x1b[K{text}" if self.is_live else text, end="" if self.is_live else "\n", file=sys.stderr, flush=True
-        )
+        start, end = ("\r\x1b[K", "") if self.is_live else ("", "\n")
+        print(start + text, end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         if self.is_live:

@@ -18,7 +18,7 @@ from nanor1.budget import force_budget, least_room, refine
 from nanor1.chat import check_room
 from nanor1.evaluate import Rules, judge_all, to_candidate
 from nanor1.grpo import Rollout
-from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
+from nanor1.ledger import Progress, digest, open_ledger, read_lines, work_through
 from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
 from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
@@ -106,32 +106,22 @@ def measure(
     shown = [asker.prompter.write(problem) for problem in problems]
     _check_room(asker, runs, [ids for _, ids in shown])
     asked = [(text, repr(problem)) for (text, _), problem in zip(shown, problems, strict=True)]
-    P, n_units, rows = len(problems), len(runs) * len(problems), {run: [] for run in runs}
-    ledger = Ledger({**arguments, "problems": digest(asked)}, n_units)
-    if path:
-        ledger = open_ledger(Path(path), ledger.arguments, n_units)
-        rows = read_rows(Path(path), ledger.n_done, runs)
-        n_held = sum(map(len, rows.values()))
-        ledger = replace(ledger, n_problems=ledger.n_done + n_units - n_held)
-        if n_held:
-            say(f"{path} goes on after {n_held} of {n_units} problems" if n_held < n_units else f"{path} is whole")
+    P, path = len(problems), path and Path(path)
+    ledger = open_ledger(path, {**arguments, "problems": digest(asked)}, len(runs) * P)
+    rows = read_rows(path, ledger.n_done, runs)
+    ledger.n_problems = ledger.n_done + len(runs) * P - sum(map(len, rows.values()))  # it may hold other runs, too
     progress = Progress(P * sum(run.n for run in runs), sum(run.n * len(rows[run]) for run in runs))
-    size = 0
-    try:
-        for run in runs:
-            while (first := len(rows[run])) < P:
-                size = min(P - first, batch_size(run, asker.sampler.max_rows))
-                made = answer(asker, run, problems[first : first + size], first, progress)
-                progress.end_batch(size * run.n)
-                ledger = append(Path(path), ledger, made, size, Counter()) if path else ledger
-                rows[run] += made
-    except KeyboardInterrupt:
-        progress.clear()
-        kept = f", kept in {path}; the same command goes on from there" if path else ""
-        n_done = sum(map(len, rows.values()))
-        say(f"stopped by Ctrl-C after {n_done} of {n_units} problems ({size} under way lost){kept}")
-    progress.clear()
-    return rows, all(len(done) == P for done in rows.values())
+
+    def make(run: Run, first: int, size: int) -> tuple[list[dict], Counter]:
+        made = answer(asker, run, problems[first : first + size], first, progress)
+        rows[run] += made
+        return made, Counter()
+
+    sizes = {run: batch_size(run, asker.sampler.max_rows) for run in runs}
+    parts = [(run, first, min(sizes[run], P - first)) for run in runs for first in range(len(rows[run]), P, sizes[run])]
+    batches = ((size, size * run.n, run, first, size) for run, first, size in parts)
+    work_through(ledger, path, batches, make, progress, say)
+    return rows, ledger.is_whole
 
 
 def _check_room(asker: Asker, runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
@@ -144,7 +134,7 @@ def _check_room(asker: Asker, runs: Sequence[Run], prompts: Sequence[list[int]])
         check_room(f"problem {number}", ids, asker.sampler, remedy, least)
 
 
-def read_rows(path: Path, n_rows: int, runs: Sequence[Run]) -> dict[Run, list[dict]]:
+def read_rows(path: Path | None, n_rows: int, runs: Sequence[Run]) -> dict[Run, list[dict]]:
     """What a file holds of some runs, in the order of the problems."""
     rows = {str(run): [] for run in runs}
     for number, row in enumerate(islice(read_lines(path), n_rows), 1):
@@ -172,7 +162,8 @@ def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, prog
     start_s = time.monotonic()
     prompts = [asker.prompter.write(problem) for problem in problems]
     seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
-    hear = progress.hear if run.kind in ("samples", *SINGLE) else progress.count
+    # The sampler tells of a search how many parts of answers have ended.
+    hear = progress.hear if run.kind in ("samples", *SINGLE) else lambda n_tokens, _: progress.hear(n_tokens)
     found_P = produce(asker, run, [ids for _, ids in prompts], list(problems), seeds, hear)
     completions_PG = [found.completions for found in found_P]
     rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, asker.rules)

@@ -23,15 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nanor1.evaluate import Rules, judge_all, read_response
+from nanor1.evaluate import Rules, judge_all
 from nanor1.grpo import Rollout
-from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
+from nanor1.ledger import Ledger, Progress, digest, open_ledger, read_lines, work_through
 from nanor1.prompts import Prompt, Prompter
 from nanor1.rewards import after_thinking
 from nanor1.runlog import rounded
-from nanor1.sampler import Completion, Sampler
+from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, prefilled
-from nanor1.tokenizer import Tokenizer
 
 SEED_STRIDE = 1_000_003  # apart are the random numbers of one seed and the next: problems count up from it
 WAVES = 4  # rows times this many answers make a batch: a row that ends early takes the next answer
@@ -235,32 +234,20 @@ def collect(
     here). `source` goes into every line; `sampling` to Sampler.generate. After Ctrl-C the ledger returned is not whole.
     """
     asked = [(question.shown, repr(question.problem)) for question in questions]
-    path, arguments = Path(path), {**arguments, "problems": digest(asked)}
-    ledger = open_ledger(path, arguments, len(questions))
-    if ledger.is_whole:
-        say(f"{path} is finished: nothing to do")
-        return ledger
-    if ledger.n_done:
-        say(f"{path} goes on after {ledger.n_done} of {ledger.n_problems} problems")
-    seen = set(map(line_key, read_lines(path)))
-    n_before, n_all = ledger.n_done * samples, len(questions) * samples
-    progress = Progress(n_all, n_before)
-    try:
-        while not ledger.is_whole:
-            batch = questions[ledger.n_done : ledger.n_done + batch_size]
-            seeds = [seed * SEED_STRIDE + ledger.n_done + i for i in range(len(batch))]
-            how = dict(n=samples, seed=seeds, on_progress=progress.hear) | sampling
-            groups = answer(sampler, prompter, batch, rules, **how)
-            progress.end_batch(len(batch) * samples)
-            lines, counts = keep_batch(batch, ledger.n_done, groups, selection, source, seen)
-            ledger = append(path, ledger, lines, len(batch), counts)
-    except KeyboardInterrupt:
-        progress.clear()
-        say(
-            f"stopped by Ctrl-C after {ledger.n_done} of {ledger.n_problems} problems, kept in {path}; "
-            "the same command goes on from there"
-        )
-    progress.clear()
+    path, P = Path(path), len(questions)
+    ledger = open_ledger(path, {**arguments, "problems": digest(asked)}, P)
+    seen = set() if ledger.is_whole else set(map(line_key, read_lines(path)))
+    progress = Progress(P * samples, ledger.n_done * samples)
+
+    def make(first: int, batch: Sequence[Question]) -> tuple[list[dict], Counter[str]]:
+        seeds = [seed * SEED_STRIDE + first + i for i in range(len(batch))]
+        how = dict(n=samples, seed=seeds, on_progress=progress.hear) | sampling
+        groups = answer(sampler, prompter, batch, rules, **how)
+        return keep_batch(batch, first, groups, selection, source, seen)
+
+    parts = ((first, questions[first : first + batch_size]) for first in range(ledger.n_done, P, batch_size))
+    batches = ((len(batch), len(batch) * samples, first, batch) for first, batch in parts)
+    work_through(ledger, path, batches, make, progress, say)
     return ledger
 
 
@@ -269,18 +256,8 @@ def answer(
 ) -> list[list[Rollout]]:
     """The answers to each question, judged if the questions are problems."""
     prompts = [question.prompt for question in questions]
-    problems = [question.problem for question in questions]
     completions_PG = sampler.generate([ids for _, ids in prompts], **prompter.stops, **sampling)
-    if None not in problems:
-        return judge_all(problems, prompts, completions_PG, prompter.tokenizer, rules)
-    return [
-        [unjudged(prompt, completion, prompter.tokenizer, rules) for completion in group]
-        for prompt, group in zip(prompts, completions_PG, strict=True)
-    ]
-
-
-def unjudged(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, rules: Rules) -> Rollout:
-    return Rollout(None, prompt[1], completion, read_response(prompt, completion, tokenizer, rules.next_turn), None, {})
+    return judge_all([question.problem for question in questions], prompts, completions_PG, prompter.tokenizer, rules)
 
 
 def keep_batch(

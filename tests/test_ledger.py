@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from nanor1 import ledger
-from nanor1.ledger import Ledger, Progress, append, ledger_path, open_ledger, read_lines
+from nanor1.ledger import Ledger, Progress, ledger_path, open_ledger, read_lines
 
 ARGUMENTS = {"--n": 6, "--model": "m"}
 BATCHES = [[{"text": "é"}, {"text": "1\n2"}], [], [{"text": "3"}]]  # of two problems each
@@ -19,7 +19,7 @@ def write(path, n_batches=3):
     """Begin the file, or go on with it, up to so many batches."""
     found = open_ledger(path, ARGUMENTS, 6)
     for batch in BATCHES[found.n_done // 2 : n_batches]:
-        found = append(path, found, batch, 2, Counter(lines=len(batch)))
+        found.append(path, batch, 2, Counter(lines=len(batch)))
     return found
 
 
@@ -35,7 +35,7 @@ def test_lines_come_back_as_they_were_added_and_are_counted(tmp_path):
 
 def test_half_a_surrogate_pair_is_no_reason_to_fail(tmp_path):
     path = tmp_path / "lines.jsonl"
-    append(path, open_ledger(path, {}, 1), [{"text": "a\ud800"}], 1, Counter())
+    open_ledger(path, {}, 1).append(path, [{"text": "a\ud800"}], 1, Counter())
     assert [row["text"] for row in read_lines(path)] == ["a?"]
 
 
@@ -138,10 +138,10 @@ def test_answers_count_when_they_end_and_at_the_end_of_a_batch_all_of_it(clock):
 
 def test_a_search_tells_tokens_and_not_answers(clock, capsys):
     progress = Progress(4)
-    progress.count(5, [2, 3])
+    progress.hear(5)
     assert (progress.n_done, progress.n_tokens) == (0, 5)
     clock[0] += ledger.SPARSE_S
-    progress.count(1)
+    progress.hear(1)
     assert capsys.readouterr().err == "0/4 answers, 6 tokens, 0 tokens/s\n"
 
 
@@ -175,7 +175,7 @@ def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsy
     progress = Progress(2)
     for _ in range(3):
         clock[0] += ledger.LIVE_S
-        progress.count(1)
+        progress.hear(1)
     progress.clear()
     err = capsys.readouterr().err
     assert err.count("\r\x1b[K") == 4 and "\n" not in err and err.endswith("\r\x1b[K")

@@ -323,7 +323,8 @@ def test_ctrl_c_keeps_the_batches_done_and_says_how_to_go_on(tmp_path, monkeypat
     ledger = sample(path, say=said.append)
     monkeypatch.undo()
     assert not ledger.is_whole and ledger.n_done == 4 and {row["problem"] for row in rows(path)} <= {0, 1, 2, 3}
-    assert said == [f"stopped by Ctrl-C after 4 of 6 problems, kept in {path}; the same command goes on from there"]
+    so_far = "after 4 of 6 problems (2 under way lost)"
+    assert said == [f"stopped by Ctrl-C {so_far}, kept in {path}; the same command goes on from there"]
     assert sample(path).counts == sample(whole).counts and path.read_bytes() == whole.read_bytes()
 
 
@@ -332,7 +333,7 @@ def test_a_finished_file_is_left_as_it_is(tmp_path, monkeypatch):
     first = sample(path)
     before = path.read_bytes(), ledger_path(path).read_bytes()
     monkeypatch.setattr(Sampler, "generate", None)  # it would be called in vain
-    assert sample(path, say=said.append) == first and said == [f"{path} is finished: nothing to do"]
+    assert sample(path, say=said.append) == first and said == [f"{path} is whole"]
     assert (path.read_bytes(), ledger_path(path).read_bytes()) == before
     path.write_bytes(before[0] + b"a line of the user's own")
     assert sample(path) == first and path.read_bytes().endswith(b"own")
