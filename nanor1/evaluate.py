@@ -219,7 +219,7 @@ def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
 def to_candidate(rollout: Rollout) -> Candidate:
     made = rollout.completion
     answer = final_answer(rollout.problem, rollout.text) if made.finish == "stop" else None
-    return Candidate(answer, len(made.ids), sum(made.logprobs), accuracy=rollout.parts["accuracy"])
+    return Candidate(answer, len(made.ids), sum(made.logprobs))
 
 
 def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:

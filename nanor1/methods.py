@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from nanor1.budget import REQUEST
 from nanor1.evaluate import accuracy_interval
+from nanor1.grpo import mean
 from nanor1.plot import Point, scatter
 from nanor1.tasks import Problem
 from nanor1.voting import Candidate, best_of, majority, mean_logprob_weight, pass_at_k, subsets, weighted_vote
@@ -38,6 +39,10 @@ class Settings:
     request: str = REQUEST  # for a review of the last answer
 
 
+# Of a problem and its answers, as a row has them, the index of one; None where none is to be chosen.
+Choice = Callable[[Problem, list[dict], Settings], int | None]
+
+
 @dataclass(frozen=True)
 class Run:
     """A way to produce answers to a problem, and its N."""
@@ -52,57 +57,68 @@ class Run:
 # ---- methods: runs, and ways to choose
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a problem's answers are produced and one of them is chosen.
-
-    `choose` None: the first one that has finished, for a search gives the best first.
-    """
-
-    run: str
-    choose: Callable[[Problem, list[Candidate], Settings], int | None] | None
-    what: str
-    is_vote: bool = False
+def _first(_, answers: list[dict], __) -> int:
+    """The best of a search that has finished; where none has, the best: a search gives the best first."""
+    return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
 
 
-def _by_weight(weight: Callable[[Candidate], float | None], *, has_share: bool = True):
-    def choose(problem: Problem, candidates: list[Candidate], settings: Settings) -> int | None:
-        weights = [None if candidate.answer is None else weight(candidate) for candidate in candidates]
-        return weighted_vote(problem, candidates, weights, settings.keep_share if has_share else 1.0)
+def _most_frequent(problem: Problem, answers: list[dict], _) -> int | None:
+    return majority(problem, _candidates(answers))
+
+
+def _by_weight(weight: Callable[[dict], float | None], *, has_share: bool = True) -> Choice:
+    def choose(problem: Problem, answers: list[dict], settings: Settings) -> int | None:
+        weights = [None if answer["answer"] is None else weight(answer) for answer in answers]
+        return weighted_vote(problem, _candidates(answers), weights, settings.keep_share if has_share else 1.0)
 
     return choose
 
 
-def _by_value(value: Callable[[Candidate], float | None]):
-    return lambda _, candidates, settings: best_of(candidates, [value(candidate) for candidate in candidates])
+def _by_value(value: Callable[[dict], float | None]) -> Choice:
+    return lambda _, answers, settings: best_of(_candidates(answers), [value(answer) for answer in answers])
 
 
-def _gold(candidate: Candidate) -> float | None:
+def _candidates(answers: list[dict]) -> list[Candidate]:
+    return [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
+
+
+def _gold(answer: dict) -> float | None:
     """A right answer before a wrong one, and of right ones one in the form asked for."""
-    return None if candidate.accuracy is None else candidate.accuracy * (1 + candidate.format)
+    return None if answer["accuracy"] is None else answer["accuracy"] * (1 + (answer["format"] or 0.0))
 
 
-def _most_frequent(problem: Problem, candidates: list[Candidate], _: Settings) -> int | None:
-    return majority(problem, candidates)
+@dataclass(frozen=True)
+class Method:
+    """How a problem's answers are produced and one of them is chosen."""
+
+    run: str
+    choose: Choice
+    what: str
+    is_vote: bool = False
 
 
 METHODS = {
-    "greedy": Method("greedy", None, "one answer at temperature 0"),
-    "direct": Method("direct", None, "one answer at temperature 0, asked for without any thinking"),
-    "sample": Method("samples", None, "one sampled answer (mean over all samples)"),
+    "greedy": Method("greedy", _first, "one answer at temperature 0"),
+    "direct": Method("direct", _first, "one answer at temperature 0, asked for without any thinking"),
+    "sample": Method("samples", _first, "one sampled answer (mean over all samples)"),
     "majority": Method("samples", _most_frequent, "the most frequent answer (self-consistency)", True),
     "vote-logprob": Method(
-        "samples", _by_weight(mean_logprob_weight, has_share=False), "votes weigh their mean probability a token", True
+        "samples",
+        _by_weight(lambda a: mean_logprob_weight(*_candidates([a])), has_share=False),
+        "votes weigh their mean probability a token",
+        True,
     ),
-    "vote-tail": Method("samples", _by_weight(lambda c: c.tail), "votes weigh the confidence of their end", True),
-    "vote-lowest": Method("samples", _by_weight(lambda c: c.lowest), "votes weigh their least confidence", True),
-    "best-logprob": Method("samples", _by_value(lambda c: c.logprob / c.n_tokens), "the likeliest a token"),
-    "best-reward": Method("samples", _by_value(lambda c: c.score), "the one that a reward model prefers"),
+    "vote-tail": Method(
+        "samples", _by_weight(lambda a: a.get("tail")), "votes weigh the confidence of their end", True
+    ),
+    "vote-lowest": Method("samples", _by_weight(lambda a: a.get("lowest")), "votes weigh their least confidence", True),
+    "best-logprob": Method("samples", _by_value(lambda a: a["logprob"] / a["tokens"]), "the likeliest a token"),
+    "best-reward": Method("samples", _by_value(lambda a: a.get("preference")), "the one that a reward model prefers"),
     "best-rule": Method("samples", _by_value(_gold), "upper bound: the gold answer chooses"),
-    "beam": Method("beam", None, "beam search over steps"),
-    "dvts": Method("dvts", None, "beam search over steps in independent trees"),
-    "token-beam": Method("token-beam", None, "beam search over tokens"),
-    "budget": Method("budget", None, "N - 1 times made to think on (budget forcing)"),
+    "beam": Method("beam", _first, "beam search over steps"),
+    "dvts": Method("dvts", _first, "beam search over steps in independent trees"),
+    "token-beam": Method("token-beam", _first, "beam search over tokens"),
+    "budget": Method("budget", _first, "N - 1 times made to think on (budget forcing)"),
     "refine": Method("refine", _most_frequent, "N - 1 reviews of the last answer, then a vote", True),
 }
 AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samples" and name != "sample"]
@@ -174,85 +190,57 @@ def figures(
 ) -> Figures:
     """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
     scores = [(row, score(name, n, run, row, problems[row["index"]], settings)) for row in rows]
-    judged = [(row, score) for row, score in scores if score is not None]
-    if not judged:
+    scores = [(row, *verdict) for row, verdict in scores if verdict]
+    if not scores:
         raise ValueError("no answer could be judged; check the problems' answers")
-    right_P = [right for _, (right, _) in judged]
-    parts_P = [_parts(n, run, row) for row, _ in judged]
-    tokens_P = [sum(tokens for _, tokens in parts) / len(parts) for parts in parts_P]
+    judged, rights, stricts = zip(*scores, strict=True)
+    parts_P = [_parts(n, run, row) for row in judged]
+    tokens_P = [mean(tokens for _, tokens in parts) for parts in parts_P]
     every_cost = sorted(tokens for parts in parts_P for _, tokens in parts)
-    mean = lambda values: sum(values) / len(judged)  # noqa: E731
-    low, high = accuracy_interval(right_P)
-    used = [answer for parts in parts_P for answers, _ in parts for answer in answers]
+    low, high = accuracy_interval(rights)
     return Figures(
         method=name,
         n=n,
         problems=len(judged),
-        accuracy=mean(right_P),
+        accuracy=mean(rights),
         low=low,
         high=high,
-        strict=mean(strict for _, (_, strict) in judged),
+        strict=mean(stricts),
         tokens=mean(tokens_P),
         tokens_p95=every_cost[math.ceil(0.95 * len(every_cost)) - 1],
-        read=mean(row["read"] for row, _ in judged),
-        truncated=sum(answer["finish"] == "length" for answer in used) / len(used),
-        seconds=mean(row["seconds"] * made / row["sampled"] for (row, _), made in zip(judged, tokens_P, strict=True)),
+        read=mean(row["read"] for row in judged),
+        truncated=mean(a["finish"] == "length" for parts in parts_P for answers, _ in parts for a in answers),
+        seconds=mean(row["seconds"] * made / row["sampled"] for row, made in zip(judged, tokens_P, strict=True)),
     )
+
+
+def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
+    """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged.
+
+    Where it chooses no answer it is wrong.
+    """
+    verdicts = []
+    for answers, _ in _parts(1 if name == "sample" else n, run, row):
+        if any(answer["accuracy"] is not None for answer in answers):
+            chosen = METHODS[name].choose(problem, answers, settings)
+            right = 0.0 if chosen is None else answers[chosen]["accuracy"]
+            if right is not None:
+                verdicts.append((right, right and right * (answers[chosen]["format"] == 1)))
+    return tuple(map(mean, zip(*verdicts, strict=True))) or None
 
 
 def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
     """The answers of the run that are those of N, each time that it holds N, and what they cost in sampled tokens."""
-    answers, tokens = row["answers"], [answer["tokens"] for answer in row["answers"]]
-    if run.kind in PREFIXES:
-        return [(answers[:n], sum(tokens[:n]))]
-    if run.kind == "samples":
-        parts = subsets(len(answers), n)
-        return [(answers[part.start : part.stop], sum(tokens[part.start : part.stop])) for part in parts]
+    answers = row["answers"]
+    if run.kind in WHOLE:
+        return [(answers, row["sampled"])]
     if run.kind == "dvts":
         trees = row["sampled_by_tree"]
         parts = subsets(len(trees), max(1, n // MAX_BRANCHING))
         return [([a for a in answers if a["tree"] in part], sum(trees[t] for t in part)) for part in parts]
-    return [(answers, row["sampled"])]
-
-
-def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
-    """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
-    method = METHODS[name]
-    groups = [answers for answers, _ in _parts(1 if name == "sample" else n, run, row)]
-    verdicts = [_verdict(method, group, problem, settings) for group in groups]
-    verdicts = [verdict for verdict in verdicts if verdict is not None]
-    if not verdicts:
-        return None
-    return sum(right for right, _ in verdicts) / len(verdicts), sum(strict for _, strict in verdicts) / len(verdicts)
-
-
-def _verdict(method: Method, answers: list[dict], problem: Problem, settings: Settings) -> tuple[float, float] | None:
-    """Whether the answer chosen is right, and in form, too; none chosen is wrong, None where none could be judged."""
-    if all(answer["accuracy"] is None for answer in answers):
-        return None
-    chosen = _first(answers) if method.choose is None else method.choose(problem, [*map(_candidate, answers)], settings)
-    if chosen is None:
-        return 0.0, 0.0
-    right = answers[chosen]["accuracy"]
-    return None if right is None else (right, right * (answers[chosen]["format"] == 1))  # None: it could not be judged
-
-
-def _first(answers: list[dict]) -> int:
-    """The best of a search that has finished; where none has, the best."""
-    return next((i for i, answer in enumerate(answers) if answer["finish"] == "stop"), 0)
-
-
-def _candidate(answer: dict) -> Candidate:
-    return Candidate(
-        answer["answer"],
-        answer["tokens"],
-        answer["logprob"],
-        answer.get("tail"),
-        answer.get("lowest"),
-        answer.get("preference"),
-        answer["accuracy"],
-        answer["format"] or 0.0,
-    )
+    parts = [range(n)] if run.kind in PREFIXES else subsets(len(answers), n)
+    groups = [answers[part.start : part.stop] for part in parts]
+    return [(group, sum(answer.get("tokens", 0) for answer in group)) for group in groups]
 
 
 def compare(
@@ -263,13 +251,11 @@ def compare(
     settings: Settings,
 ) -> list[Figures]:
     """The figures of each method at each N, of those runs that have rows."""
-    run_of = {(run.kind, run.n): run for run in rows}
     found = []
     for name in methods:
         kind = METHODS[name].run
         for n in sizes_of(name, ns):
-            shared = max((run.n for run in rows if run.kind == kind), default=n)
-            run = run_of[kind, n if kind in WHOLE else shared]
+            run = Run(kind, n if kind in WHOLE else max(run.n for run in rows if run.kind == kind))
             if rows[run]:
                 found.append(figures(name, n, run, rows[run], problems, settings))
     return found
@@ -306,23 +292,21 @@ def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
     """What independent samples came to, in a block of lines; tokens are those of all of a problem's answers."""
     f, powers = figures("sample", run.n, run, rows, problems, Settings()), powers_of_two(run.n)
     answers = [answer for row in rows for answer in row["answers"] if answer["accuracy"] is not None]
-    known = lambda name: [answer[name] for answer in answers if answer[name] is not None]  # noqa: E731
-    mean = lambda name: sum(known(name)) / len(known(name)) if known(name) else math.nan  # noqa: E731
+    form, language = (mean(answer[name] for answer in answers) for name in ("format", "language"))
     wall_s = sum(row["seconds"] for row in rows)
     lines = [
         f"accuracy        {f.accuracy:.3f}   95%: {f.low:.3f} to {f.high:.3f} (n={f.problems}); lenient: in any format",
         f"strict          {f.strict:.3f}   right and in the format asked for",
-        f"format          {mean('format'):.3f}",
+        f"format          {math.nan if form is None else form:.3f}",
         f"cut off         {f.truncated:.3f}   by --max-new-tokens or a full context",
         f"tokens/problem  {f.tokens:.1f}   95% of the problems: at most {f.tokens_p95:.0f}",
         f"time            {wall_s:.1f} s   {sum(row['sampled'] for row in rows) / wall_s:.0f} tokens/s",
     ]
-    if mean("language") < 1:
+    if language is not None and language < 1:
         what = "of the thinking's words are in the problem's language"
-        lines.insert(3, f"language        {mean('language'):.3f}   {what}")
-    is_code = problems[0].task == "code"
+        lines.insert(3, f"language        {language:.3f}   {what}")
     found = {"pass@": [pass_rate(n, rows) for n in powers]}
-    if not is_code:
+    if problems[0].task != "code":
         found["majority@"] = [figures("majority", n, run, rows, problems, Settings()).accuracy for n in powers]
     for label, values in found.items() if run.n > 1 else ():
         lines.insert(1, f"{label:<15} {'  '.join(f'{x:.3f}' for x in values)}   of {', '.join(map(str, powers))}")
@@ -335,8 +319,8 @@ def pass_rate(k: int, rows: Sequence[dict]) -> float:
     Unbiased, over all subsets of k. best-rule looks at the subsets that other methods choose from, and so bounds them.
     """
     verdicts_P = [[a["accuracy"] for a in row["answers"] if a["accuracy"] is not None] for row in rows]
-    found = [pass_at_k(len(verdicts), verdicts.count(1.0), k) for verdicts in verdicts_P if len(verdicts) >= k]
-    return sum(found) / len(found) if found else math.nan
+    rate = mean(pass_at_k(len(verdicts), verdicts.count(1.0), k) for verdicts in verdicts_P if len(verdicts) >= k)
+    return math.nan if rate is None else rate
 
 
 def powers_of_two(n: int) -> list[int]:

@@ -26,11 +26,6 @@ class Candidate:
     answer: str | None  # what rewards.final_answer finds; None: no answer, or cut off (no vote)
     n_tokens: int  # sampled
     logprob: float  # sum of its tokens' log-probabilities
-    tail: float | None = None  # confidence of the last window
-    lowest: float | None = None  # confidence of the least confident window
-    score: float | None = None  # a reward model's
-    accuracy: float | None = None  # what the rules say: 1.0 right, 0.0 wrong, None: cannot be judged
-    format: float = 0.0
 
 
 # ---- which answers are the same
