@@ -86,38 +86,21 @@ def select(group: Sequence[Rollout], selection: Selection) -> tuple[list[tuple[i
     In the order of sampling. Every sample is in one tuple, or counted once under a reason of DROPPED.
     """
     faults = [find_fault(rollout, selection) for rollout in group]
-    good = [g for g, fault in enumerate(faults) if fault is None]
+    good, dropped = [g for g, fault in enumerate(faults) if fault is None], Counter(filter(None, faults))
     if selection.keep == "all":
-        return [(g,) for g in good], Counter(filter(None, faults))
-    if selection.keep == "pairs":
+        return [(g,) for g in good], dropped
+    n, bad = (2 if selection.keep == "pairs" else 1), []
+    if n == 2:
         bad = [g for g, fault in enumerate(faults) if fault == "wrong"]
-        pairs, dropped = select_pairs(group, good, bad, selection.max_per_problem)
-        return pairs, dropped + Counter(fault for fault in faults if fault not in (None, "wrong"))
-    different = first_of_each([squeeze(group[g].text) for g in good])
-    kept = [(good[i],) for i in different[: selection.max_per_problem]]
-    more = {"duplicate": len(good) - len(different), "above the limit": len(different) - len(kept)}
-    return kept, Counter(filter(None, faults)) + Counter(more)
-
-
-def select_pairs(
-    group: Sequence[Rollout], good: list[int], bad: list[int], limit: int
-) -> tuple[list[tuple[int, ...]], Counter[str]]:
-    """Pair the first good answer with the first bad one, and so on.
-
-    A preference model judges what follows the thinking (section 2.3.4), so no two samples share that part, and no
-    pair can have it twice.
-    """
-    finals = [squeeze(after_thinking(group[g].text)) for g in good + bad]
-    different = [(good + bad)[i] for i in first_of_each(finals)]
-    n_good = sum(g in good for g in different)
-    pairs = list(zip(different[:n_good], different[n_good:], strict=False))
-    kept = pairs[:limit]
-    dropped = {
-        "duplicate": len(good) + len(bad) - len(different),
-        "unpaired": len(different) - 2 * len(pairs),
-        "above the limit": 2 * (len(pairs) - len(kept)),
-    }
-    return kept, Counter(dropped)
+        del dropped["wrong"]
+    # A preference model judges what follows the thinking (section 2.3.4): no two samples of pairs share that part.
+    texts = [squeeze(after_thinking(group[g].text) if n == 2 else group[g].text) for g in good + bad]
+    first = {text: g for text, g in reversed([*zip(texts, good + bad, strict=True)])}.values()
+    columns = [[g for g in samples if g in first] for samples in (good, bad)[:n]]
+    found = list(zip(*columns, strict=False))  # the first good answer with the first bad one, and so on
+    kept = found[: selection.max_per_problem]
+    more = {"duplicate": len(texts) - len(first), "unpaired": len(first) - n * len(found)}
+    return kept, dropped + Counter(more | {"above the limit": n * (len(found) - len(kept))})
 
 
 def find_fault(rollout: Rollout, selection: Selection) -> str | None:
@@ -161,22 +144,7 @@ def squeeze(text: str) -> str:
     return " ".join(text.split())
 
 
-def first_of_each(texts: list[str]) -> list[int]:
-    """Where each different text stands first."""
-    return sorted({text: i for i, text in reversed([*enumerate(texts)])}.values())
-
-
 # ---- lines
-
-
-def write_lines(
-    question: Question, index: int, group: Sequence[Rollout], selection: Selection, source: dict
-) -> tuple[list[dict], Counter[str]]:
-    """The lines of one problem and what to count; `source` says where they come from: model, step, seed."""
-    kept, dropped = select(group, selection)
-    lines = [to_line(question, index, group, samples, source) for samples in kept]
-    n_right = sum(rollout.parts.get("accuracy") == 1 for rollout in group)
-    return lines, dropped + Counter({"sampled": len(group), "right": n_right})
 
 
 def to_line(question: Question, index: int, group: Sequence[Rollout], samples: tuple[int, ...], source: dict) -> dict:
@@ -263,19 +231,26 @@ def answer(
 def keep_batch(
     questions: Sequence[Question], first: int, groups, selection: Selection, source: dict, seen: set[bytes]
 ) -> tuple[list[dict], Counter[str]]:
-    """The batch's lines and counts. A line that the file holds already (a problem that came twice) is a duplicate."""
-    kept, counts = [], Counter()
-    for i, (question, group) in enumerate(zip(questions, groups, strict=True)):
-        lines, counted = write_lines(question, first + i, group, selection, source)
-        new = [line for line in lines if selection.keep == "all" or line_key(line) not in seen]
+    """The batch's lines and counts; `source` says in each where it comes from: model, step, seed.
+
+    A line that the file holds already (a problem that came twice) is a duplicate.
+    """
+    lines, counts = [], Counter()
+    for index, (question, group) in enumerate(zip(questions, groups, strict=True), first):
+        kept, dropped = select(group, selection)
+        new = [to_line(question, index, group, samples, source) for samples in kept]
+        if selection.keep != "all":
+            new = [line for line in new if line_key(line) not in seen]
         seen.update(map(line_key, new))
-        kept += new
-        counts += counted
-        n_samples = 2 if selection.keep == "pairs" else 1
-        counts += Counter(
-            {"duplicate": (len(lines) - len(new)) * n_samples, "kept": len(new), "problems": min(1, len(new))}
+        lines += new
+        dropped["duplicate"] += (len(kept) - len(new)) * (2 if selection.keep == "pairs" else 1)
+        counts += dropped + Counter(
+            sampled=len(group),
+            right=sum(rollout.parts.get("accuracy") == 1 for rollout in group),
+            kept=len(new),
+            problems=min(1, len(new)),
         )
-    return kept, counts
+    return lines, counts
 
 
 def summary(ledger: Ledger, selection: Selection) -> str:
