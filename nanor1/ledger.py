@@ -90,16 +90,15 @@ def work_through(
 ) -> None:
     """Add what `make` returns, lines and counts, of batch after batch; after Ctrl-C what is done stays.
 
-    A batch is how many problems it has, how many answers, and the arguments of `make`.
+    A batch is how many problems it has, and the arguments of `make`.
     """
     if ledger.n_done:
         so_far = "is whole" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
         say(f"{path} {so_far}")
     n_problems = 0
     try:
-        for n_problems, n_answers, *arguments in batches:  # noqa: B007
+        for n_problems, *arguments in batches:  # noqa: B007
             lines, counts = make(*arguments)
-            progress.end_batch(n_answers)
             ledger.append(path, lines, n_problems, counts)
     except KeyboardInterrupt:
         progress.clear()
@@ -137,24 +136,18 @@ class Progress:
 
     def __init__(self, n_answers: int, n_before: int = 0):
         """`n_before` of the answers were there before it began, and say nothing about the time left."""
-        self.n_answers, self.n_before = n_answers, n_before
-        self.n_done = self.n_done_before = n_before  # the latter: in whole batches
+        self.n_answers, self.n_before, self.n_done = n_answers, n_before, n_before
         self.n_tokens = self.n_tokens_done = 0  # all; those of answers that are done
         self.is_live = sys.stderr.isatty()
         self.start_s = self.shown_s = time.monotonic()
 
     def hear(self, n_tokens: int, lengths: Sequence[int] = ()) -> None:
-        """So many tokens more were sampled, and answers of such lengths ended; a search tells that at its end only."""
+        """So many tokens more were sampled, and answers of such lengths ended; of a search that is known at its end."""
+        self.n_tokens += n_tokens
         self.n_done += len(lengths)
         self.n_tokens_done += sum(lengths)
-        self.n_tokens += n_tokens
         if time.monotonic() - self.shown_s >= (LIVE_S if self.is_live else SPARSE_S):
             self.show()
-
-    def end_batch(self, n_answers: int) -> None:
-        """All answers of the batch are there, also those of a search."""
-        self.n_done_before += n_answers
-        self.n_done, self.n_tokens_done = self.n_done_before, self.n_tokens
 
     def show(self) -> None:
         self.shown_s = time.monotonic()

@@ -119,7 +119,7 @@ def measure(
 
     sizes = {run: batch_size(run, asker.sampler.max_rows) for run in runs}
     parts = [(run, first, min(sizes[run], P - first)) for run in runs for first in range(len(rows[run]), P, sizes[run])]
-    batches = ((size, size * run.n, run, first, size) for run, first, size in parts)
+    batches = ((size, run, first, size) for run, first, size in parts)
     work_through(ledger, path, batches, make, progress, say)
     return rows, ledger.is_whole
 
@@ -162,9 +162,11 @@ def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, prog
     start_s = time.monotonic()
     prompts = [asker.prompter.write(problem) for problem in problems]
     seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
-    # The sampler tells of a search how many parts of answers have ended.
-    hear = progress.hear if run.kind in ("samples", *SINGLE) else lambda n_tokens, _: progress.hear(n_tokens)
+    is_search = run.kind not in ("samples", *SINGLE)  # of which the sampler hears parts of answers end
+    hear = (lambda n_tokens, _: progress.hear(n_tokens)) if is_search else progress.hear
     found_P = produce(asker, run, [ids for _, ids in prompts], list(problems), seeds, hear)
+    if is_search:
+        progress.hear(0, [found.n_sampled / run.n for found in found_P for _ in range(run.n)])
     completions_PG = [found.completions for found in found_P]
     rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, asker.rules)
     wall_s = time.monotonic() - start_s

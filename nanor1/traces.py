@@ -214,7 +214,7 @@ def collect(
         return keep_batch(batch, first, groups, selection, source, seen)
 
     parts = ((first, questions[first : first + batch_size]) for first in range(ledger.n_done, P, batch_size))
-    batches = ((len(batch), len(batch) * samples, first, batch) for first, batch in parts)
+    batches = ((len(batch), first, batch) for first, batch in parts)
     work_through(ledger, path, batches, make, progress, say)
     return ledger
 

@@ -126,14 +126,11 @@ def test_the_time_left_counts_only_what_this_run_has_done(clock, capsys):
     assert capsys.readouterr().err == "8/10 answers, 20 tokens, 2 tokens/s, about 10 s left\n"
 
 
-def test_answers_count_when_they_end_and_at_the_end_of_a_batch_all_of_it(clock):
+def test_answers_count_when_they_end():
     progress = Progress(10)
     for event in [(3, []), (3, [4]), (2, [3])]:
         progress.hear(*event)
-    assert (progress.n_done, progress.n_tokens) == (2, 8)
-    progress.end_batch(4)
-    progress.hear(1, [])
-    assert (progress.n_done, progress.n_tokens) == (4, 9)
+    assert (progress.n_done, progress.n_tokens, progress.n_tokens_done) == (2, 8, 7)
 
 
 def test_a_search_tells_tokens_and_not_answers(clock, capsys):
@@ -148,8 +145,7 @@ def test_a_search_tells_tokens_and_not_answers(clock, capsys):
 def test_the_time_left_shrinks_while_a_search_that_counts_no_answers_goes_on(clock, capsys):
     progress = Progress(6)
     clock[0] += 20
-    progress.n_tokens = 100  # five a second
-    progress.end_batch(2)  # so 200 more are to come
+    progress.hear(100, [60, 40])  # five a second, so 200 more are to come
     for n_tokens, left in ((0, 40), (150, 10), (100, 0)):
         progress.n_tokens += n_tokens
         clock[0] += n_tokens / 5
