@@ -30,7 +30,6 @@ LEGEND = RIGHT + MARGIN + 24
 ROUNDING = 1e-9  # by which an interval may miss its own end: Wilson's of 1 of 1 ends at 1 but for the last bit
 REACH = 5  # from the middle of a marker to its edge, more or less
 SIDES = ((0, -1), (0, 1), (1, 0), (-1, 0), (1, -1), (-1, -1), (1, 1), (-1, 1))  # where N goes: the first that is free
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -44,54 +43,26 @@ class Point:
     label: str  # what N is here: "4"
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A point in the picture's pixels, of which y grows downwards."""
-
-    series: int
-    x: float
-    y: float
-    low: float
-    high: float
-    label: str
-
-
 def scatter(series: dict[str, list[Point]], *, title: str, x_label: str, y_label: str) -> str:
-    """The SVG text of all series, named in the order given; a line runs through a series' points in their order.
-
-    ValueError where there is nothing to draw, or a point has no place: x not above 0, accuracy not in 0..1 or outside
-    of its interval, or nan.
-    """
-    check(series)
+    """The SVG text of all series, named in the order given; a line runs through a series' points in their order."""
     points = [point for line in series.values() for point in line]
+    for p in points:
+        is_around = -ROUNDING <= p.low <= p.y + ROUNDING and p.y - ROUNDING <= p.high <= 1 + ROUNDING
+        assert 0 < p.x < math.inf and is_around, f"cannot show {p}: want x > 0 and 0 <= low <= y <= high <= 1"
     x_ticks = logarithmic_ticks(min(p.x for p in points), max(p.x for p in points))
     y_ticks = linear_ticks(min(p.low for p in points), max(p.high for p in points))
-    lines = [[to_mark(i, p, x_ticks, y_ticks) for p in line] for i, line in enumerate(series.values())]
-    marks = [mark for line in lines for mark in line]
+    marks = [(i, to_pixels(p, x_ticks, y_ticks)) for i, line in enumerate(series.values()) for p in line]
     svg = blank(max(WIDTH, LEGEND + 50 + 7 * max(map(len, series))), title)
     draw_axes(svg, x_ticks, y_ticks, x_label, y_label)
     draw_whiskers(svg, marks)
-    for i, line in enumerate(lines):
-        draw_line(svg, i, [(mark.x, mark.y) for mark in line])
-    for mark in marks:
-        draw_marker(svg, mark.series, mark.x, mark.y)
-    draw_labels(svg, marks)
+    for i in range(len(series)):
+        draw_line(svg, i, [(p.x, p.y) for j, p in marks if j == i])
+    for i, p in marks:
+        draw_marker(svg, i, p.x, p.y)
+    draw_labels(svg, [p for _, p in marks])
     draw_legend(svg, list(series))
     ET.indent(svg)
     return ET.tostring(svg, encoding="unicode") + "\n"
-
-
-def check(series: dict[str, list[Point]]) -> None:
-    """ValueError for what cannot be drawn, with its values."""
-    if not series:
-        raise ValueError("there is no series to draw; give at least one method with one point")
-    for name, line in series.items():
-        if not line:
-            raise ValueError(f"series {name!r} has no point; leave it out of the picture")
-        for p in line:
-            around = -ROUNDING <= p.low <= p.y + ROUNDING and p.y - ROUNDING <= p.high <= 1 + ROUNDING
-            if not (0 < p.x < math.inf and around):
-                raise ValueError(f"series {name!r} cannot show {p}: want x > 0 and 0 <= low <= y <= high <= 1")
 
 
 def logarithmic_ticks(low: float, high: float) -> list[float]:
@@ -132,9 +103,9 @@ def y_pixel(y: float, ticks: list[float]) -> float:
     return BOTTOM - (BOTTOM - TOP) * (y - ticks[0]) / (ticks[-1] - ticks[0])
 
 
-def to_mark(series: int, p: Point, x_ticks: list[float], y_ticks: list[float]) -> Mark:
+def to_pixels(p: Point, x_ticks: list[float], y_ticks: list[float]) -> Point:
     y, low, high = (y_pixel(value, y_ticks) for value in (p.y, p.low, p.high))
-    return Mark(series, x_pixel(p.x, x_ticks), y, low, high, p.label)
+    return Point(x_pixel(p.x, x_ticks), y, low, high, p.label)
 
 
 def add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str | float) -> None:
@@ -161,7 +132,8 @@ def draw_axes(svg: ET.Element, x_ticks: list[float], y_ticks: list[float], x_lab
     for tick in x_ticks:
         x = x_pixel(tick, x_ticks)
         add(svg, "line", x1=x, x2=x, y1=top, y2=bottom, stroke=GRID)
-        add(svg, "text", short(tick), x=x, y=bottom + 18, fill=FAINT, font_size=12, text_anchor="middle")
+        text = f"{tick / 1e6:g}M" if tick >= 1e6 else f"{tick / 1e3:g}k" if tick >= 1e3 else f"{tick:g}"
+        add(svg, "text", text, x=x, y=bottom + 18, fill=FAINT, font_size=12, text_anchor="middle")
     decimals = 1 if all(tick == round(tick, 1) for tick in y_ticks) else 2
     for tick in y_ticks:
         y = y_pixel(tick, y_ticks)
@@ -174,19 +146,12 @@ def draw_axes(svg: ET.Element, x_ticks: list[float], y_ticks: list[float], x_lab
     add(svg, "text", y_label, transform=f"translate(26 {(top + bottom) / 2:g}) rotate(-90)", **label)
 
 
-def short(tick: float) -> str:
-    """200 -> "200", 5000 -> "5k", 2000000 -> "2M"."""
-    unit, letter = next((pair for pair in ((1e6, "M"), (1e3, "k")) if tick >= pair[0]), (1, ""))
-    return f"{tick / unit:g}{letter}"
-
-
-def draw_whiskers(svg: ET.Element, marks: list[Mark]) -> None:
+def draw_whiskers(svg: ET.Element, marks: list[tuple[int, Point]]) -> None:
     """Intervals that would lie on one another stand side by side, two pixels apart, around the place they share."""
-    for i, mark in enumerate(marks):
-        is_beside = [abs(m.x - mark.x) < 3 and m.low >= mark.high and mark.low >= m.high for m in marks]
-        x = mark.x + sum(is_beside[:i]) - sum(is_beside[i + 1 :])
-        stroke, _ = look(mark.series)
-        add(svg, "line", x1=x, x2=x, y1=mark.low, y2=mark.high, stroke=stroke, stroke_opacity="0.4")
+    for i, (series, p) in enumerate(marks):
+        is_beside = [abs(q.x - p.x) < 3 and q.low >= p.high and p.low >= q.high for _, q in marks]
+        x = p.x + sum(is_beside[:i]) - sum(is_beside[i + 1 :])
+        add(svg, "line", x1=x, x2=x, y1=p.low, y2=p.high, stroke=look(series)[0], stroke_opacity="0.4")
 
 
 def look(series: int) -> tuple[str, bool]:
@@ -196,8 +161,7 @@ def look(series: int) -> tuple[str, bool]:
 
 def draw_line(svg: ET.Element, series: int, spots: list[tuple[float, float]]) -> None:
     stroke, is_hollow = look(series)
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    dashes = "5 3" if is_hollow else "none"
+    points, dashes = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots), "5 3" if is_hollow else "none"
     add(svg, "polyline", points=points, fill="none", stroke=stroke, stroke_opacity="0.8", stroke_dasharray=dashes)
 
 
@@ -208,33 +172,26 @@ def draw_marker(svg: ET.Element, series: int, x: float, y: float) -> None:
     add(svg, "path", d=shape, transform=place, fill=fill, stroke=stroke, stroke_width=1.2)
 
 
-def draw_labels(svg: ET.Element, marks: list[Mark]) -> None:
-    """N beside each marker, on the first side that is free; once for markers that lie together and have the same N."""
+def draw_labels(svg: ET.Element, marks: list[Point]) -> None:
+    """N beside each marker, on the first side that is free; once for markers that lie together and have the same N.
+
+    A digit is 5.6 wide and 7.2 high at its size.
+    """
     taken = [(m.x - REACH, m.y - REACH, m.x + REACH, m.y + REACH) for m in marks]
-    written: list[Mark] = []
+    written: list[Point] = []
     for mark in marks:
         is_said = any(m.label == mark.label and math.dist((m.x, m.y), (mark.x, mark.y)) < 14 for m in written)
         if not mark.label or is_said:
             continue
-        boxes = [label_box(mark, side) for side in SIDES]
-        box = next((b for b in boxes if not any(overlap(b, other) for other in taken)), boxes[0])
+        w, h = 2.8 * len(mark.label), 3.6  # half of its width and height
+        middles = [(mark.x + x * (REACH + 2 + w), mark.y + y * (REACH + 2 + h)) for x, y in SIDES]
+        boxes = [(x - w, y - h, x + w, y + h) for x, y in middles]
+        free = (a for a in boxes if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken))
+        left, top, right, bottom = box = next(free, boxes[0])
         taken.append(box)
         written.append(mark)
-        left, top, right, bottom = box
         add(svg, "rect", x=left, y=top, width=right - left, height=bottom - top, fill=GROUND, fill_opacity="0.7")
         add(svg, "text", mark.label, x=(left + right) / 2, y=bottom, fill=INK, font_size=10, text_anchor="middle")
-
-
-def label_box(mark: Mark, side: tuple[int, int]) -> Box:
-    """Where the label lies on this side of its marker: a digit is 5.6 wide and 7.2 high at its size."""
-    half_width, half_height = 2.8 * len(mark.label), 3.6
-    x = mark.x + side[0] * (REACH + 2 + half_width)
-    y = mark.y + side[1] * (REACH + 2 + half_height)
-    return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def draw_legend(svg: ET.Element, names: list[str]) -> None:
