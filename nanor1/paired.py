@@ -21,7 +21,7 @@ from nanor1.methods import METHODS, Run, Settings, score
 from nanor1.tasks import Problem, read_json_lines
 
 Key = tuple[str, str, int]  # a problem: its prompt, its gold answer, and which of several that are alike
-Share = tuple[float, float]  # of a problem's answers: right, and right in the form asked for
+MARK = int | float | None  # what an answer's accuracy may be
 CHOSEN_BY = {"answer", "tokens", "finish", "logprob"}  # what the methods that choose an answer look at
 HEAD = " problems  before   after  difference  95%                up  down  same"
 LEGEND = """\
@@ -59,29 +59,28 @@ def compare_files(before: str | Path, after: str | Path) -> str:
     (rows_a, task_a), (rows_b, task_b) = (read_evaluation(path) for path in paths)
     scores: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}  # what, from which runs
-    run_pairs = _run_pairs(paths, rows_a, rows_b)
-    for run_a, run_b in run_pairs:
+    pairs = _run_pairs(paths, rows_a, rows_b)
+    for run_a, run_b in pairs:
         label = str(run_a) if run_a == run_b else f"{run_a}, {run_b}"
         both = [key for key in rows_a[run_a] if key in rows_b[run_b]]
-        alone = (len(rows_a[run_a]) - len(both), len(rows_b[run_b]) - len(both))
-        for n, path in zip(alone, paths, strict=True):
-            if n:
-                left_out.setdefault(f"{n} in {path} alone", []).append(label)
+        for of_run, path in zip((rows_a[run_a], rows_b[run_b]), paths, strict=True):
+            if n_alone := len(of_run) - len(both):
+                left_out.setdefault(f"{n_alone} in {path} alone", []).append(label)
         for name_a, name_b in zip(_methods(run_a, task_a), _methods(run_b, task_b), strict=False):
             shares_a = [_share(name_a, run_a, rows_a[run_a][key], task_a) for key in both]
             shares_b = [_share(name_b, run_b, rows_b[run_b][key], task_b) for key in both]
             judged = [pair for pair in zip(shares_a, shares_b, strict=True) if None not in pair]
-            if len(judged) < len(both):
-                left_out.setdefault(f"{len(both) - len(judged)} that could not be judged", []).append(label)
+            if n_unjudged := len(both) - len(judged):
+                left_out.setdefault(f"{n_unjudged} that could not be judged", []).append(label)
+            of = "majority of " if name_a == "majority" else ""
             for i, what in enumerate(("accuracy", "strict") if judged else ()):
-                of = "majority of " if name_a == "majority" else ""
                 scores[f"{of}{label}: {what}"] = _figures([a[i] for a, _ in judged], [b[i] for _, b in judged])
     if not scores:
         raise ValueError(f"{before} and {after} have no problem in common that was judged in both")
     width = max(map(len, scores))
-    table = [f"{'':<{width}}{HEAD}", *(f"{label:<{width}}{numbers}" for label, numbers in scores.items())]
+    table = [f"{label:<{width}}{numbers}" for label, numbers in {"": HEAD, **scores}.items()]
     notes = [
-        f"left out: {what}" + (f" ({', '.join(dict.fromkeys(labels))})" if len(run_pairs) > 1 else "")
+        f"left out: {what}" + (f" ({', '.join(dict.fromkeys(labels))})" if len(pairs) > 1 else "")
         for what, labels in left_out.items()
     ]
     return "\n".join([f"before: {before}, after: {after}", *table, *notes, "", LEGEND])
@@ -108,36 +107,28 @@ def read_evaluation(path: Path) -> tuple[dict[Run, dict[Key, dict]], str]:
 
 def _to_row(row: dict) -> tuple[Run, dict]:
     """A line of the file with its run; ValueError for what is none."""
-    kind, _, n = str(row.get("run")).rpartition("-")
-    answers = row.get("answers")
-    is_row = (
-        n.isdecimal()
-        and kind in {method.run for method in METHODS.values()}
-        and isinstance(row.get("prompt"), str)
-        and isinstance(row.get("gold"), str)
-        and isinstance(answers, list)
-        and bool(answers)
-        and all(isinstance(answer, dict) and {"accuracy", "format"} <= answer.keys() for answer in answers)
-        and all(answer["accuracy"] is None or isinstance(answer["accuracy"], int | float) for answer in answers)
+    match row:
+        case {"run": str(name), "prompt": str(), "gold": str(), "answers": [_, *_] as answers}:
+            kind, _, n = name.rpartition("-")
+            is_run = n.isdecimal() and kind in {method.run for method in METHODS.values()}
+            if is_run and all(
+                isinstance(answer, dict) and "format" in answer and isinstance(answer.get("accuracy", ""), MARK)
+                for answer in answers
+            ):
+                return Run(kind, int(n)), row
+    raise ValueError(
+        "expected a line of an evaluation by sample.py --task --out, with run, prompt, gold and judged answers; "
+        f"found the fields {', '.join(row) or 'none'}"
     )
-    if not is_row:
-        raise ValueError(
-            "expected a line of an evaluation by sample.py --task --out, with run, prompt, gold and judged answers; "
-            f"found the fields {', '.join(row) or 'none'}"
-        )
-    return Run(kind, int(n)), row
 
 
 def _run_pairs(paths: tuple[Path, Path], rows_a: dict[Run, dict], rows_b: dict[Run, dict]) -> list[tuple[Run, Run]]:
-    shared = [(run, run) for run in rows_a if run in rows_b]
-    if not shared and len(rows_a) == len(rows_b) == 1:
-        return [(next(iter(rows_a)), next(iter(rows_b)))]
-    if not shared:
-        held = " and ".join(
-            f"{path} has {', '.join(map(str, r))}" for path, r in zip(paths, (rows_a, rows_b), strict=True)
-        )
-        raise ValueError(f"{held}: no run is in both; evaluate with the same --n and --method")
-    return shared
+    if len(rows_a) == len(rows_b) == 1:
+        return [(*rows_a, *rows_b)]
+    if shared := [(run, run) for run in rows_a if run in rows_b]:
+        return shared
+    a, b = (f"{path} has {', '.join(map(str, r))}" for path, r in zip(paths, (rows_a, rows_b), strict=True))
+    raise ValueError(f"{a} and {b}: no run is in both; evaluate with the same --n and --method")
 
 
 def _methods(run: Run, task: str) -> list[str]:
@@ -149,7 +140,7 @@ def _methods(run: Run, task: str) -> list[str]:
     return ["sample", "majority"] if run.n > 1 and task not in ("", "code") else ["sample"]
 
 
-def _share(name: str, run: Run, row: dict, task: str) -> Share | None:
+def _share(name: str, run: Run, row: dict, task: str) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
     try:
         return score(name, run.n, run, row, Problem(row["prompt"], row["gold"], task), Settings())
