@@ -173,26 +173,25 @@ def summarize(rollouts_PG: Sequence[Sequence[Rollout]], may_be_unjudged: bool = 
     """
     judged_PG = [[r for r in group if r.parts["accuracy"] is not None] for group in rollouts_PG]
     judged_PG = [group for group in judged_PG if group]
-    has_accuracy, seen_PG = bool(judged_PG), judged_PG or rollouts_PG
+    seen_PG = judged_PG or rollouts_PG
     flat = [r for group in seen_PG for r in group]
-    if not has_accuracy and not may_be_unjudged and all(r.reward is None for r in flat):
+    if not judged_PG and not may_be_unjudged and all(r.reward is None for r in flat):
         raise ValueError("no rollout could be judged; check the problems' answers")
     means_P = problem_accuracies(judged_PG)
-    low, high = accuracy_interval(means_P) if has_accuracy else (None, None)
-    average = lambda values: sum(values) / len(flat)  # noqa: E731
+    low, high = accuracy_interval(means_P) if means_P else (None, None)
     samples = max(map(len, rollouts_PG))
     return Evaluation(
-        accuracy=sum(means_P) / len(means_P) if has_accuracy else None,
+        accuracy=mean(means_P),
         accuracy_low=low,
         accuracy_high=high,
         n=len(seen_PG),
         samples=samples,
         format=mean(r.parts.get("format", 0.0) for r in flat),
         language=mean(r.parts.get("language", 1.0) for r in flat),
-        response_tokens=average(len(r.completion.ids) for r in flat),
-        truncated=average(r.completion.finish == "length" for r in flat),
-        retries=average(len(WAIT.findall(r.text)) for r in flat),
-        majority=majority_accuracy(judged_PG) if samples > 1 and has_accuracy else None,
+        response_tokens=mean(len(r.completion.ids) for r in flat),
+        truncated=mean(r.completion.finish == "length" for r in flat),
+        retries=mean(len(WAIT.findall(r.text)) for r in flat),
+        majority=majority_accuracy(judged_PG) if samples > 1 else None,
         reward=mean(r.reward for r in flat),
     )
 
@@ -209,11 +208,9 @@ def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
     """
     if any(group[0].problem.task == "code" for group in rollouts_PG):
         return None
-    n_right = 0.0
-    for group in rollouts_PG:
-        winner = majority(group[0].problem, [to_candidate(rollout) for rollout in group])
-        n_right += 0.0 if winner is None else group[winner].parts["accuracy"]
-    return n_right / len(rollouts_PG)
+    winners = [majority(group[0].problem, [*map(to_candidate, group)]) for group in rollouts_PG]
+    pairs = zip(rollouts_PG, winners, strict=True)
+    return mean(0.0 if winner is None else group[winner].parts["accuracy"] for group, winner in pairs)
 
 
 def to_candidate(rollout: Rollout) -> Candidate:
