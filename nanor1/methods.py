@@ -18,7 +18,7 @@ from nanor1.evaluate import accuracy_interval
 from nanor1.grpo import mean
 from nanor1.plot import Point, scatter
 from nanor1.tasks import Problem
-from nanor1.voting import Candidate, best_of, majority, mean_logprob_weight, pass_at_k, subsets, weighted_vote
+from nanor1.voting import Candidate, best_of, pass_at_k, subsets, weighted_vote
 
 MAX_BRANCHING = 4  # next steps of a beam (Beeching et al. 2024)
 
@@ -39,10 +39,6 @@ class Settings:
     request: str = REQUEST  # for a review of the last answer
 
 
-# Of a problem and its answers, as a row has them, the index of one; None where none is to be chosen.
-Choice = Callable[[Problem, list[dict], Settings], int | None]
-
-
 @dataclass(frozen=True)
 class Run:
     """A way to produce answers to a problem, and its N."""
@@ -57,29 +53,17 @@ class Run:
 # ---- methods: runs, and ways to choose
 
 
-def _first(_, answers: list[dict], __) -> int:
-    """The best of a search that has finished; where none has, the best: a search gives the best first."""
-    return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
+@dataclass(frozen=True)
+class Method:
+    """How a problem's answers are produced, and by what one of them, as it stands in a row, is chosen.
 
+    Where there is neither, it is the first one that has finished: a search gives the best first.
+    """
 
-def _most_frequent(problem: Problem, answers: list[dict], _) -> int | None:
-    return majority(problem, _candidates(answers))
-
-
-def _by_weight(weight: Callable[[dict], float | None], *, has_share: bool = True) -> Choice:
-    def choose(problem: Problem, answers: list[dict], settings: Settings) -> int | None:
-        weights = [None if answer["answer"] is None else weight(answer) for answer in answers]
-        return weighted_vote(problem, _candidates(answers), weights, settings.keep_share if has_share else 1.0)
-
-    return choose
-
-
-def _by_value(value: Callable[[dict], float | None]) -> Choice:
-    return lambda _, answers, settings: best_of(_candidates(answers), [value(answer) for answer in answers])
-
-
-def _candidates(answers: list[dict]) -> list[Candidate]:
-    return [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
+    run: str
+    what: str
+    weight: Callable[[dict], float | None] | None = None  # in a vote
+    value: Callable[[dict], float | None] | None = None  # the answer of the largest one is taken
 
 
 def _gold(answer: dict) -> float | None:
@@ -87,44 +71,30 @@ def _gold(answer: dict) -> float | None:
     return None if answer["accuracy"] is None else answer["accuracy"] * (1 + (answer["format"] or 0.0))
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a problem's answers are produced and one of them is chosen."""
-
-    run: str
-    choose: Choice
-    what: str
-    is_vote: bool = False
-
-
 METHODS = {
-    "greedy": Method("greedy", _first, "one answer at temperature 0"),
-    "direct": Method("direct", _first, "one answer at temperature 0, asked for without any thinking"),
-    "sample": Method("samples", _first, "one sampled answer (mean over all samples)"),
-    "majority": Method("samples", _most_frequent, "the most frequent answer (self-consistency)", True),
-    "vote-logprob": Method(
-        "samples",
-        _by_weight(lambda a: mean_logprob_weight(*_candidates([a])), has_share=False),
-        "votes weigh their mean probability a token",
-        True,
+    "greedy": Method("greedy", "one answer at temperature 0"),
+    "direct": Method("direct", "one answer at temperature 0, asked for without any thinking"),
+    "sample": Method("samples", "one sampled answer (mean over all samples)"),
+    "majority": Method("samples", "the most frequent answer (self-consistency)", lambda a: 1.0),
+    "vote-logprob": Method(  # Wang et al. 2203.11171, equation 1
+        "samples", "votes weigh their mean probability a token", lambda a: math.exp(a["logprob"] / a["tokens"])
     ),
-    "vote-tail": Method(
-        "samples", _by_weight(lambda a: a.get("tail")), "votes weigh the confidence of their end", True
-    ),
-    "vote-lowest": Method("samples", _by_weight(lambda a: a.get("lowest")), "votes weigh their least confidence", True),
-    "best-logprob": Method("samples", _by_value(lambda a: a["logprob"] / a["tokens"]), "the likeliest a token"),
-    "best-reward": Method("samples", _by_value(lambda a: a.get("preference")), "the one that a reward model prefers"),
-    "best-rule": Method("samples", _by_value(_gold), "upper bound: the gold answer chooses"),
-    "beam": Method("beam", _first, "beam search over steps"),
-    "dvts": Method("dvts", _first, "beam search over steps in independent trees"),
-    "token-beam": Method("token-beam", _first, "beam search over tokens"),
-    "budget": Method("budget", _first, "N - 1 times made to think on (budget forcing)"),
-    "refine": Method("refine", _most_frequent, "N - 1 reviews of the last answer, then a vote", True),
+    "vote-tail": Method("samples", "votes weigh the confidence of their end", lambda a: a.get("tail")),
+    "vote-lowest": Method("samples", "votes weigh their least confidence", lambda a: a.get("lowest")),
+    "best-logprob": Method("samples", "the likeliest a token", value=lambda a: a["logprob"] / a["tokens"]),
+    "best-reward": Method("samples", "the one that a reward model prefers", value=lambda a: a.get("preference")),
+    "best-rule": Method("samples", "upper bound: the gold answer chooses", value=_gold),
+    "beam": Method("beam", "beam search over steps"),
+    "dvts": Method("dvts", "beam search over steps in independent trees"),
+    "token-beam": Method("token-beam", "beam search over tokens"),
+    "budget": Method("budget", "N - 1 times made to think on (budget forcing)"),
+    "refine": Method("refine", "N - 1 reviews of the last answer, then a vote", lambda a: 1.0),
 }
 AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samples" and name != "sample"]
 PREFIXES = ("refine",)  # runs whose first N answers are what the run of N would have given
 WHOLE = ("beam", "token-beam", "budget")  # runs that are another one for each N
 SINGLE = ("greedy", "direct")  # there is only N = 1
+CONFIDENT = ("vote-tail", "vote-lowest")  # of these votes a share is kept
 
 
 def runs_of(methods: Sequence[str], ns: Sequence[int]) -> list[Run]:
@@ -146,7 +116,7 @@ def obstacle(name: str, ns: Sequence[int], task: str, template: str, has_reward_
     """Why a method cannot work here, and what to do about it; None if it can."""
     if name not in METHODS:
         return f"there is no such method; choose of {', '.join(METHODS)}"
-    if task == "code" and METHODS[name].is_vote:
+    if task == "code" and METHODS[name].weight:
         return (
             "programs cannot be voted on (no rule tells which do the same); choose best-logprob, best-reward, "
             "best-rule or beam"
@@ -222,11 +192,23 @@ def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Se
     verdicts = []
     for answers, _ in _parts(1 if name == "sample" else n, run, row):
         if any(answer["accuracy"] is not None for answer in answers):
-            chosen = METHODS[name].choose(problem, answers, settings)
+            chosen = choose(name, problem, answers, settings)
             right = 0.0 if chosen is None else answers[chosen]["accuracy"]
             if right is not None:
                 verdicts.append((right, right and right * (answers[chosen]["format"] == 1)))
     return tuple(map(mean, zip(*verdicts, strict=True))) or None
+
+
+def choose(name: str, problem: Problem, answers: list[dict], settings: Settings) -> int | None:
+    """The index of the answer that a method chooses; None where there is none to choose."""
+    method = METHODS[name]
+    if not (method.weight or method.value):
+        return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
+    candidates = [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
+    if method.value:
+        return best_of(candidates, [*map(method.value, answers)])
+    keep_share = settings.keep_share if name in CONFIDENT else 1.0
+    return weighted_vote(problem, candidates, [*map(method.weight, answers)], keep_share)
 
 
 def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:

@@ -141,15 +141,6 @@ def _voters(candidates: Sequence[Candidate], weights: Sequence[float | None], ke
     return set(sorted(answered, key=lambda i: -weights[i])[:kept])
 
 
-def mean_logprob_weight(candidate: Candidate) -> float:
-    """The geometric mean of its tokens' probabilities: the normalised weight of Wang et al. (equation 1).
-
-    >>> round(mean_logprob_weight(Candidate("5", 4, 4 * math.log(0.5))), 9)
-    0.5
-    """
-    return math.exp(candidate.logprob / candidate.n_tokens)
-
-
 def best_of(candidates: Sequence[Candidate], values: Sequence[float | None]) -> int | None:
     """The index of the candidate with an answer that has the largest value, the first of equals; None if there is none.
 

@@ -13,7 +13,6 @@ from nanor1.voting import (
     best_of,
     group_answers,
     majority,
-    mean_logprob_weight,
     pass_at_k,
     same_answer,
     subsets,
@@ -239,18 +238,6 @@ def test_as_many_weights_as_candidates_are_wanted():
         weighted_vote(MATH, candidates("2", "3"), [1.0])
     with pytest.raises(ValueError):
         best_of(candidates("2"), [1.0, 2.0])
-
-
-def test_the_mean_weight_is_the_geometric_mean_of_the_probabilities():
-    probabilities = [0.5, 0.25, 1.0, 0.125]  # product 2^-6, its fourth root 2^-1.5
-    candidate = Candidate("2", 4, sum(map(math.log, probabilities)))
-    assert mean_logprob_weight(candidate) == pytest.approx(2**-1.5)
-
-
-def test_a_vote_by_mean_probability_does_not_punish_length():
-    voters = [Candidate("2", 10, -5.0), Candidate("0.5", 100, -10.0)]  # e^-0.5 against e^-0.1
-    assert majority(MATH, voters) == 0
-    assert weighted_vote(MATH, voters, list(map(mean_logprob_weight, voters))) == 1
 
 
 # ---- best of N
