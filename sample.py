@@ -366,7 +366,7 @@ def evaluate(engine: Engine) -> None:
         what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
         print(f"{what}, template {engine.prompter.template}, {how}; part: {split}")
         if methods:
-            show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings))
+            show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings.keep_share))
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:

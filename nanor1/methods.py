@@ -94,7 +94,7 @@ AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samp
 PREFIXES = ("refine",)  # runs whose first N answers are what the run of N would have given
 WHOLE = ("beam", "token-beam", "budget")  # runs that are another one for each N
 SINGLE = ("greedy", "direct")  # there is only N = 1
-CONFIDENT = ("vote-tail", "vote-lowest")  # of these votes a share is kept
+CONFIDENT = ("vote-tail", "vote-lowest")
 
 
 def runs_of(methods: Sequence[str], ns: Sequence[int]) -> list[Run]:
@@ -156,10 +156,10 @@ class Figures:
 
 
 def figures(
-    name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], settings: Settings
+    name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], keep_share: float = 1.0
 ) -> Figures:
     """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
-    scores = [(row, score(name, n, run, row, problems[row["index"]], settings)) for row in rows]
+    scores = [(row, score(name, n, run, row, problems[row["index"]], keep_share)) for row in rows]
     scores = [(row, *verdict) for row, verdict in scores if verdict]
     if not scores:
         raise ValueError("no answer could be judged; check the problems' answers")
@@ -184,7 +184,9 @@ def figures(
     )
 
 
-def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Settings) -> tuple[float, float] | None:
+def score(
+    name: str, n: int, run: Run, row: dict, problem: Problem, keep_share: float = 1.0
+) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged.
 
     Where it chooses no answer it is wrong.
@@ -192,23 +194,26 @@ def score(name: str, n: int, run: Run, row: dict, problem: Problem, settings: Se
     verdicts = []
     for answers, _ in _parts(1 if name == "sample" else n, run, row):
         if any(answer["accuracy"] is not None for answer in answers):
-            chosen = choose(name, problem, answers, settings)
+            chosen = choose(name, problem, answers, keep_share)
             right = 0.0 if chosen is None else answers[chosen]["accuracy"]
             if right is not None:
                 verdicts.append((right, right and right * (answers[chosen]["format"] == 1)))
     return tuple(map(mean, zip(*verdicts, strict=True))) or None
 
 
-def choose(name: str, problem: Problem, answers: list[dict], settings: Settings) -> int | None:
-    """The index of the answer that a method chooses; None where there is none to choose."""
+def choose(name: str, problem: Problem, answers: list[dict], keep_share: float) -> int | None:
+    """The index of the answer that a method chooses; None where there is none to choose.
+
+    Of the answers a vote by confidence counts the most confident share.
+    """
     method = METHODS[name]
     if not (method.weight or method.value):
         return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
     candidates = [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
     if method.value:
         return best_of(candidates, [*map(method.value, answers)])
-    keep_share = settings.keep_share if name in CONFIDENT else 1.0
-    return weighted_vote(problem, candidates, [*map(method.weight, answers)], keep_share)
+    weights = [*map(method.weight, answers)]
+    return weighted_vote(problem, candidates, weights, keep_share if name in CONFIDENT else 1.0)
 
 
 def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
@@ -230,7 +235,7 @@ def compare(
     ns: Sequence[int],
     rows: dict[Run, list[dict]],
     problems: Sequence[Problem],
-    settings: Settings,
+    keep_share: float = 1.0,
 ) -> list[Figures]:
     """The figures of each method at each N, of those runs that have rows."""
     found = []
@@ -239,7 +244,7 @@ def compare(
         for n in sizes_of(name, ns):
             run = Run(kind, n if kind in WHOLE else max(run.n for run in rows if run.kind == kind))
             if rows[run]:
-                found.append(figures(name, n, run, rows[run], problems, settings))
+                found.append(figures(name, n, run, rows[run], problems, keep_share))
     return found
 
 
@@ -272,7 +277,7 @@ def picture(found: Sequence[Figures], title: str) -> str:
 
 def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
     """What independent samples came to, in a block of lines; tokens are those of all of a problem's answers."""
-    f, powers = figures("sample", run.n, run, rows, problems, Settings()), powers_of_two(run.n)
+    f, powers = figures("sample", run.n, run, rows, problems), powers_of_two(run.n)
     answers = [answer for row in rows for answer in row["answers"] if answer["accuracy"] is not None]
     form, language = (mean(answer[name] for answer in answers) for name in ("format", "language"))
     wall_s = sum(row["seconds"] for row in rows)
@@ -289,7 +294,7 @@ def report(run: Run, rows: Sequence[dict], problems: Sequence[Problem]) -> str:
         lines.insert(3, f"language        {language:.3f}   {what}")
     found = {"pass@": [pass_rate(n, rows) for n in powers]}
     if problems[0].task != "code":
-        found["majority@"] = [figures("majority", n, run, rows, problems, Settings()).accuracy for n in powers]
+        found["majority@"] = [figures("majority", n, run, rows, problems).accuracy for n in powers]
     for label, values in found.items() if run.n > 1 else ():
         lines.insert(1, f"{label:<15} {'  '.join(f'{x:.3f}' for x in values)}   of {', '.join(map(str, powers))}")
     return "\n".join(lines)

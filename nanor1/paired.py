@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanor1.ledger import ledger_path
-from nanor1.methods import METHODS, Run, Settings, score
+from nanor1.methods import METHODS, Run, score
 from nanor1.tasks import Problem, read_json_lines
 
 Key = tuple[str, str, int]  # a problem: its prompt, its gold answer, and which of several that are alike
@@ -143,7 +143,7 @@ def _methods(run: Run, task: str) -> list[str]:
 def _share(name: str, run: Run, row: dict, task: str) -> tuple[float, float] | None:
     """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
     try:
-        return score(name, run.n, run, row, Problem(row["prompt"], row["gold"], task), Settings())
+        return score(name, run.n, run, row, Problem(row["prompt"], row["gold"], task))
     except KeyError as error:
         raise ValueError(f"a line of {run} has no {error}; evaluate again") from error
 

@@ -13,7 +13,6 @@ from nanor1.methods import (
     AMONG_SAMPLES,
     METHODS,
     Run,
-    Settings,
     compare,
     figures,
     obstacle,
@@ -44,14 +43,14 @@ def row(*answers, index=0, sampled=None, read=7, seconds=8.0):
     )
 
 
-def measured(name, n, rows, kind=None, settings=Settings(), problems=(SUM,)):  # noqa: B008
+def measured(name, n, rows, kind=None, problems=(SUM,), **options):
     kind = kind or METHODS[name].run
     run = Run(kind, n if kind in ("beam", "budget") else max(len(r["answers"]) for r in rows))
-    return figures(name, n, run, rows, problems, settings)
+    return figures(name, n, run, rows, problems, **options)
 
 
-def accuracy(name, n, *answers, **settings):
-    return measured(name, n, [row(*answers)], settings=Settings(**settings)).accuracy
+def accuracy(name, n, *answers, **options):
+    return measured(name, n, [row(*answers)], **options).accuracy
 
 
 def unjudged(given):
@@ -232,10 +231,10 @@ def test_a_problem_that_cannot_be_judged_is_left_out_whether_it_was_answered_or_
     size = 1 if kind in ("greedy", "direct") else 4
     groups = [[good] * size, [bad] * size, [unjudged(dict(SILENT, tree=0))] * size]
     rows = [row(*group, index=i) | dict(sampled_by_tree=[10 * size]) for i, group in enumerate(groups)]
-    found = figures(name, n, Run(kind, size), rows, [SUM] * 3, Settings())
+    found = figures(name, n, Run(kind, size), rows, [SUM] * 3)
     assert (found.accuracy, found.problems) == (1.0, 1) and found.tokens <= 40
     with pytest.raises(ValueError, match="no answer could be judged"):
-        figures(name, n, Run(kind, size), rows[1:], [SUM] * 3, Settings())
+        figures(name, n, Run(kind, size), rows[1:], [SUM] * 3)
 
 
 def test_a_sample_that_cannot_be_judged_is_left_out_of_its_problem():
@@ -283,7 +282,7 @@ def test_fewer_trees_are_the_mean_over_those_of_a_run_of_more():
     good, bad = answer("5", score=-0.1), answer("4", score=-0.2)
     best_but_wrong = answer("4", score=0.0)
     rows = [of_trees([bad], [good], [bad], [best_but_wrong, good], index=0)]
-    of = {n: figures("dvts", n, Run("dvts", 16), rows, [SUM], Settings()) for n in (4, 8, 16)}
+    of = {n: figures("dvts", n, Run("dvts", 16), rows, [SUM]) for n in (4, 8, 16)}
     assert [(f.accuracy, f.tokens) for f in of.values()] == [(1 / 4, 250), (1 / 2, 500), (0, 1000)]
     assert of[8].tokens_p95 == 700 and of[16].tokens_p95 == 1000
 
@@ -301,7 +300,7 @@ def comparison():
         for run in runs_of(list(METHODS), ns)
     }
     rows[Run("dvts", 8)] = [of_trees([right, right], [right, right]), of_trees([right, wrong], [wrong, right])]
-    return compare(list(METHODS), ns, rows, [SUM, SUM], Settings())
+    return compare(list(METHODS), ns, rows, [SUM, SUM])
 
 
 def test_a_comparison_has_each_method_at_each_n_at_which_it_is_no_other(comparison):
@@ -323,7 +322,7 @@ def test_a_comparison_has_each_method_at_each_n_at_which_it_is_no_other(comparis
 
 def test_runs_that_have_no_rows_are_left_out():
     rows = {Run("greedy", 1): [row(RIGHT)], Run("samples", 4): []}
-    assert [f.method for f in compare(["greedy", "majority"], [4], rows, [SUM], Settings())] == ["greedy"]
+    assert [f.method for f in compare(["greedy", "majority"], [4], rows, [SUM])] == ["greedy"]
 
 
 def test_the_table_has_a_line_for_each_method_and_n(comparison):

@@ -37,7 +37,7 @@ def rate(asker: Asker, run: Run | int, problems: list[Problem], prompts: list[li
         made_PG = asker.sampler.generate(prompts, n=run, **asker.prompter.stops, **asker.sampling)
         return sum(len(made.ids) for group in made_PG for made in group) / (time.perf_counter() - start_s)
     rows = answer(asker, run, problems, 0, Progress(len(problems) * run.n))
-    figures("majority" if run.kind == "samples" else run.kind, run.n, run, rows, problems, asker.settings)
+    figures("majority" if run.kind == "samples" else run.kind, run.n, run, rows, problems)
     return sum(row["sampled"] for row in rows) / (time.perf_counter() - start_s)
 
 
