@@ -46,39 +46,6 @@ def make_rules(prompter: Prompter, **fields) -> Rules:
     return rules
 
 
-def judge(
-    problem: Problem | None,
-    prompt: Prompt,
-    completion: Completion,
-    tokenizer: Tokenizer,
-    rules: Rules,
-    known: dict[str, float | None] | None = None,
-) -> Rollout:
-    """Reward one completion by rules. An answer cut off by the length limit is not an answer: its accuracy is 0.
-
-    `known` parts are not judged again. The reward is None where a weighted part is, or is still to come from a reward
-    model. An answer to what is no problem is read and not judged.
-    """
-    response = read_response(prompt, completion, tokenizer, rules.next_turn)
-    if problem is None:
-        return Rollout(None, prompt[1], completion, response, None, {})
-    form = {} if rules.style == "think" else {"format": marked}
-    functions, known = REWARDS | form | rules.own, known or {}
-    names = {*REPORTED, *rules.weights} & functions.keys()
-    parts = {name: known[name] if name in known else functions[name](problem, response) for name in sorted(names)}
-    if completion.finish == "length" and parts["accuracy"] is not None:
-        parts["accuracy"] = 0.0
-    reward = combine(parts, rules.weights) if parts.keys() >= rules.weights.keys() else None
-    return Rollout(problem, prompt[1], completion, response, reward, parts)
-
-
-def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str = "") -> str:
-    """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
-    ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
-    text = tokenizer.decode(ids)
-    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
-
-
 def judge_all(
     problems: Sequence[Problem | None],
     prompts: Sequence[Prompt],
@@ -86,34 +53,48 @@ def judge_all(
     tokenizer: Tokenizer,
     rules: Rules,
 ) -> list[list[Rollout]]:
-    """Reward the completions of each problem; programs run several at a time, a reward model scores all at once."""
-    jobs = [
-        (problem, prompt, completion)
+    """Reward the completions of each problem; programs run several at a time, a reward model scores all at once.
+
+    Answers to what is no problem are read and not judged.
+    """
+    flat = [
+        Rollout(problem, prompt[1], made, read_response(prompt, made, tokenizer, rules.next_turn), None, {})
         for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
-        for completion in group
+        for made in group
     ]
-    known = {} if "accuracy" in rules.own else _run_programs(jobs, tokenizer, rules.next_turn)
-    flat = [judge(*job, tokenizer, rules, known.get(i)) for i, job in enumerate(jobs)]
+    code = [i for i, r in enumerate(flat) if r.problem and r.problem.task == "code" and "accuracy" not in rules.own]
+    programs = [after_thinking(flat[i].text) for i in code]
+    accuracies = code_accuracies([flat[i].problem for i in code], programs)
+    known = {i: {"accuracy": accuracy} for i, accuracy in zip(code, accuracies, strict=True)}
+    scores = [None] * len(flat)
     if rules.preference:
         scores = rules.preference([rollout.prompt_ids for rollout in flat], [rollout.text for rollout in flat])
-        flat = [_with_preference(rollout, score, rules.weights) for rollout, score in zip(flat, scores, strict=True)]
-    rollouts = iter(flat)
-    return [[next(rollouts) for _ in group] for group in completions_PG]
+    judged = (judge(r, known.get(i, {}), scores[i], rules) if r.problem else r for i, r in enumerate(flat))
+    return [[next(judged) for _ in group] for group in completions_PG]
 
 
-def _run_programs(jobs: list[tuple], tokenizer: Tokenizer, next_turn: str) -> dict[int, dict[str, float | None]]:
-    """The accuracy of each job that is code, run together: a tenth of the time that one by one would take."""
-    code = [i for i, (problem, _, _) in enumerate(jobs) if problem and problem.task == "code"]
-    answers = [after_thinking(read_response(*jobs[i][1:], tokenizer, next_turn)) for i in code]
-    accuracies = code_accuracies([jobs[i][0] for i in code], answers) if code else []
-    return {i: {"accuracy": value} for i, value in zip(code, accuracies, strict=True)}
+def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
+    """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
+    ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
+    text = tokenizer.decode(ids)
+    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
 
 
-def _with_preference(rollout: Rollout, score: float | None, weights: Mapping[str, float]) -> Rollout:
-    """An answer that is cut off or missing is preferred to none: a reward model may never have seen one."""
-    is_there = rollout.completion.finish == "stop" and after_thinking(rollout.text).strip()
-    parts = rollout.parts | {"preference": score if is_there else 0.0}
-    return replace(rollout, parts=parts, reward=combine(parts, weights))
+def judge(rollout: Rollout, known: dict[str, float | None], score: float | None, rules: Rules) -> Rollout:
+    """Reward one answer by rules; `known` parts are not judged again, `score` is a reward model's.
+
+    One that is cut off by the length limit is no answer: its accuracy is 0. One that is cut off or missing is
+    preferred to none: a reward model may never have seen one. The reward is None where a weighted part is.
+    """
+    functions = REWARDS | ({} if rules.style == "think" else {"format": marked}) | rules.own
+    names = sorted({*REPORTED, *rules.weights} & functions.keys())
+    parts = {name: known[name] if name in known else functions[name](rollout.problem, rollout.text) for name in names}
+    is_whole = rollout.completion.finish == "stop"
+    if not is_whole and parts["accuracy"] is not None:
+        parts["accuracy"] = 0.0
+    if rules.preference:
+        parts["preference"] = score if is_whole and after_thinking(rollout.text).strip() else 0.0
+    return replace(rollout, parts=parts, reward=combine(parts, rules.weights))
 
 
 def evaluate(

@@ -26,6 +26,7 @@ from running import (
 )
 
 from nanor1 import traces, training
+from nanor1.ledger import Ledger
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task, new_model
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
@@ -347,7 +348,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method
 
 def stop_in_traces(patch, error):
     """The teacher is stopped at its second batch of answers."""
-    append, calls = traces.append, []
+    append, calls = Ledger.append, []
 
     def append_or_stop(*arguments):
         calls.append(arguments)
@@ -355,7 +356,7 @@ def stop_in_traces(patch, error):
             raise error
         return append(*arguments)
 
-    patch.setattr(traces, "append", append_or_stop)
+    patch.setattr(Ledger, "append", append_or_stop)
 
 
 @pytest.mark.parametrize(("error", "goes_on"), [(Killed, "the same command"), (KeyboardInterrupt, "--resume")])

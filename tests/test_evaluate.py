@@ -11,7 +11,6 @@ from nanor1.evaluate import (
     Rules,
     accuracy_interval,
     evaluate,
-    judge,
     judge_all,
     majority_accuracy,
     summarize,
@@ -39,6 +38,11 @@ def answered(answer, accuracy, finish="stop", format=1.0, n_tokens=4, thinking="
     text = f"<think>{thinking}</think> <answer>{answer}</answer>"
     parts = {"accuracy": accuracy, "format": format}
     return Rollout(SUM, [0], Completion([1] * n_tokens, [logprob] * n_tokens, finish), text, accuracy, parts)
+
+
+def judge(problem, prompt, completion, tokenizer, rules):
+    ((rollout,),) = judge_all([problem], [prompt], [[completion]], tokenizer, rules)
+    return rollout
 
 
 def completion(tokenizer, text, finish="stop"):
