@@ -93,7 +93,7 @@ def work_through(
     A batch is how many problems it has, and the arguments of `make`.
     """
     if ledger.n_done:
-        so_far = "is whole" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
+        so_far = "is finished" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
         say(f"{path} {so_far}")
     n_problems = 0
     try:

@@ -229,7 +229,7 @@ def test_a_finished_file_is_reckoned_again_without_a_token_made(whole, run, fold
     (folder / "whole.svg").unlink()
     monkeypatch.setattr(measure, "produce", None)  # it would be called in vain
     code, again, err = run(*argv)
-    assert (code, again, out.read_bytes()) == (0, printed, before) and f"{out} is whole" in err
+    assert (code, again, out.read_bytes()) == (0, printed, before) and f"{out} is finished" in err
     assert (folder / "whole.svg").exists()
     with out.open("ab") as file:
         file.write(b"a line of the user's own")
@@ -388,7 +388,7 @@ def test_a_file_takes_in_other_methods_and_other_n_and_what_it_holds_is_not_made
         assert code == 0 and kinds(out) == made and len(read_lines(out)) == 3 * len(made), err
         alone = run(*argv, "--out", tmp_path / "alone" / str(len(made)))[1]
         assert [line.split()[:8] for line in printed.splitlines()] == [line.split()[:8] for line in alone.splitlines()]
-    assert run("--n", "2", "--method", "majority", "--out", out)[2].endswith(f"{out} is whole\n")
+    assert run("--n", "2", "--method", "majority", "--out", out)[2].endswith(f"{out} is finished\n")
     with out.open("ab") as file:
         file.write(b"a line of the user's own")
     assert run("--n", "2", "--method", "token-beam", "--out", out)[0] == 0

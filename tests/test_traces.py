@@ -333,7 +333,7 @@ def test_a_finished_file_is_left_as_it_is(tmp_path, monkeypatch):
     first = sample(path)
     before = path.read_bytes(), ledger_path(path).read_bytes()
     monkeypatch.setattr(Sampler, "generate", None)  # it would be called in vain
-    assert sample(path, say=said.append) == first and said == [f"{path} is whole"]
+    assert sample(path, say=said.append) == first and said == [f"{path} is finished"]
     assert (path.read_bytes(), ledger_path(path).read_bytes()) == before
     path.write_bytes(before[0] + b"a line of the user's own")
     assert sample(path) == first and path.read_bytes().endswith(b"own")
