@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1 import machine
+from nanor1 import ledger, machine
 
 MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 
@@ -48,6 +48,18 @@ def call_main(script, argv):
         except Killed:
             code = None
     return code, out.getvalue(), err.getvalue()
+
+
+def die_saving(patch, n_done):
+    """Be killed where it is worst: the lines of a batch are written, the ledger does not know that so many are done."""
+    write_json = ledger.write_json
+
+    def write_or_die(beside, content):
+        if content["n_done"] >= n_done:
+            raise Killed
+        write_json(beside, content)
+
+    patch.setattr(ledger, "write_json", write_or_die)
 
 
 def at_update(patch, script, at, happen):

@@ -1,10 +1,7 @@
 """Evaluations by every method through sample.py: rows, their tokens, files that go on, and what is refused."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -12,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import Killed, call_main, read_lines, write_lines
+from running import Killed, call_main, die_saving, read_lines, write_lines
 
-import nanor1.ledger
 from nanor1 import batching, measure
 from nanor1.ledger import ledger_path
 from nanor1.methods import METHODS
@@ -292,27 +288,11 @@ def test_trees_are_told_apart_in_a_row(run, tmp_path):
 KILLED = [*SOME, "--max-rows", "1"]  # 2 problems a batch, so that a run takes two
 
 
-def begin_and_die(argv):
-    """Kill this process where it is worst: the rows of a batch are written, the ledger does not know it."""
-    write_json = nanor1.ledger.write_json
-
-    def write_or_die(beside, content):
-        if content.get("n_done", 0) >= 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_json(beside, content)
-
-    nanor1.ledger.write_json = write_or_die
-    call_main(sample, argv)
-
-
-def test_a_killed_evaluation_goes_on_to_the_rows_of_an_uninterrupted_one(run, folder, tmp_path):
+def test_a_killed_evaluation_goes_on_to_the_rows_of_an_uninterrupted_one(run, tmp_path):
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    argv = ["--model", folder / "model", "--task", "gsm8k", "--data", folder / "problems.jsonl", "--split", "all"]
-    argv = [*map(str, [*argv, "--device", "cpu", "--max-new-tokens", "24", *KILLED, "--out", killed])]
-    program = f"import test_measure; test_measure.begin_and_die({argv!r})"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment)
-    assert child.returncode == -signal.SIGKILL
+    with pytest.MonkeyPatch.context() as patch:
+        die_saving(patch, 5)
+        assert run(*KILLED, "--out", killed)[0] is None
     ledger = json.loads(ledger_path(killed).read_text())
     assert 0 < ledger["n_done"] < 5 and killed.stat().st_size > ledger["n_bytes"] > 0
     code, printed, err = run(*KILLED, "--out", killed)

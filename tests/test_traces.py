@@ -1,20 +1,15 @@
 """Rejection sampling: what is kept, what the lines hold, and that a file goes on where it was stopped."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from running import Killed, die_saving
 
-import nanor1.ledger
 from nanor1 import traces
 from nanor1.evaluate import Rules
 from nanor1.grpo import Rollout
@@ -281,27 +276,11 @@ def test_a_problem_that_comes_twice_gives_no_line_twice(tmp_path):
     assert twice.counts["sampled"] == twice.counts["kept"] + sum(twice.counts.get(name, 0) for name in DROPPED)
 
 
-IMPORTABLE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-
-
-def begin_and_die(path):
-    """Kill this process where it is worst: the lines of the second batch are written, the ledger does not know it."""
-    write_json = nanor1.ledger.write_json
-
-    def write_or_die(beside, content):
-        if content["n_done"] == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_json(beside, content)
-
-    nanor1.ledger.write_json = write_or_die
-    sample(path)
-
-
 def test_killed_sampling_goes_on_without_duplicates_to_the_bytes_of_an_uninterrupted_run(tmp_path):
     killed, whole, said = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl", []
-    program = "import pathlib, sys, test_traces; test_traces.begin_and_die(pathlib.Path(sys.argv[1]))"
-    child = subprocess.run([sys.executable, "-c", program, str(killed)], cwd=Path(__file__).parent, env=IMPORTABLE)
-    assert child.returncode == -signal.SIGKILL
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_saving(patch, 4)
+        sample(killed)
     ledger = json.loads(ledger_path(killed).read_text())
     assert ledger["n_done"] == 2 and killed.stat().st_size > ledger["n_bytes"] > 0
     sample(whole)
