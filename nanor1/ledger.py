@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,24 +86,24 @@ def open_ledger(path: Path | None, arguments: dict, n_problems: int) -> Ledger:
 
 
 def work_through(
-    ledger: Ledger, path: Path | None, batches: Iterable[tuple], make: Callable, progress: "Progress", say: Callable
+    ledger: Ledger, path: Path | None, batches: Sequence[tuple], make: Callable, progress: "Progress", say: Callable
 ) -> None:
     """Add what `make` returns, lines and counts, of batch after batch; after Ctrl-C what is done stays.
 
-    A batch is how many problems it has, and the arguments of `make`.
+    A batch is the arguments of `make`; the last one is the range of its problems.
     """
     if ledger.n_done:
         so_far = "is finished" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
         say(f"{path} {so_far}")
-    n_problems = 0
+    batch = ((),)
     try:
-        for n_problems, *arguments in batches:  # noqa: B007
-            lines, counts = make(*arguments)
-            ledger.append(path, lines, n_problems, counts)
+        for batch in batches:
+            lines, counts = make(*batch)
+            ledger.append(path, lines, len(batch[-1]), counts)
     except KeyboardInterrupt:
         progress.clear()
         kept = f", kept in {path}; the same command goes on from there" if path else ""
-        so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({n_problems} under way lost)"
+        so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({len(batch[-1])} under way lost)"
         say(f"stopped by Ctrl-C after {so_far}{kept}")
     progress.clear()
 

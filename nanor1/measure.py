@@ -112,14 +112,15 @@ def measure(
     ledger.n_problems = ledger.n_done + len(runs) * P - sum(map(len, rows.values()))  # it may hold other runs, too
     progress = Progress(P * sum(run.n for run in runs), sum(run.n * len(rows[run]) for run in runs))
 
-    def make(run: Run, first: int, size: int) -> tuple[list[dict], Counter]:
-        made = answer(asker, run, problems[first : first + size], first, progress)
+    def make(run: Run, batch: range) -> tuple[list[dict], Counter]:
+        made = answer(asker, run, problems[batch.start : batch.stop], batch.start, progress)
         rows[run] += made
         return made, Counter()
 
-    sizes = {run: batch_size(run, asker.sampler.max_rows) for run in runs}
-    parts = [(run, first, min(sizes[run], P - first)) for run in runs for first in range(len(rows[run]), P, sizes[run])]
-    batches = ((size, run, first, size) for run, first, size in parts)
+    batches = []
+    for run in runs:
+        size = batch_size(run, asker.sampler.max_rows)
+        batches += [(run, range(first, min(first + size, P))) for first in range(len(rows[run]), P, size)]
     work_through(ledger, path, batches, make, progress, say)
     return rows, ledger.is_whole
 
@@ -200,7 +201,7 @@ def to_answer(asker: Asker, rollout: Rollout, score: float) -> dict:
     """One answer, judged; what a method chooses by stands with it."""
     made, parts = rollout.completion, rollout.parts
     candidate = to_candidate(rollout)
-    tail, lowest = window_confidences(made.confidences, asker.settings.window) if made.confidences else (None, None)
+    confidences = window_confidences(made.confidences, asker.settings.window) if made.confidences else ()
     return {
         "text": rollout.text,
         "answer": candidate.answer,
@@ -211,6 +212,6 @@ def to_answer(asker: Asker, rollout: Rollout, score: float) -> dict:
         "finish": made.finish,
         "logprob": round(candidate.logprob, 4),
         "score": round(score, 5) if math.isfinite(score) else None,
-        **({"tail": round(tail, 4), "lowest": round(lowest, 4)} if tail is not None else {}),
-        **({"preference": parts["preference"]} if "preference" in parts else {}),
+        **{name: round(value, 4) for name, value in zip(("tail", "lowest"), confidences, strict=False)},
+        **{name: parts[name] for name in parts if name == "preference"},
     }

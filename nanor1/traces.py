@@ -1,9 +1,8 @@
 """Rejection sampling: of a model's answers the right and readable ones become training text, line by line in a file.
 
 Several answers to each problem are sampled and judged, and what is kept is written batch by batch, as JSON lines that
-train_sft.py and distill.py read. Beside the file stands `FILE.progress.json`: the arguments, how many problems are done
-at which byte of the file, and what has been counted. A killed run so continues where it was, with the very bytes that
-an uninterrupted one would have written: a problem's random numbers depend on its index alone.
+train_sft.py and distill.py read. A killed run goes on (ledger.py) to the very bytes that an uninterrupted one would
+have written: a problem's random numbers depend on its index alone.
 
 Source: DeepSeek-R1 (arXiv:2501.12948), section 2.3.3: several answers a prompt, only right ones kept, those that mix
 languages filtered out. Departures: long paragraphs and code blocks stay, in which correct work is often written; what
@@ -207,14 +206,13 @@ def collect(
     seen = set() if ledger.is_whole else set(map(line_key, read_lines(path)))
     progress = Progress(P * samples, ledger.n_done * samples)
 
-    def make(first: int, batch: Sequence[Question]) -> tuple[list[dict], Counter[str]]:
-        seeds = [seed * SEED_STRIDE + first + i for i in range(len(batch))]
+    def make(batch: range) -> tuple[list[dict], Counter[str]]:
+        asked, seeds = questions[batch.start : batch.stop], [seed * SEED_STRIDE + i for i in batch]
         how = dict(n=samples, seed=seeds, on_progress=progress.hear) | sampling
-        groups = answer(sampler, prompter, batch, rules, **how)
-        return keep_batch(batch, first, groups, selection, source, seen)
+        groups = answer(sampler, prompter, asked, rules, **how)
+        return keep_batch(asked, batch.start, groups, selection, source, seen)
 
-    parts = ((first, questions[first : first + batch_size]) for first in range(ledger.n_done, P, batch_size))
-    batches = ((len(batch), first, batch) for first, batch in parts)
+    batches = [(range(first, min(first + batch_size, P)),) for first in range(ledger.n_done, P, batch_size)]
     work_through(ledger, path, batches, make, progress, say)
     return ledger
 
