@@ -220,8 +220,7 @@ def wilson_interval(n_right: float, n: float, z: float = 1.96) -> tuple[float, f
     >>> tuple(round(x, 3) for x in wilson_interval(8, 10))
     (0.49, 0.943)
     """
-    if not 0 <= n_right <= n or n < 1:
-        raise ValueError(f"{n_right} right of {n}: want 0 <= right <= n and n >= 1")
+    assert 0 <= n_right <= n and n >= 1, f"{n_right} right of {n}: want 0 <= right <= n and n >= 1"
     p, shrink = n_right / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

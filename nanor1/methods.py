@@ -97,11 +97,15 @@ SINGLE = ("greedy", "direct")  # there is only N = 1
 CONFIDENT = ("vote-tail", "vote-lowest")
 
 
+def looks_of(methods: Sequence[str], ns: Sequence[int]) -> list[tuple[str, int, Run]]:
+    """Each method at each N at which it is looked at, and the run that it is reckoned from."""
+    kinds = [(name, n, METHODS[name].run) for name in methods for n in sizes_of(name, ns)]
+    return [(name, n, Run(kind, n if kind in (*WHOLE, *SINGLE) else max(ns))) for name, n, kind in kinds]
+
+
 def runs_of(methods: Sequence[str], ns: Sequence[int]) -> list[Run]:
     """The runs that methods at each N need, each once."""
-    wanted = [Run(METHODS[name].run, n) for name in methods for n in sizes_of(name, ns)]
-    shared = [Run(run.kind, run.n if run.kind in (*WHOLE, *SINGLE) else max(ns)) for run in wanted]
-    return list(dict.fromkeys(shared))
+    return list(dict.fromkeys(run for *_, run in looks_of(methods, ns)))
 
 
 def sizes_of(name: str, ns: Sequence[int]) -> list[int]:
@@ -159,11 +163,11 @@ def figures(
     name: str, n: int, run: Run, rows: Sequence[dict], problems: Sequence[Problem], keep_share: float = 1.0
 ) -> Figures:
     """A method's figures from a run's rows; problems that could not be judged are left out. ValueError if all are."""
-    scores = [(row, score(name, n, run, row, problems[row["index"]], keep_share)) for row in rows]
-    scores = [(row, *verdict) for row, verdict in scores if verdict]
-    if not scores:
+    scores = [score(name, n, run, row, problems[row["index"]], keep_share) for row in rows]
+    if not any(scores):
         raise ValueError("no answer could be judged; check the problems' answers")
-    judged, rights, stricts = zip(*scores, strict=True)
+    judged = [row for row, judged in zip(rows, scores, strict=True) if judged]
+    rights, stricts = zip(*filter(None, scores), strict=True)
     parts_P = [_parts(n, run, row) for row in judged]
     tokens_P = [mean(tokens for _, tokens in parts) for parts in parts_P]
     every_cost = sorted(tokens for parts in parts_P for _, tokens in parts)
@@ -238,14 +242,8 @@ def compare(
     keep_share: float = 1.0,
 ) -> list[Figures]:
     """The figures of each method at each N, of those runs that have rows."""
-    found = []
-    for name in methods:
-        kind = METHODS[name].run
-        for n in sizes_of(name, ns):
-            run = Run(kind, n if kind in WHOLE else max(run.n for run in rows if run.kind == kind))
-            if rows[run]:
-                found.append(figures(name, n, run, rows[run], problems, keep_share))
-    return found
+    looks = looks_of(methods, ns)
+    return [figures(name, n, run, rows[run], problems, keep_share) for name, n, run in looks if rows[run]]
 
 
 LEGEND = """\
@@ -255,13 +253,13 @@ accuracy: right, in whatever format; strict: right, and in the format asked for;
 
 def table(found: Sequence[Figures]) -> str:
     """The figures, one method and N a line."""
-    lines = ["method         N  accuracy  95%             strict  tokens/problem     p95    read   cut  seconds"]
-    for f in found:
-        lines.append(
-            f"{f.method:<12}{f.n:>4}     {f.accuracy:.3f}  {f.low:.3f} to {f.high:.3f}  {f.strict:.3f}  "
-            f"{f.tokens:>14,.0f}{f.tokens_p95:>8,.0f}{f.read:>8,.0f}{f.truncated:>6.0%}{f.seconds:>9.2f}"
-        )
-    return "\n".join(lines)
+    lines = [
+        f"{f.method:<12}{f.n:>4}     {f.accuracy:.3f}  {f.low:.3f} to {f.high:.3f}  {f.strict:.3f}  "
+        f"{f.tokens:>14,.0f}{f.tokens_p95:>8,.0f}{f.read:>8,.0f}{f.truncated:>6.0%}{f.seconds:>9.2f}"
+        for f in found
+    ]
+    head = "method         N  accuracy  95%             strict  tokens/problem     p95    read   cut  seconds"
+    return "\n".join([head, *lines])
 
 
 def picture(found: Sequence[Figures], title: str) -> str:

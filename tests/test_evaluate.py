@@ -76,7 +76,7 @@ def test_wilsons_interval_covers_the_truth_95_times_in_100(n):
 
 @pytest.mark.parametrize(("n_right", "n"), [(3, 2), (-1, 2), (0, 0)])
 def test_a_share_that_is_none_is_refused(n_right, n):
-    with pytest.raises(ValueError, match="want 0 <= right <= n and n >= 1"):
+    with pytest.raises(AssertionError, match="want 0 <= right <= n and n >= 1"):
         wilson_interval(n_right, n)
 
 
