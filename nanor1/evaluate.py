@@ -214,14 +214,15 @@ def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:
     return wilson_interval(mean * n_effective, n_effective)
 
 
-def wilson_interval(n_right: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927); 95% by default.
+def wilson_interval(n_right: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval of 95% for a proportion (Wilson 1927).
 
     >>> tuple(round(x, 3) for x in wilson_interval(8, 10))
     (0.49, 0.943)
     """
     assert 0 <= n_right <= n and n >= 1, f"{n_right} right of {n}: want 0 <= right <= n and n >= 1"
-    p, shrink = n_right / n, 1 + z * z / n
+    z, p = 1.96, n_right / n
+    shrink = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)

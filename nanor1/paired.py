@@ -32,14 +32,11 @@ accuracy: right, in whatever format; strict: right, and in the format asked for;
 def paired_difference(before_P: Sequence[float], after_P: Sequence[float]) -> tuple[float, float, float]:
     """The mean of `after - before` over problems, shares in 0..1, and the ends of its 95% interval, within -1..1.
 
-    ValueError for no problems, and for two numbers of them.
-
     >>> tuple(round(x, 3) for x in paired_difference([0, 0, 0, 1], [1, 1, 0, 1]))
     (0.5, -0.166, 0.832)
     """
     n = len(before_P)
-    if n == 0 or n != len(after_P):
-        raise ValueError(f"{n} problems before and {len(after_P)} after; want the same ones, and at least 1")
+    assert n == len(after_P) and n, f"{n} problems before and {len(after_P)} after; want the same ones, and at least 1"
     difference_P = [after - before for before, after in zip(before_P, after_P, strict=True)]
     # The four half pairs are 2 pairs; their differences 1, -1, 0 and 0 add nothing to the sum, and 1 to the squares.
     middle = sum(difference_P) / (n + 2)
@@ -67,8 +64,8 @@ def compare_files(before: str | Path, after: str | Path) -> str:
             if n_alone := len(of_run) - len(both):
                 left_out.setdefault(f"{n_alone} in {path} alone", []).append(label)
         for name_a, name_b in zip(_methods(run_a, task_a), _methods(run_b, task_b), strict=False):
-            shares_a = [_share(name_a, run_a, rows_a[run_a][key], task_a) for key in both]
-            shares_b = [_share(name_b, run_b, rows_b[run_b][key], task_b) for key in both]
+            shares_a = _shares(name_a, run_a, [rows_a[run_a][key] for key in both], task_a)
+            shares_b = _shares(name_b, run_b, [rows_b[run_b][key] for key in both], task_b)
             judged = [pair for pair in zip(shares_a, shares_b, strict=True) if None not in pair]
             if n_unjudged := len(both) - len(judged):
                 left_out.setdefault(f"{n_unjudged} that could not be judged", []).append(label)
@@ -140,10 +137,10 @@ def _methods(run: Run, task: str) -> list[str]:
     return ["sample", "majority"] if run.n > 1 and task not in ("", "code") else ["sample"]
 
 
-def _share(name: str, run: Run, row: dict, task: str) -> tuple[float, float] | None:
-    """How right a method is on a problem, lenient and strict, in 0..1; None if that could not be judged."""
+def _shares(name: str, run: Run, rows: list[dict], task: str) -> list[tuple[float, float] | None]:
+    """How right a method is on each problem, lenient and strict, in 0..1; None where that could not be judged."""
     try:
-        return score(name, run.n, run, row, Problem(row["prompt"], row["gold"], task))
+        return [score(name, run.n, run, row, Problem(row["prompt"], row["gold"], task)) for row in rows]
     except KeyError as error:
         raise ValueError(f"a line of {run} has no {error}; evaluate again") from error
 

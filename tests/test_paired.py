@@ -45,7 +45,7 @@ def test_before_and_after_exchanged_turn_the_interval_round():
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([1], []), ([0, 1], [1])])
 def test_other_than_pairs_are_refused(before, after):
-    with pytest.raises(ValueError, match=f"{len(before)} problems before and {len(after)} after"):
+    with pytest.raises(AssertionError, match=f"{len(before)} problems before and {len(after)} after"):
         paired_difference(before, after)
 
 
