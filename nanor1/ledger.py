@@ -95,15 +95,16 @@ def work_through(
     if ledger.n_done:
         so_far = "is finished" if ledger.is_whole else f"goes on after {ledger.n_done} of {ledger.n_problems} problems"
         say(f"{path} {so_far}")
-    batch = ((),)
+    n_problems = 0
     try:
-        for batch in batches:
-            lines, counts = make(*batch)
-            ledger.append(path, lines, len(batch[-1]), counts)
+        for *arguments, indices in batches:
+            n_problems = len(indices)
+            lines, counts = make(*arguments, indices)
+            ledger.append(path, lines, n_problems, counts)
     except KeyboardInterrupt:
         progress.clear()
         kept = f", kept in {path}; the same command goes on from there" if path else ""
-        so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({len(batch[-1])} under way lost)"
+        so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({n_problems} under way lost)"
         say(f"stopped by Ctrl-C after {so_far}{kept}")
     progress.clear()
 

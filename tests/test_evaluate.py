@@ -237,6 +237,11 @@ def test_a_tag_that_the_prompt_has_opened_belongs_to_the_text(tokenizer):
     assert bare.parts["format"] == 0.0 and bare.reward == pytest.approx(0.9)
 
 
+def test_an_answer_to_what_is_no_problem_is_read_and_not_judged(tokenizer):
+    rollout = judge(None, ("Q <think>", [6]), completion(tokenizer, "2 <end>"), tokenizer, RULES)
+    assert (rollout.text, rollout.reward, rollout.parts) == ("<think>2", None, {})
+
+
 def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokenizer):
     wrong = completion(tokenizer, "<answer> 4 </answer> <end>")
     rollout = judge(SUM, ("", []), wrong, tokenizer, Rules({"format": 1.0}))

@@ -70,7 +70,7 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says(n_problems,
 
 
 def answered(*accuracies, form=1.0, **more):
-    return [dict(accuracy=accuracy, format=form, tokens=5) | more for accuracy in accuracies]
+    return [dict(accuracy=accuracy, format=form) | more for accuracy in accuracies]
 
 
 def line(prompt, answers, run="samples-2", gold="7"):
