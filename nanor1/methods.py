@@ -66,11 +66,6 @@ class Method:
     value: Callable[[dict], float | None] | None = None  # the answer of the largest one is taken
 
 
-def _gold(answer: dict) -> float | None:
-    """A right answer before a wrong one, and of right ones one in the form asked for."""
-    return None if answer["accuracy"] is None else answer["accuracy"] * (1 + (answer["format"] or 0.0))
-
-
 METHODS = {
     "greedy": Method("greedy", "one answer at temperature 0"),
     "direct": Method("direct", "one answer at temperature 0, asked for without any thinking"),
@@ -83,7 +78,11 @@ METHODS = {
     "vote-lowest": Method("samples", "votes weigh their least confidence", lambda a: a.get("lowest")),
     "best-logprob": Method("samples", "the likeliest a token", value=lambda a: a["logprob"] / a["tokens"]),
     "best-reward": Method("samples", "the one that a reward model prefers", value=lambda a: a.get("preference")),
-    "best-rule": Method("samples", "upper bound: the gold answer chooses", value=_gold),
+    "best-rule": Method(  # of right answers one in the form asked for
+        "samples",
+        "upper bound: the gold answer chooses",
+        value=lambda a: a["accuracy"] and a["accuracy"] * (1 + (a["format"] or 0.0)),
+    ),
     "beam": Method("beam", "beam search over steps"),
     "dvts": Method("dvts", "beam search over steps in independent trees"),
     "token-beam": Method("token-beam", "beam search over tokens"),

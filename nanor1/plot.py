@@ -51,7 +51,11 @@ def scatter(series: dict[str, list[Point]], *, title: str, x_label: str, y_label
         assert 0 < p.x < math.inf and is_around, f"cannot show {p}: want x > 0 and 0 <= low <= y <= high <= 1"
     x_ticks = logarithmic_ticks(min(p.x for p in points), max(p.x for p in points))
     y_ticks = linear_ticks(min(p.low for p in points), max(p.high for p in points))
-    marks = [(i, to_pixels(p, x_ticks, y_ticks)) for i, line in enumerate(series.values()) for p in line]
+    marks = [  # in pixels, of which y grows downwards
+        (i, Point(x_pixel(p.x, x_ticks), *(y_pixel(y, y_ticks) for y in (p.y, p.low, p.high)), p.label))
+        for i, line in enumerate(series.values())
+        for p in line
+    ]
     svg = blank(max(WIDTH, LEGEND + 50 + 7 * max(map(len, series))), title)
     draw_axes(svg, x_ticks, y_ticks, x_label, y_label)
     draw_whiskers(svg, marks)
@@ -101,11 +105,6 @@ def x_pixel(x: float, ticks: list[float]) -> float:
 
 def y_pixel(y: float, ticks: list[float]) -> float:
     return BOTTOM - (BOTTOM - TOP) * (y - ticks[0]) / (ticks[-1] - ticks[0])
-
-
-def to_pixels(p: Point, x_ticks: list[float], y_ticks: list[float]) -> Point:
-    y, low, high = (y_pixel(value, y_ticks) for value in (p.y, p.low, p.high))
-    return Point(x_pixel(p.x, x_ticks), y, low, high, p.label)
 
 
 def add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str | float) -> None:
