@@ -44,18 +44,14 @@ def asks_teacher(config: "Config") -> bool:
     return config.method != "on-policy" and not config.trace_file
 
 
-def is_logits(config: "Config") -> bool:
-    return config.method == "logits"
-
-
-def is_on_policy(config: "Config") -> bool:
-    return config.method == "on-policy"
-
-
 TRACES_MADE = ("a teacher that answers problems", asks_teacher)
-LOGITS, ON_POLICY = ("--method logits", is_logits), ("--method on-policy", is_on_policy)
+LOGITS = ("--method logits", lambda config: config.method == "logits")
+ON_POLICY = ("--method on-policy", lambda config: config.method == "on-policy")
 LEARNS_TRACES = ("--method traces or logits", lambda config: config.method != "on-policy")
-SAMPLES = ("a teacher that answers problems, or --method on-policy", lambda c: asks_teacher(c) or is_on_policy(c))
+SAMPLES = (
+    "a teacher that answers problems, or --method on-policy",
+    lambda config: asks_teacher(config) or config.method == "on-policy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
         "logits: the teacher's share of jsd's mixture",
         above=0,
         most=1,
-        needs=("--divergence jsd", lambda config: is_logits(config) and config.divergence == "jsd"),
+        needs=("--divergence jsd", lambda config: config.method == "logits" and config.divergence == "jsd"),
     )
     hard_weight: float = option(
         0.5, "logits: weight of the token's own loss; the divergence gets the rest", least=0, most=1, needs=LOGITS

@@ -7,7 +7,6 @@ Each step: sample G completions for each of P problems (act), reward them by rul
 the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the rewards in nanor1/rewards.py.
 """
 
-import copy
 import math
 import random
 import time
@@ -23,7 +22,7 @@ from nanor1.config import MANY, apply_preset, option, user_errors
 from nanor1.evaluate import make_rules
 from nanor1.exam import Exam, ExamOptions, shorten
 from nanor1.grpo import LossSettings, Rollout, add_gradient, describe, mean, step_metrics
-from nanor1.judge import Actor, act, is_useful
+from nanor1.judge import Actor, act, choose
 from nanor1.machine import peak_flops
 from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature
 from nanor1.model import Transformer
@@ -35,17 +34,12 @@ from nanor1.sampler import Sampler
 from nanor1.tasks import TASKS, parse_object
 from nanor1.training import Run, RunConfig, as_miniature_run, is_due, open_log, read_command_line
 
-
-def has_kl(config: "Config") -> bool:
-    return config.kl_coef > 0
-
-
-def is_reused(config: "Config") -> bool:
-    return config.minibatches > 1
-
-
-def evaluates_samples_during(config: "Config") -> bool:
-    return config.eval_every > 0 and (config.eval_temperature > 0 or config.eval_samples_during == 1)
+HAS_KL = ("--kl-coef above 0", lambda config: config.kl_coef > 0)
+IS_REUSED = ("--minibatches 2 or more", lambda config: config.minibatches > 1)
+SAMPLES_DURING = (
+    "--eval-every and --eval-temperature above 0",
+    lambda config: config.eval_every > 0 and (config.eval_temperature > 0 or config.eval_samples_during == 1),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +78,17 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
     advantage: Literal["mean", "std"] = option("mean", "reward - group mean; std: also / deviation", "loss")
     aggregate: Literal["token", "sequence", "constant"] = option("token", "mean over tokens; see nanor1/grpo.py")
     minibatches: int = option(1, "optimizer updates a step; fewer where few groups teach something", least=1)
-    clip_low: float = option(0.2, "lower clip of the ratio", least=0, needs=("--minibatches 2 or more", is_reused))
-    clip_high: float = option(0.28, "upper clip", least=0, needs=("--minibatches 2 or more", is_reused))
+    clip_low: float = option(0.2, "lower clip of the ratio", least=0, needs=IS_REUSED)
+    clip_high: float = option(0.28, "upper clip", least=0, needs=IS_REUSED)
     kl_coef: float = option(0.0, "weight of the KL divergence to the reference; 0: no reference is kept", least=0)
     kl: Literal["k2", "k3", "reward"] = option(
-        "k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward", needs=("--kl-coef above 0", has_kl)
+        "k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward", needs=HAS_KL
     )
     reference_every: int = option(
         0,
         "renew the reference every so many steps; 0: it stays the start",
         least=0,
-        needs=("--kl-coef above 0", has_kl),
+        needs=HAS_KL,
     )
     importance_cap: float = option(
         0.0, "cap of the sampler-trainer importance weight (about 2); 0: off", least=0, most=1e6
@@ -112,7 +106,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
         "a run's records",
         least=1,
         most=MANY,
-        needs=("--eval-every and --eval-temperature above 0", evaluates_samples_during),
+        needs=SAMPLES_DURING,
     )
     save_every: int = option(20, "checkpoint every so many steps; 0: only at the end", least=0)
     log_rollouts: int = option(
@@ -158,20 +152,15 @@ COLUMNS = [
     ("rollout_tokens_per_s", "tok/s", "7.0f"), ("step_s", "s", "5.1f"), ("eval_accuracy", "eval", "5.3f"),
 ]  # fmt: skip
 
-MINIATURE_RUNS = {  # on the CPU, where one step is short: a GPU would wait for its launches
-    "countdown": dict(
-        steps=40, problems=32, completions=16, max_new_tokens=224, minibatches=2, lr=5e-4, warmup=3, decay="linear",
-        tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
-        eval_every=20, template="bare", device="cpu", dtype="float32",
-    ),
-    "arithmetic": dict(
-        steps=70, problems=32, completions=16, max_new_tokens=48, minibatches=2, lr=7e-4, warmup=3, decay="linear",
-        tokens_per_batch=4096, eval_problems=500, eval_samples=16, eval_samples_during=1, eval_temperature=1.0,
-        eval_every=20, template="bare", device="cpu", dtype="float32",
-    ),
-}  # fmt: skip
-
-
+MINIATURE_RUN = dict(  # on the CPU, where one step is short: a GPU would wait for its launches
+    problems=32, completions=16, minibatches=2, warmup=3, decay="linear", tokens_per_batch=4096, eval_problems=500,
+    eval_samples=16, eval_samples_during=1, eval_temperature=1.0, eval_every=20, template="bare", device="cpu",
+    dtype="float32",
+)  # fmt: skip
+MINIATURE_RUNS = {
+    "countdown": MINIATURE_RUN | dict(steps=40, max_new_tokens=224, lr=5e-4),
+    "arithmetic": MINIATURE_RUN | dict(steps=70, max_new_tokens=48, lr=7e-4),
+}
 MINIATURE_NEXT = """what to try next:
   python train_zero.py --seed 1                      another base, another run
   python train_zero.py --task {other:<23}the other miniature: by trial (countdown), step by step (arithmetic)
@@ -241,23 +230,9 @@ def set_up(run: Run) -> Actor:
         preference = to_preference(scorer, run.tokenizer, run.tokens_per_batch)
     rules = make_rules(prompter, weights=config.weights, own=own_rewards(config), preference=preference)
     model = Transformer.from_pretrained(run.folder, run.dtype, run.device)
-    reference = make_reference(model, run.tensors) if config.kl_coef else None
-    run.prepare(model, prompter.tokenizer, config.steps, reference)
+    run.prepare(model, prompter.tokenizer, config.steps, has_reference=config.kl_coef > 0)
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
     return Actor(sampler, prompter, rules, task, config)
-
-
-def make_reference(model: Transformer, tensors: dict) -> Transformer:
-    """The model as it is, or a resumed run's reference. ValueError for a run that was begun without one."""
-    reference = copy.deepcopy(model).requires_grad_(False)
-    if tensors:
-        if not any(name.startswith("reference.") for name in tensors):
-            raise ValueError(
-                "--kl-coef: the run was begun without a reference, and its checkpoint holds none; leave --kl-coef out, "
-                "or begin a new run from the checkpoint with --model"
-            )
-        reference.load_state_dict({name: tensors[f"reference.{name}"] for name in reference.state_dict()})
-    return reference
 
 
 # ---- learn
@@ -291,23 +266,6 @@ def learn(run: Run, actor: Actor, rollouts_PG, advantages_PG, step: int) -> dict
         "learn_s": learn_s,
         "learn_flops_per_s": metrics.pop("learn_flops") / learn_s,
     }
-
-
-def choose(actor: Actor, rollouts_PG, advantages_PG) -> list[tuple[Rollout, float]]:
-    """The completions to learn from, with their advantages, of P groups: useful ones first, where some were replaced.
-
-    Those without an advantage are left out, and with them groups of equal reward, unless there is a KL loss: it falls
-    on all that the policy samples. Answers cut off have no loss at all with `--overlong mask`.
-    """
-    config, groups = actor.config, list(zip(rollouts_PG, advantages_PG, strict=True))
-    groups.sort(key=lambda group: (not is_useful(actor, *group), not any(group[1])))
-    return [
-        (rollout, advantage or 0.0)
-        for group, advantages in groups[: config.problems]
-        for rollout, advantage in zip(group, advantages, strict=True)
-        if (config.has_kl_loss or any(advantages) and advantage is not None)
-        and not (config.overlong == "mask" and rollout.completion.finish == "length")
-    ]
 
 
 def loss_settings(run: Run, actor: Actor, rollouts_PG: list[list[Rollout]]) -> LossSettings:
@@ -352,22 +310,21 @@ def report_what_failed(log: RunLog, actor: Actor, rollouts_PG: list[list[Rollout
 
 def rollout_rows(rollouts_PG: list[list[Rollout]], n: int) -> list[dict]:
     """`n` completions: the first of each group, then the second of each, and so on."""
-    flat = ((p, g, group[g]) for g in range(len(rollouts_PG[0])) for p, group in enumerate(rollouts_PG))
-    return [rollout_row(*at) for at in islice(flat, n)]
-
-
-def rollout_row(group: int, index: int, rollout: Rollout) -> dict:
-    return {
-        "group": group,
-        "index": index,
-        "prompt": rollout.problem.prompt,
-        "gold": rollout.problem.answer,
-        "text": rollout.text,
-        "finish": rollout.completion.finish,
-        "tokens": len(rollout.completion.ids),
-        "reward": rollout.reward,
-        "parts": rollout.parts,
-    }
+    flat = ((g, p, group[g]) for g in range(len(rollouts_PG[0])) for p, group in enumerate(rollouts_PG))
+    return [
+        {
+            "group": p,
+            "index": g,
+            "prompt": rollout.problem.prompt,
+            "gold": rollout.problem.answer,
+            "text": rollout.text,
+            "finish": rollout.completion.finish,
+            "tokens": len(rollout.completion.ids),
+            "reward": rollout.reward,
+            "parts": rollout.parts,
+        }
+        for g, p, rollout in islice(flat, n)
+    ]
 
 
 def evaluate_during(exam: Exam) -> dict:

@@ -74,6 +74,23 @@ def is_useful(actor: Actor, group: list[Rollout], advantages: list[float | None]
     return any(advantages) and (len(accuracies) > 1 or not actor.rules.weights.get("accuracy"))
 
 
+def choose(actor: Actor, rollouts_PG, advantages_PG) -> list[tuple[Rollout, float]]:
+    """The completions to learn from, with their advantages, of P groups: useful ones first, where some were replaced.
+
+    Those without an advantage are left out, and with them groups of equal reward, unless there is a KL loss: it falls
+    on all that the policy samples. Answers cut off have no loss at all with `--overlong mask`.
+    """
+    config, groups = actor.config, list(zip(rollouts_PG, advantages_PG, strict=True))
+    groups.sort(key=lambda group: (not is_useful(actor, *group), not any(group[1])))
+    return [
+        (rollout, advantage or 0.0)
+        for group, advantages in groups[: config.problems]
+        for rollout, advantage in zip(group, advantages, strict=True)
+        if (config.has_kl_loss or any(advantages) and advantage is not None)
+        and not (config.overlong == "mask" and rollout.completion.finish == "length")
+    ]
+
+
 def request_seed(seed: int, first: int) -> int:
     """Of the noise in which problems are answered of which this is the first."""
     return seed * 1_000_003 + first + 1  # 0 is left to evaluations

@@ -14,6 +14,7 @@
 Left out: the loops themselves, and what is evaluated.
 """
 
+import copy
 import json
 import math
 import sys
@@ -244,15 +245,16 @@ class Run:
         self.device, self.dtype = choose_device(config.device, dtype, log.say, model_config.hidden_size)
         self.tokens_per_batch = default_tokens_per_batch(config.tokens_per_batch, self.device)
 
-    def prepare(self, model: nn.Module, tokenizer: Tokenizer, n_steps: int, reference: nn.Module | None = None) -> None:
-        """Make the model ready to learn. Checkpoints keep it with this tokenizer, and with the weights of a reference.
+    def prepare(self, model: nn.Module, tokenizer: Tokenizer, n_steps: int, has_reference: bool = False) -> None:
+        """Make the model ready to learn, and with `has_reference` a copy of it as it is at the start.
 
-        A run that was finished ends here.
+        Checkpoints keep both, and this tokenizer. A run that was finished ends here.
         """
         config, self.n_steps = self.config, n_steps
         end_if_finished(config, self.checkpoint, n_steps, self.log.say)
         self._say_lr_jump()
-        self.model, self.tokenizer, self.reference = model, tokenizer, reference
+        self.model, self.tokenizer = model, tokenizer
+        self.reference = self._make_reference() if has_reference else None
         self.optimizer, self.guard = MasterAdamW(model, weight_decay=config.weight_decay), NonFiniteGuard()
         if self.tensors:
             self.optimizer.load_state_tensors(self.tensors)
@@ -263,6 +265,18 @@ class Run:
             model.compile_blocks()
         self.workers = start_workers(model, 1 if is_compiled else config.workers)
         self.interrupt = Interrupt()
+
+    def _make_reference(self) -> nn.Module:
+        """The model as it is, or a resumed run's reference. ValueError for a run that was begun without one."""
+        reference = copy.deepcopy(self.model).requires_grad_(False)
+        if self.tensors:
+            if not any(name.startswith("reference.") for name in self.tensors):
+                raise ValueError(
+                    "--kl-coef: the run was begun without a reference, and its checkpoint holds none; leave --kl-coef "
+                    "out, or begin a new run from the checkpoint with --model"
+                )
+            reference.load_state_dict({name: self.tensors[f"reference.{name}"] for name in reference.state_dict()})
+        return reference
 
     def _say_lr_jump(self) -> None:
         """Say where a resumed run's learning rate does not go on from that of its last update."""

@@ -29,6 +29,7 @@ from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig, is_reward_model
 from nanor1.sft import split
+from nanor1.sources import key_of, read_sources
 from nanor1.tokenizer import Tokenizer
 from nanor1.training import read_command_line
 
@@ -362,17 +363,12 @@ def test_no_question_is_both_learned_and_held_out(process, model, files, tmp_pat
     rows = read_lines(files[objective])
     again = write_lines(tmp_path / "again.jsonl", [row | {"completion": "1", "chosen": "1"} for row in rows[:40]])
     config = train_sft.Config(objective=objective, data=f"{files[objective]},{again}", held_out=0.3, max_tokens=64)
-    sources, held_out = train_sft.read_sources(config, make_tokenizer(TINY), 64, Quiet())
-    key = train_sft.key_of(config.objective)
+    sources, held_out = read_sources(config, make_tokenizer(TINY), 64, print)
+    key = key_of(config.objective)
     learned, out = ({key(item) for item in items} for items in (sources[0][0] + sources[1][0], held_out))
     questions = {row["prompt"].strip() for row in rows}
     assert learned | out == questions and not learned & out and len(out) > 5
     assert len(held_out) > len(out), "the answers of both files to a held-out question are held out"
-
-
-class Quiet:
-    def say(self, text):
-        pass
 
 
 def test_held_out_examples_are_of_all_files_and_the_same_for_every_seed(model, files, tmp_path):
@@ -380,7 +376,7 @@ def test_held_out_examples_are_of_all_files_and_the_same_for_every_seed(model, f
     chosen = []
     for seed in (0, 1):
         config = train_sft.Config(data=f"{files['sft']},{other}", held_out=0.4, eval_examples=20, seed=seed)
-        chosen.append(train_sft.read_sources(config, make_tokenizer(TINY), 2048, Quiet())[1])
+        chosen.append(read_sources(config, make_tokenizer(TINY), 2048, print)[1])
     minus = make_tokenizer(TINY).encode("-")[0]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 20
     assert 2 < sum(example.ids[1] == minus for example in chosen[0]) < 18

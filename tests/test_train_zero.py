@@ -758,7 +758,7 @@ def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
     actor = make_actor(resample=1)
     rollouts_PG, advantages_PG = judge.act(actor, None, 0)
     assert len(rollouts_PG) == 6 and all(map(any, advantages_PG))
-    chosen = train_zero.choose(actor, rollouts_PG, advantages_PG)
+    chosen = judge.choose(actor, rollouts_PG, advantages_PG)
     assert [r for r, _ in chosen] == [r for group in rollouts_PG[2:] for r in group]  # P groups, the replaced ones out
     other = dataclasses.replace(actor, rules=Rules({"format": 1.0}))  # here any difference is the signal
     assert len(judge.act(other, None, 0)[0]) == 4
@@ -767,7 +767,7 @@ def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
 def test_a_group_that_teaches_by_its_format_alone_is_learned_from_where_none_replaced_it(make_actor):
     actor = make_actor(resample=1)
     groups = [[fake(3, accuracy=1.0), fake(3, accuracy=0.0)], [fake(3, accuracy=0.0), fake(4, accuracy=0.0)]]
-    chosen = train_zero.choose(actor, groups, [[0.5, -0.5], [0.05, -0.05]])
+    chosen = judge.choose(actor, groups, [[0.5, -0.5], [0.05, -0.05]])
     assert [advantage for _, advantage in chosen] == [0.5, -0.5, 0.05, -0.05]
 
 
