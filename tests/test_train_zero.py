@@ -6,7 +6,6 @@ Kills and signals are real: those runs are children of multiprocessing's fork se
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 import multiprocessing
@@ -21,7 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import running
 import torch
+from running import assert_refused, call_main, own_process, read_lines, repeatable, step_lines
 from safetensors.torch import load_file
 
 from nanor1 import exam, judge, optim, training
@@ -56,7 +57,6 @@ VARIANTS = {
     "renewed reference, two workers": "--kl-coef 0.01 --reference-every 2 --save-every 1 --workers 2",
     "bfloat16": "--dtype bfloat16 --save-every 2",
 }
-MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluate", "nanor1.sampler"]
@@ -97,30 +97,11 @@ def base(cache):
 @contextlib.contextmanager
 def tiny_world(cache):
     """The arithmetic miniature is tiny and its rewards are random; what main() sets for the process is put back."""
-    n_threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOR1_CACHE", str(cache))
+    with own_process(cache) as patch:
         patch.setitem(train_zero.MINIATURES, "arithmetic", TINY)
         patch.setitem(REWARDS, "accuracy", parity)
         patch.setitem(REWARDS, "format", second_bit)
-        try:
-            yield patch
-        finally:
-            torch.set_num_threads(n_threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def call_main(argv, patch):
-    """Run main(); returns its exit code, stdout and stderr."""
-    patch.setattr(sys, "argv", ["train_zero.py", *argv])
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            train_zero.main()
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+        yield patch
 
 
 def read_command_line():
@@ -135,7 +116,7 @@ def world(cache):
 
 @pytest.fixture
 def run(world):
-    return lambda *argv: call_main(argv, world)
+    return lambda *argv: call_main(train_zero, argv)
 
 
 @pytest.fixture
@@ -148,21 +129,6 @@ def train(run, tmp_path):
         return tmp_path / name
 
     return train_flags
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def step_lines(folder):
-    """The metrics of the training steps, without the lines that hold an evaluation alone."""
-    return [line for line in read_lines(folder / "metrics.jsonl") if "groups" in line]
-
-
-def repeatable(folder):
-    """Everything a run measured that must not depend on when it was interrupted."""
-    lines = read_lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not MEASURED.fullmatch(k)} for line in lines]
 
 
 def weights(folder):
@@ -262,8 +228,8 @@ def uninterrupted(cache, tmp_path_factory):
         if variant not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
             argv = shlex.split(f"{FLAGS} {VARIANTS[variant]} --steps 6 --out {shlex.quote(str(folder))}")
-            with tiny_world(cache) as patch:
-                code, out, err = call_main(argv, patch)
+            with tiny_world(cache):
+                code, out, err = call_main(train_zero, argv)
             assert code == 0, err
             assert all(line["updates"] for line in step_lines(folder)), "a run that does not learn shows nothing"
             made[variant] = folder, out
@@ -273,13 +239,8 @@ def uninterrupted(cache, tmp_path_factory):
 
 
 def assert_same_run(folder, whole):
-    last = Path("checkpoints") / "step_000006"
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (folder / last / name).read_bytes() == (whole / last / name).read_bytes(), name
-    assert repeatable(folder) == repeatable(whole)
+    running.assert_same_run(folder, whole)
     assert read_lines(folder / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
-    state, expected = (json.loads((f / last / "state.json").read_text()) for f in (folder, whole))
-    assert state | {"wall_s": 0} == expected | {"wall_s": 0}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -494,14 +455,6 @@ def byte_model(tmp_path):
     Transformer(config).save_pretrained(tmp_path / "bytes")
     tokenizer.save_pretrained(tmp_path / "bytes")
     return str(tmp_path / "bytes")
-
-
-def assert_refused(result, *said):
-    code, _, err = result
-    assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    for text in said:
-        assert text in err
 
 
 @pytest.mark.parametrize(
@@ -1155,10 +1108,8 @@ def reward_model(cache, base, tmp_path_factory):
     rows = [{"prompt": f"{i} + 1 =", "chosen": "<answer> 3 3 </answer>", "rejected": "3"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = f"--objective preference --model {base} --data {folder}/pairs.jsonl --steps 6 --lr 1e-2 --examples 8"
-    with tiny_world(cache) as patch:
-        patch.setattr(sys, "argv", ["train_sft.py", *f"{flags} --threads 1 --out {folder}/run".split()])
-        with contextlib.redirect_stdout(io.StringIO()):
-            train_sft.main()
+    with tiny_world(cache):
+        assert call_main(train_sft, f"{flags} --threads 1 --out {folder}/run".split())[0] == 0
     return folder / "run"
 
 
