@@ -91,7 +91,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
     divergence_temperature: float = option(1.0, "logits: softens both distributions", above=0, needs=LOGITS)
 
     eval_every: int = option(
-        0, "evaluate every so many updates; 0: only before and after", "evaluation", least=0, needs=EVALUATES
+        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0, needs=EVALUATES
     )
 
     @property

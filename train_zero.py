@@ -94,7 +94,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
         0.0, "cap of the sampler-trainer importance weight (about 2); 0: off", least=0, most=1e6
     )
 
-    lr: float = option(1e-6, "peak learning rate", "schedule", least=0, most=1)
+    lr: float = option(1e-6, "peak learning rate", "optimizer", least=0, most=1)
     decay: Literal["constant", "linear", "cosine"] = option("constant", "after warm-up, to a tenth of the peak")
 
     eval_every: int = option(
@@ -103,7 +103,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
     eval_samples_during: int = option(
         1,
         "samples a problem in evaluations during the run",
-        "a run's records",
+        "during the run",
         least=1,
         most=MANY,
         needs=SAMPLES_DURING,

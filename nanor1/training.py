@@ -65,13 +65,7 @@ NORMAL_GAP = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(MachineOptions):
-    lr: float = option(1e-5, "peak learning rate", "schedule", least=0, most=1)
-    decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
-
-    eval_every: int = option(
-        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0
-    )
-    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end", least=0)
+    """What all training scripts can be told, beside a model and how many steps."""
 
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     workers: int = option(
@@ -82,9 +76,16 @@ class RunConfig(MachineOptions):
     )
     checkpoint_activations: bool = option(False, "less memory in learning, for a third more work")
 
-    weight_decay: float = option(0.0, "AdamW's, on matrices", "optimizer", least=0)
+    lr: float = option(1e-5, "peak learning rate", "optimizer", least=0, most=1)
+    decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
     warmup: int = option(5, "updates (of train_zero.py: steps) of linear warm-up", least=0)
+    weight_decay: float = option(0.0, "AdamW's, on matrices", least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", least=0)
+
+    eval_every: int = option(
+        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0
+    )
+    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end", least=0)
 
     out: str | None = option(None, "run folder; none: one in runs/ that is named after what is done and when", "run")
     resume: str | None = option(None, "continue the run in this folder")
