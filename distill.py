@@ -224,7 +224,8 @@ def set_up(run: Run) -> tuple[Actor, Teacher | None, list[sft.Example]]:
     n_steps = config.steps or math.ceil(config.epochs * len(examples) / config.examples)
     run.prepare(model, prompter.tokenizer, n_steps)
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
-    return Actor(sampler, prompter, make_rules(prompter, own=own_rewards(config)), task, config), teacher, examples
+    rules = make_rules(prompter, own=own_rewards(config))
+    return Actor(sampler, prompter, rules, task, config, run.tokens_per_batch), teacher, examples
 
 
 if __name__ == "__main__":

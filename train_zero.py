@@ -4,7 +4,8 @@
     python train_zero.py --model FOLDER --task gsm8k --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
 
 Each step: sample G completions for each of P problems (act), reward them by rules (judge), and follow the gradient of
-the group-relative policy loss (learn). The formulas are in nanor1/grpo.py, the rewards in nanor1/rewards.py.
+the group-relative policy loss (learn). Who acts and judges is in nanor1/judge.py, the rewards in nanor1/rewards.py, the
+formulas in nanor1/grpo.py, and what keeps house around the loop in nanor1/training.py.
 """
 
 import math
@@ -232,7 +233,7 @@ def set_up(run: Run) -> Actor:
     model = Transformer.from_pretrained(run.folder, run.dtype, run.device)
     run.prepare(model, prompter.tokenizer, config.steps, has_reference=config.kl_coef > 0)
     sampler = Sampler(model, config.max_rows, memory_share=0.5)  # the other half is for learning
-    return Actor(sampler, prompter, rules, task, config)
+    return Actor(sampler, prompter, rules, task, config, run.tokens_per_batch)
 
 
 # ---- learn
@@ -249,7 +250,7 @@ def learn(run: Run, actor: Actor, rollouts_PG, advantages_PG, step: int) -> dict
     chosen = choose(actor, rollouts_PG, advantages_PG)
     order = list(range(len(chosen)))
     random.Random(f"{config.seed} {step}").shuffle(order)
-    updates, settings = [], loss_settings(run, actor, rollouts_PG)
+    updates, settings = [], loss_settings(actor, rollouts_PG)
     n_updates = math.ceil(len(chosen) * config.minibatches / (config.problems * config.completions))
     n_updates = min(n_updates, len(chosen))
     for i in range(n_updates):
@@ -268,12 +269,12 @@ def learn(run: Run, actor: Actor, rollouts_PG, advantages_PG, step: int) -> dict
     }
 
 
-def loss_settings(run: Run, actor: Actor, rollouts_PG: list[list[Rollout]]) -> LossSettings:
+def loss_settings(actor: Actor, rollouts_PG: list[list[Rollout]]) -> LossSettings:
     config = actor.config
     return LossSettings(
         temperature=config.temperature,
         vocab_size=actor.tokenizer.vocab_size,
-        tokens_per_batch=run.tokens_per_batch,
+        tokens_per_batch=actor.tokens_per_batch,
         aggregate=config.aggregate,
         constant_length=config.max_new_tokens,
         n_sequences=config.problems * config.completions / config.minibatches,

@@ -9,7 +9,6 @@ import torch
 from nanor1.evaluate import Rules, judge_all
 from nanor1.grpo import Rollout, completion_logprobs, group_advantages, kl_estimate, pack
 from nanor1.model import Transformer
-from nanor1.options import default_tokens_per_batch
 from nanor1.prompts import Prompter
 from nanor1.rewards import overlong_penalty
 from nanor1.sampler import Sampler
@@ -26,6 +25,7 @@ class Actor:
     rules: Rules  # by which answers are judged
     task: Task | None
     config: Any  # of the script
+    tokens_per_batch: int  # of a forward pass
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -117,10 +117,10 @@ def charge(rollouts_PG: list[list[Rollout]], reference: Transformer | None, acto
 @torch.no_grad()
 def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -> list[float]:
     """The k1 estimate of KL(policy || reference), summed over each completion, under the policy that sampled it."""
-    config, device, values = actor.config, reference.head_weight_VC.device, torch.zeros(len(rollouts))
+    config, values = actor.config, torch.zeros(len(rollouts))
     zeros = [0.0] * len(rollouts)
-    for batch in pack(rollouts, zeros, zeros, default_tokens_per_batch(config.tokens_per_batch, device)):
-        batch = batch.to(device)
+    for batch in pack(rollouts, zeros, zeros, actor.tokens_per_batch):
+        batch = batch.to(reference.head_weight_VC.device)
         ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
         values.index_add_(0, batch.rollout_M.cpu(), k1_M.cpu())

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -378,35 +376,6 @@ def test_traces_of_other_settings_are_not_continued(run):
         stop_in_traces(patch, Killed)
         run("--steps 1")
     assert_refused(run("--steps 1 --temperature 0.5"), "--temperature", "0.5", "--out")
-
-
-def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whole, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, 1, die)
-        assert run(METHODS["logits"])[0] is None
-    code, out, err = run(f"--resume {tmp_path}/run", is_new=False)
-    assert code == 0 and "begun again" in out, err
-    assert_same_run(tmp_path / "run", whole("logits")[0])
-
-
-def test_ctrl_c_lets_the_step_finish_and_saves_and_the_run_can_go_on(whole, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        code, out, _ = run(METHODS["traces"])
-    assert code == 0
-    assert out.endswith(f"stopped after step 4; continue with: python distill.py --resume {tmp_path}/run\n")
-    assert newest(tmp_path / "run").name == "step_000004" and not (tmp_path / "run" / "summary.json").exists()
-    code, _, err = run(f"--resume {tmp_path}/run", is_new=False)
-    assert code == 0, err
-    assert_same_run(tmp_path / "run", whole("traces")[0])
-
-
-def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing_but_its_log(train, run):
-    folder = train("--method on-policy --steps 1")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
-    code, out, err = run(f"--resume {folder}", is_new=False)
-    assert code == 0 and f"{folder} is finished, 1 steps" in out, err
-    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_student_of_traces_goes_on_without_its_teacher(whole, run, folders, tmp_path):

@@ -262,17 +262,6 @@ def test_a_signal_during_an_evaluation_saves_the_step_before_it(whole, files, ru
     assert_same_run(tmp_path / "run", whole("sft")[0])
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(files, run, tmp_path):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, 5, twice)
-        code, _, err = run(variant("sft", files))
-    assert code == 130 and err.endswith("interrupted\n") and newest(tmp_path / "run").name == "step_000004"
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
 
@@ -291,16 +280,6 @@ def test_a_finished_run_goes_on_when_it_is_given_more_epochs(train, run, files):
     assert code == 0 and "is finished" not in out, err
     assert [line["step"] for line in step_lines(folder)] == [1, 2, 3, 4]
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
-
-
-def test_a_run_that_made_its_steps_but_not_its_last_evaluation_makes_it_when_resumed(whole, files, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft, "finish", lambda run, after: die())
-        code, _, _ = run(variant("sft", files))
-    assert code is None and not (tmp_path / "run" / "summary.json").exists()
-    code, out, err = run(f"--resume {tmp_path}/run", None)
-    assert code == 0 and "is finished" not in out, err
-    assert_same_run(tmp_path / "run", whole("sft")[0])
 
 
 # ---- how much is learned of what
@@ -464,20 +443,6 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(run, flags, said):
     assert_refused(run(flags), *said)
 
 
-def test_an_existing_run_folder_is_refused_and_left_alone(run, train, files):
-    folder = train(f"--data {files['sft']} --steps 1")
-    before = contents(folder)
-    assert_refused(run(f"--data {files['sft']} --steps 1"), str(folder), "--out", "--resume")
-    assert contents(folder) == before
-
-
-def test_damaged_checkpoints_are_not_taken_for_none(run, train, files):
-    folder = train(f"--data {files['sft']} --steps 1")
-    (newest(folder) / "model.safetensors").unlink()
-    code, out, err = run(f"--resume {folder}", None)
-    assert code == 2 and "damaged" in out and "no whole checkpoint" in err
-
-
 # ---- gradients that are not finite
 
 
@@ -519,15 +484,6 @@ def test_two_workers_and_small_batches_learn_the_same(train, files):
     ]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_bfloat16_weights_stay_so_when_a_run_is_resumed(train, run, files):
-    folder = train(f"--data {files['sft']} --steps 1 --dtype bfloat16")
-    config = json.loads((folder / "config.json").read_text())
-    config["arguments"]["dtype"] = "auto"  # on this machine, for so small a model, fp32
-    (folder / "config.json").write_text(json.dumps(config))
-    code, out, err = run(f"--resume {folder} --steps 2", None)
-    assert code == 0 and "dtype: bfloat16" in out, err
 
 
 def test_a_miniatures_settings_hold_unless_flags_say_otherwise(process, model):

@@ -659,7 +659,8 @@ def make_actor(world, base):
         world.setattr(sys, "argv", ["train_zero.py", *FLAGS.split()])
         config = dataclasses.replace(read_command_line()[0], **fields)
         model, prompter = Transformer.from_pretrained(base), Prompter(Tokenizer.from_pretrained(base), "bare")
-        return judge.Actor(Sampler(model), prompter, Rules(), miniature_task(TINY), config)
+        n_tokens = config.tokens_per_batch or 1024
+        return judge.Actor(Sampler(model), prompter, Rules(), miniature_task(TINY), config, n_tokens)
 
     return make
 
@@ -799,7 +800,7 @@ def test_as_many_rollouts_are_kept_as_are_asked_for(train, n, kept):
 class Sums:
     """In a run's place: adds up the gradients of a step's updates and leaves the weights alone."""
 
-    tokens_per_batch, optimizer = 1024, SimpleNamespace(loss_scale=1.0)
+    optimizer = SimpleNamespace(loss_scale=1.0)
 
     def __init__(self, model, reference):
         self.workers, self.reference, self.grad_norms = Workers(model), reference, []
@@ -904,9 +905,8 @@ def test_kl_in_the_reward_is_k1_summed_over_each_answer(make_actor, tokens_per_b
 
 
 def test_kl_in_the_reward_adds_no_kl_to_the_loss(make_actor):
-    run = SimpleNamespace(tokens_per_batch=1024)
-    assert train_zero.loss_settings(run, make_actor(kl_coef=0.5, kl="reward"), [[fake(3)]]).kl_coef == 0
-    assert train_zero.loss_settings(run, make_actor(kl_coef=0.5, kl="k3"), [[fake(3)]]).kl_coef == 0.5
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="reward"), [[fake(3)]]).kl_coef == 0
+    assert train_zero.loss_settings(make_actor(kl_coef=0.5, kl="k3"), [[fake(3)]]).kl_coef == 0.5
 
 
 def test_the_utilisation_is_the_work_of_the_learning_phase_over_the_peak(train, world):

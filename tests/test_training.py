@@ -258,10 +258,6 @@ def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(begin, base, tmp_path):
     assert chosen == [torch.bfloat16, torch.float32, torch.float32]  # a model so small is fp32 on a CPU
 
 
-def test_figures_of_an_evaluation_are_named_as_such():
-    assert training.eval_metrics({"loss": 1.0, "n": 2}) == {"eval_loss": 1.0, "eval_n": 2}
-
-
 def test_batches_are_small_on_a_cpu_unless_asked_for():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert default_tokens_per_batch(77, cpu) == default_tokens_per_batch(77, gpu) == 77
