@@ -11,7 +11,8 @@
 - on-policy: the student answers, and the teacher says of each of its tokens how likely it finds it (GKD, 2306.13649).
 
 The last two compare distributions over tokens, so both models need the same vocabulary. The losses are in
-nanor1/sft.py, nanor1/distillation.py and nanor1/grpo.py, the choice of answers in nanor1/traces.py.
+nanor1/sft.py, nanor1/distillation.py and nanor1/grpo.py, the teacher in nanor1/teacher.py, the choice of its answers in
+nanor1/traces.py, and what keeps house around the loop in nanor1/training.py.
 """
 
 import inspect

@@ -7,7 +7,8 @@
 
 In DeepSeek-R1 (2501.12948, section 2.3) fine-tuning is the cold start, and later the stage between the two stages of
 reinforcement learning; a preference reward model takes part in the last one. Each step: take some examples, follow the
-gradient of their loss. What is read from a file and how a loss is made of it: nanor1/sft.py, nanor1/preference.py.
+gradient of their loss. How a loss is made of them is in nanor1/sft.py and nanor1/preference.py, what is read from files
+in nanor1/sources.py, and what keeps house around the loop in nanor1/training.py.
 """
 
 import math
