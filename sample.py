@@ -56,16 +56,7 @@ from nanor1.methods import (
 )
 from nanor1.miniature import find_miniature, find_model, own_miniature
 from nanor1.model import Transformer
-from nanor1.paired import compare_files
-from nanor1.pretrained import read_config
-from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompter, to_system
-from nanor1.rewards import OwnReward
-from nanor1.sampler import Sampler
-from nanor1.search import Scorer, mean_logprob, reward_scorer
-from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
-from nanor1.tokenizer import Tokenizer
-from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
-from nanor1.training import (
+from nanor1.options import (
     MachineOptions,
     TaskOptions,
     count_failures,
@@ -76,6 +67,15 @@ from nanor1.training import (
     report_failures,
     to_preference,
 )
+from nanor1.paired import compare_files
+from nanor1.pretrained import read_config
+from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompter, to_system
+from nanor1.rewards import OwnReward
+from nanor1.sampler import Sampler
+from nanor1.search import Scorer, mean_logprob, reward_scorer
+from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
+from nanor1.tokenizer import Tokenizer
+from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
 
 METHOD_OPTIONS = """method compare picture reward_model step_score step_text wait_text min_thinking max_thinking
     max_answer window keep_share""".split()

@@ -289,8 +289,8 @@ def help_text(Config: type, description: str) -> str:
     kinds, other_names = typing.get_type_hints(Config), {name: alias for alias, name in aliases_of(Config).items()}
     positional = [f"[{field.name.upper()}] " for field in fields(Config) if field.metadata.get("positional")]
     lines = [f"usage: {Path(sys.argv[0]).name} {''.join(positional)}[--option value ...]", "", description.strip()]
-    own = inspect.get_annotations(Config)
-    for index, field in enumerate(sorted(fields(Config), key=lambda field: field.name not in own)):
+    shared = {name for base in Config.__mro__[1:] for name in inspect.get_annotations(base)}
+    for index, field in enumerate(sorted(fields(Config), key=lambda field: field.name in shared)):
         if index == 0 or field.metadata.get("group"):
             lines += ["", field.metadata.get("group") or "options"]
         name, kind = option_name(field.name), kinds[field.name]

@@ -1,34 +1,59 @@
-"""What every training script does around its loop: start or resume a run, choose the machine, update, save.
+"""A run around its loop, the same for all training scripts: start or resume, update, log, save.
 
-A script keeps a Config (TrainingOptions and its own), a Progress (a dataclass with all that a resumed run needs besides
-weights and moments) and a RunLog. Left out: the loops themselves.
+    config, checkpoint = read_command_line(Config, complete, __doc__)
+    with open_log(config, checkpoint, name, COLUMNS, files) as log:
+        run = Run(config, checkpoint, log)
+        run.prepare(model, tokenizer, n_steps)
+        for step in run.steps():        # goes on where a resumed run stopped; ends on Ctrl-C
+            ...                         # add a gradient
+            run.update()
+            run.record(metrics)         # a line, the files, and what is due: evaluation, checkpoint
+        if not run.is_stopped():
+            run.summarize(...)
+
+Left out: the loops themselves, and what is evaluated.
 """
 
+import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nanor1.checkpoint import checkpoint_folders, digest, latest_checkpoint, model_folder, save_checkpoint
-from nanor1.config import apply_preset, from_json, load_arguments, option, option_name, to_json
-from nanor1.distillation import check_same_vocabulary
-from nanor1.evaluate import Preference
-from nanor1.ledger import digest as digest_asked
-from nanor1.machine import choose_device
-from nanor1.miniature import Miniature, miniature_task, own_miniature
+from nanor1.checkpoint import (
+    checkpoint_folders,
+    digest,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
+from nanor1.config import (
+    apply_preset,
+    from_json,
+    load_arguments,
+    option,
+    option_name,
+    parse_args,
+    refuse_idle,
+    to_json,
+    validated,
+)
+from nanor1.grpo import mean
+from nanor1.machine import Interrupt, choose_device, peak_memory_gib
+from nanor1.miniature import Miniature, find_model
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
-from nanor1.parallel import Workers, start_workers
-from nanor1.preference import RewardModel, load_scorer, preference, score
+from nanor1.options import MachineOptions, default_tokens_per_batch
+from nanor1.parallel import start_workers
 from nanor1.pretrained import read_config, read_json
-from nanor1.rewards import OwnReward, read_reward_file
 from nanor1.runlog import Columns, RunLog, default_run_folder, write_json
-from nanor1.tasks import Problem, Task, make_task, parse_fields, task_parameters
 from nanor1.tokenizer import Tokenizer
 
 C = TypeVar("C")
@@ -39,17 +64,9 @@ NORMAL_GAP = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineOptions:
-    device: str = option("auto", "cpu, cuda, mps or auto", "machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "of the weights; auto: bfloat16 on cuda, and where a CPU is measured to be faster with it; float16: cuda only",
-    )
-    threads: int = option(0, "CPU threads; 0: torch's choice", least=0, most=1024)
+class RunConfig(MachineOptions):
+    """What all training scripts can be told, beside a model and how many steps."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions(MachineOptions):
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of the model's blocks; auto: on cuda")
     workers: int = option(
         0, "copies of the model, one a CPU thread; 0: one, or for a small model all threads", least=0, most=1024
@@ -59,9 +76,16 @@ class TrainingOptions(MachineOptions):
     )
     checkpoint_activations: bool = option(False, "less memory in learning, for a third more work")
 
-    weight_decay: float = option(0.0, "AdamW's, on matrices", "optimizer", least=0)
+    lr: float = option(1e-5, "peak learning rate", "optimizer", least=0, most=1)
+    decay: Literal["constant", "linear", "cosine"] = option("cosine", "after warm-up, to a tenth of the peak")
     warmup: int = option(5, "updates (of train_zero.py: steps) of linear warm-up", least=0)
+    weight_decay: float = option(0.0, "AdamW's, on matrices", least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", least=0)
+
+    eval_every: int = option(
+        0, "evaluate every so many updates; 0: only before and after", "evaluation and saving", least=0
+    )
+    save_every: int = option(0, "checkpoint every so many updates; 0: only at the end", least=0)
 
     out: str | None = option(None, "run folder; none: one in runs/ that is named after what is done and when", "run")
     resume: str | None = option(None, "continue the run in this folder")
@@ -76,67 +100,46 @@ class TrainingOptions(MachineOptions):
             raise ValueError("--compile on needs --workers 1: copies of the model are not compiled")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    data: str | None = option(
-        None, "JSON lines of problems; a tenth of them, chosen by a hash of the question, is held out", "problems"
-    )
-    eval_data: str | None = option(None, "JSON lines of problems that are all held out, in place of that tenth")
-    fields: str = option(
-        "",
-        "columns of other names, as question=prompt,answer=gold: the task's field, and the file's",
-        needs=("--data or --eval-data", lambda config: config.data or config.eval_data),
-    )
-    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
-    reward_file: str | None = option(
-        None, "your Python file of functions (problem, text) -> float or None, each a reward; see nanor1/rewards.py"
-    )
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights and moments; a checkpoint's state.json."""
+
+    step: int = 0
+    lr: float | None = None  # of the last step
+    wall_s: float = 0.0
+    n_drawn: int | None = None  # problems that train_zero.py has taken: the next step takes the following ones
+    traces: str | None = None  # the digest of the file that distill.py learns from
+    before: dict | None = None  # the first evaluation
+    before_P: list[float | None] | None = None  # each held-out problem's share of right answers in it
+    held_out: str | None = None  # which these problems were
+    transcripts: list[str] | None = None  # the starting model's answers to the first of them
+    best_step: int | None = None
+    best_accuracy: float | None = None  # its; or, without gold answers, its reward
 
 
-def load_task(options: TaskOptions, name: str, tokenizer: Tokenizer, parts: Sequence[str]) -> Task:
-    """The task that the options name, of which these parts are needed; a miniature has its own problems."""
-    if miniature := own_miniature(tokenizer):
-        if name != miniature.task or options.data or options.eval_data or options.task_args:
-            raise ValueError(
-                f"the model is the {miniature.task} miniature and knows no other words; give --task {miniature.task} "
-                "without --data, --eval-data and --task-args"
-            )
-        return miniature_task(miniature)
-    parameters = task_parameters(options.task_args)
-    if name == "text" and options.reward_file:
-        parameters = dict(needs_answer=False) | parameters
-    return make_task(
-        name,
-        data=options.data,
-        eval_data=options.eval_data,
-        fields=parse_fields(options.fields),
-        parts=parts,
-        **parameters,
-    )
+# ---- the command line, or the run that it resumes
 
 
-def own_rewards(options: TaskOptions) -> dict[str, OwnReward]:
-    """The rewards of --reward-file by name; the file is run once, unless it changes."""
-    path = options.reward_file
-    return _run_reward_file(path, Path(path).stat().st_mtime_ns if Path(path).exists() else 0) if path else {}
+def read_command_line(
+    Config: type[C], complete: Callable[[C, frozenset[str]], C], description: str
+) -> tuple[C, Path | None]:
+    """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments.
+
+    `complete(config, given)` adds to a new run's what follows from the flags given, as the settings of a miniature.
+    """
+    config, given = parse_args(Config, description=description)
+    config, checkpoint = resumed(config, given) if config.resume else (validated(complete(config, given)), None)
+    refuse_idle(config, given)
+    return config, checkpoint
 
 
-@lru_cache(maxsize=1)
-def _run_reward_file(path: str, changed_ns: int) -> dict[str, OwnReward]:
-    return read_reward_file(path)
-
-
-def report_failures(own: dict[str, OwnReward], say_once: Callable[[str, str], None]) -> None:
-    """Show the first thing that went wrong in each reward of one's own; how often is in what is said at the end."""
-    for name, reward in own.items():
-        if reward.first_error:
-            say_once(name, f"warning: {reward.first_error}: None, as is all that goes wrong there (said once)")
-
-
-def count_failures(own: dict[str, OwnReward], say: Callable[[str], None]) -> None:
-    """Say how often rewards of one's own could not be computed, if they could not."""
-    if counts := [f"{reward.n_failed} values of {name}" for name, reward in own.items() if reward.n_failed]:
-        say(f"could not be computed: {', '.join(counts)}")
+def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, settings: dict) -> C:
+    """The miniature's own task and `settings`, less what was given; ValueError where another task was given."""
+    for name in given & {"data", "eval_data", "task_args"}:
+        raise ValueError(f"{option_name(name)} is for pretrained models: a miniature generates its problems")
+    if "task" in given and config.task != miniature.task:
+        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
+    return replace(apply_preset(config, given, settings), task=miniature.task)
 
 
 def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
@@ -160,22 +163,28 @@ def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
         raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
+    if config.steps:
+        end_if_finished(config, checkpoint, config.steps, print)
     return config, checkpoint
 
 
-def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, settings: dict) -> C:
-    """The miniature's own task and `settings`, less what was given; ValueError where another task was given."""
-    for name in given & {"data", "eval_data", "task_args"}:
-        raise ValueError(f"{option_name(name)} is for pretrained models: a miniature generates its problems")
-    if "task" in given and config.task != miniature.task:
-        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
-    return replace(apply_preset(config, given, settings), task=miniature.task)
+def end_if_finished(config, checkpoint: Path | None, n_steps: int, say: Callable[[str], None]) -> None:
+    """End the program where the resumed run has made its steps and written what it came to."""
+    summary = Path(config.resume or "") / "summary.json"
+    if checkpoint is None or step_of(checkpoint) < n_steps or not summary.exists():
+        return
+    if json.loads(summary.read_text(encoding="utf-8"))["steps"] == step_of(checkpoint):
+        more = f"more than --steps {n_steps}" if config.steps else "more --epochs or --steps"
+        done = f"{config.resume} is finished, {step_of(checkpoint)} steps: see summary.json there"
+        say(f"{done}; to train on, give {more}")
+        raise SystemExit(0)
 
 
-def open_log(
-    config, checkpoint: Path | None, step: int, name: str, columns: Columns, files: Sequence[str | None] = ()
-) -> RunLog:
-    """The run's log: of the resumed run cut back to `step`, or of a new one in `config.out` or runs/NAME-TIME.
+# ---- the run folder
+
+
+def open_log(config, checkpoint: Path | None, name: str, columns: Columns, files: Sequence[str | None] = ()) -> RunLog:
+    """The run's log: of the resumed run cut back to its checkpoint, or of a new one in `config.out` or runs/NAME-TIME.
 
     `files` are those that the run reads its data from. Their digests are kept in config.json; ValueError where one is
     not what it was, unless --allow-changed-data, which keeps the new ones.
@@ -190,7 +199,7 @@ def open_log(
             f"{'; '.join(changes)} since {config.resume} began: begin a new run from its checkpoint with --model, or "
             "go on with --allow-changed-data"
         )
-    log = RunLog.open(config.resume, step if checkpoint else None, columns)
+    log = RunLog.open(config.resume, step_of(checkpoint) if checkpoint else None, columns)
     for change in changes:
         log.say(f"warning: {change} since the run began")
     if changes:
@@ -212,30 +221,191 @@ def changed_data(before: dict[str, str] | None, now: dict[str, str]) -> list[str
     return [f"{path} {what}" for path, what in words.items() if path not in moved]
 
 
-def say_lr_jump(log: RunLog, config, step: int, n_steps: int, last_lr: float | None) -> None:
-    """Say where a resumed run's learning rate does not go on from that of its last update (`step` were made)."""
-    if step == 0 or last_lr is None:
-        return
-    expected, following = (
-        learning_rate(at, n_steps, config.lr, config.warmup, config.decay) for at in (step - 1, min(step, n_steps - 1))
-    )
-    if not math.isclose(expected, last_lr, rel_tol=1e-3, abs_tol=1e-15):
-        log.say(
-            f"warning: the learning rate goes from {last_lr:.3g} to {following:.3g}: the schedule is now that of "
-            f"{n_steps} steps, --lr {config.lr:g}, --warmup {config.warmup}, --decay {config.decay}"
+class Run:
+    """A run that is started or resumed: what it learns with, and how far it is.
+
+    At first it has the model's `folder`, `tokenizer` and `context`, the `device` and `dtype` to load it with, and the
+    checkpoint's `tensors`; `prepare` takes the model, and from then on Ctrl-C lets a step finish.
+    """
+
+    def __init__(self, config, checkpoint: Path | None, log: RunLog):
+        start_s = time.monotonic()
+        self.config, self.checkpoint, self.log = config, checkpoint, log
+        self.tensors, state = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+        self.progress = Progress(**state)
+        self.start_s = start_s - self.progress.wall_s
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.folder = checkpoint or find_model(config.model, config.seed, log)
+        log.say(f"model: {self.folder}")
+        self.tokenizer = Tokenizer.from_pretrained(self.folder)
+        hf_config, model_config = read_config(self.folder)
+        self.context = model_config.max_position_embeddings
+        # a resumed run keeps its dtype, so that it is the same run
+        dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype
+        self.device, self.dtype = choose_device(config.device, dtype, log.say, model_config.hidden_size)
+        self.tokens_per_batch = default_tokens_per_batch(config.tokens_per_batch, self.device)
+
+    def prepare(self, model: nn.Module, tokenizer: Tokenizer, n_steps: int, has_reference: bool = False) -> None:
+        """Make the model ready to learn, and with `has_reference` a copy of it as it is at the start.
+
+        Checkpoints keep both, and this tokenizer. A run that was finished ends here.
+        """
+        config, self.n_steps = self.config, n_steps
+        end_if_finished(config, self.checkpoint, n_steps, self.log.say)
+        self._say_lr_jump()
+        self.model, self.tokenizer = model, tokenizer
+        self.reference = self._make_reference() if has_reference else None
+        self.optimizer, self.guard = MasterAdamW(model, weight_decay=config.weight_decay), NonFiniteGuard()
+        if self.tensors:
+            self.optimizer.load_state_tensors(self.tensors)
+        self.tensors = {}  # they are twice the model's size
+        model.checkpoints_activations = config.checkpoint_activations
+        is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        if is_compiled:
+            model.compile_blocks()
+        self.workers = start_workers(model, 1 if is_compiled else config.workers)
+        self.interrupt = Interrupt()
+
+    def _make_reference(self) -> nn.Module:
+        """The model as it is, or a resumed run's reference. ValueError for a run that was begun without one."""
+        reference = copy.deepcopy(self.model).requires_grad_(False)
+        if self.tensors:
+            if not any(name.startswith("reference.") for name in self.tensors):
+                raise ValueError(
+                    "--kl-coef: the run was begun without a reference, and its checkpoint holds none; leave --kl-coef "
+                    "out, or begin a new run from the checkpoint with --model"
+                )
+            reference.load_state_dict({name: self.tensors[f"reference.{name}"] for name in reference.state_dict()})
+        return reference
+
+    def _say_lr_jump(self) -> None:
+        """Say where a resumed run's learning rate does not go on from that of its last update."""
+        config, step, last = self.config, self.progress.step, self.progress.lr
+        if step == 0 or last is None:
+            return
+        following = self._lr(min(step, self.n_steps - 1))
+        if not math.isclose(self._lr(step - 1), last, rel_tol=1e-3, abs_tol=1e-15):
+            self.log.say(
+                f"warning: the learning rate goes from {last:.3g} to {following:.3g}: the schedule is now that of "
+                f"{self.n_steps} steps, --lr {config.lr:g}, --warmup {config.warmup}, --decay {config.decay}"
+            )
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(step, self.n_steps, self.config.lr, self.config.warmup, self.config.decay)
+
+    def steps(self) -> Iterator[int]:
+        """The steps to make, from 0; a resumed run's where it stopped. Ctrl-C ends them after the one it falls in."""
+        while self.progress.step < self.n_steps and not self.interrupt.is_asked:
+            self.step_start_s, self.grad_norms = time.monotonic(), []
+            self.loss_scale = self.optimizer.loss_scale
+            yield self.progress.step
+
+    @property
+    def step_s(self) -> float:
+        """Seconds since the step began."""
+        return time.monotonic() - self.step_start_s
+
+    def update(self) -> None:
+        """Follow the gradient at the step's learning rate, unless it is not finite."""
+        lr = self._lr(self.progress.step)
+        self.grad_norms.append(self.optimizer.step(lr, self.config.max_grad_norm))
+
+    def record(
+        self, metrics: dict, rollouts: Sequence[Mapping] = (), evaluate: Callable[[], dict] | None = None
+    ) -> None:
+        """End a step: a line on the console, the files, and what is due: the evaluation's figures, a checkpoint.
+
+        ValueError where several updates in a row were skipped, as their gradients were not finite.
+        """
+        config, progress, log = self.config, self.progress, self.log
+        made = [norm for norm in self.grad_norms if math.isfinite(norm)]
+        self.guard.check(len(self.grad_norms) - len(made), len(made), self.loss_scale)
+        is_expected = self.loss_scale > 1  # a scaled loss overflows now and then; another norm is shown as it is
+        norms = made if made or is_expected else self.grad_norms
+        metrics = metrics | {"lr": self._lr(progress.step), "grad_norm": mean(norms), "step_s": self.step_s}
+        metrics |= {"peak_memory_gib": peak_memory_gib()}
+        metrics |= {"loss_scale": self.optimizer.loss_scale} if self.optimizer.is_scaled else {}
+        progress.step, progress.lr = progress.step + 1, metrics["lr"]
+        if evaluate and is_due(config.eval_every, progress.step) and progress.step < self.n_steps:
+            metrics |= eval_metrics(evaluate())
+        log.metrics(progress.step, metrics)
+        log.rollouts(progress.step, rollouts)
+        log.line(progress.step, metrics)
+        is_last = progress.step == self.n_steps or self.interrupt.is_asked
+        if is_last or is_due(config.save_every, progress.step) or progress.best_step == progress.step:
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint that --resume continues bit for bit: sampling and data order follow from seed and step.
+
+        ValueError where a weight is not finite: nothing is then saved.
+        """
+        progress, config = self.progress, self.config
+        progress.wall_s = time.monotonic() - self.start_s
+        if not is_finite(self.model.parameters()):
+            raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
+
+        def write_model(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        reference = self.reference.state_dict() if self.reference else {}
+        save_checkpoint(
+            self.log.folder / "checkpoints",
+            progress.step,
+            write_model=write_model,
+            tensors=self.optimizer.state_tensors() | {f"reference.{name}": t for name, t in reference.items()},
+            state={name: value for name, value in vars(progress).items() if value is not None},
+            keep_last=config.keep_last,
+            keep_best=progress.best_step,
         )
 
+    def begin(self, before: dict, said: str) -> None:
+        """Keep and say the starting model's evaluation; a run that stops here, or has no steps, need not repeat it."""
+        self.progress.before = before
+        self.log.metrics(0, eval_metrics(before))
+        self.log.say(f"before: {said}\n")
+        if self.interrupt.is_asked or not self.n_steps:
+            self.save()
 
-def digest_of(problems: Sequence[Problem]) -> str:
-    """Changes when a problem does, or their order."""
-    return digest_asked([(problem.prompt, problem.answer) for problem in problems])
+    def is_stopped(self) -> bool:
+        """Whether Ctrl-C ended the steps; says how the run goes on."""
+        if self.interrupt.is_asked:
+            script = f"python {Path(sys.argv[0]).name} --resume {self.log.folder}"
+            self.log.say(f"stopped after step {self.progress.step}; continue with: {script}")
+        return self.interrupt.is_asked
 
+    def summarize(self, after: dict | None, **more) -> None:
+        """Write summary.json, and the trained model's evaluation with it."""
+        progress = self.progress
+        progress.wall_s = time.monotonic() - self.start_s
+        if after:
+            self.log.metrics(progress.step, eval_metrics(after))
+        times = dict(wall_s=progress.wall_s, steps=progress.step, seed=self.config.seed)
+        self.log.summary({"before": progress.before, "after": after} | more | times)
 
-def is_finished(folder: str | Path, step: int, n_steps: int) -> bool:
-    """Whether the run in the folder has made its steps and written what it came to."""
-    summary = Path(folder) / "summary.json"
-    is_written = summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["steps"] == step
-    return step >= n_steps and is_written
+    def say_end(self) -> None:
+        progress, folder = self.progress, self.log.folder
+        self.log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {folder}")
+
+    def warn_of_gap(self, metrics: dict, corrects: str = "") -> None:
+        """Say, once a run, that sampler and trainer differ by more than rounding of the weights explains.
+
+        What is rounded counts 1 / temperature times in the metric. `corrects` names the script's flag, if it has one,
+        that makes up for the difference.
+        """
+        gap, normal = metrics.get("logp_gap_mean", 0.0), NORMAL_GAP.get(self.dtype, math.inf)
+        if gap * min(1.0, self.config.temperature) <= normal:
+            return
+        name = str(self.dtype).removeprefix("torch.")
+        less = {torch.bfloat16: "--dtype float16 (on cuda) or float32", torch.float16: "--dtype float32"}
+        advice = f"try {less[self.dtype]}" if self.dtype in less else "the two compute different things, which is a bug"
+        self.log.say_once(
+            "gap beyond rounding",
+            f"warning: logp_gap_mean is {gap:.2g}; in {name} rounding explains {normal:g}: the sampler's "
+            f"log-probabilities are not those that are learned from; {advice}{corrects} (said once)",
+        )
 
 
 def is_due(every: int, step: int) -> bool:
@@ -243,124 +413,6 @@ def is_due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def choose_machine(config, checkpoint: Path | None, folder: Path | str, log) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype of the weights; a resumed run keeps its dtype, so that it is the same run."""
-    hf_config, model_config = read_config(folder)
-    dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype
-    return choose_device(config.device, dtype, log.say, model_config.hidden_size)
-
-
-def prepare(model: nn.Module, config, tensors: dict[str, Tensor], device: torch.device) -> tuple[MasterAdamW, Workers]:
-    """Make a loaded model ready to learn: its optimizer, with the moments of a resumed run's `tensors`, and workers."""
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay)
-    if tensors:
-        optimizer.load_state_tensors(tensors)
-    model.checkpoints_activations = config.checkpoint_activations
-    is_compiled = compiles(config.compile, device)
-    if is_compiled:
-        model.compile_blocks()
-    return optimizer, start_workers(model, 1 if is_compiled else config.workers)
-
-
-def compiles(compile: str, device: torch.device) -> bool:
-    """Whether `--compile on|off|auto` asks for compiled blocks on this device; auto: on CUDA."""
-    return compile == "on" or (compile == "auto" and device.type == "cuda")
-
-
-def default_tokens_per_batch(asked_for: int, device: torch.device) -> int:
-    """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
-    return asked_for or (1024 if device.type == "cpu" else 8192)
-
-
-def load_reward_model(
-    folder: str | Path, tokenizer: Tokenizer, dtype: torch.dtype | None, device: torch.device
-) -> RewardModel:
-    """The reward model in a model or run folder, without gradients; ValueError unless it reads the tokenizer's ids."""
-    folder = model_folder(folder)
-    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
-    return load_scorer(folder, dtype, device).requires_grad_(False)
-
-
-def to_preference(model: RewardModel, tokenizer: Tokenizer, n_tokens: int) -> Preference:
-    """What a reward model thinks of whole responses, in 0..1 or None, in batches of `n_tokens`."""
-    return lambda prompt_ids_B, texts_B: [*map(preference, score(model, tokenizer, prompt_ids_B, texts_B, n_tokens))]
-
-
-def longest_example(max_tokens: int, folder: Path | str) -> int:
-    """`max_tokens`, or the context of the model in the folder where that is shorter."""
-    return min(max_tokens, read_config(folder)[1].max_position_embeddings)
-
-
-def update(optimizer: MasterAdamW, guard: NonFiniteGuard, config, step: int, n_steps: int) -> dict[str, float]:
-    """Follow the gradient at the schedule's rate of update `step` (from 0); returns `lr`, `grad_norm`, fp16's scale.
-
-    A gradient that is not finite is skipped; ValueError after several in a row.
-    """
-    lr = learning_rate(step, n_steps, config.lr, config.warmup, config.decay)
-    loss_scale, grad_norm = optimizer.loss_scale, optimizer.step(lr, config.max_grad_norm)
-    is_made = math.isfinite(grad_norm)
-    guard.check(n_skipped=int(not is_made), n_made=int(is_made), loss_scale=loss_scale)
-    is_expected = not is_made and loss_scale > 1
-    return {"lr": lr, "grad_norm": None if is_expected else grad_norm} | scale_metric(optimizer)
-
-
-def scale_metric(optimizer: MasterAdamW) -> dict[str, float]:
-    """What the loss of the next update is multiplied by, where weights are fp16."""
-    return {"loss_scale": optimizer.loss_scale} if optimizer.is_scaled else {}
-
-
-def warn_of_gap(log: RunLog, metrics: dict, dtype: torch.dtype, temperature: float, corrects: str = "") -> None:
-    """Say, once a run, that sampler and trainer differ by more than rounding to `dtype` explains.
-
-    What is rounded counts 1 / temperature times in the metric.
-    `corrects` names the script's flag, if it has one, that makes up for the difference.
-    """
-    gap, normal = metrics.get("logp_gap_mean", 0.0), NORMAL_GAP.get(dtype, math.inf)
-    if gap * min(1.0, temperature) <= normal:
-        return
-    name = str(dtype).removeprefix("torch.")
-    less = {torch.bfloat16: "--dtype float16 (on cuda) or float32", torch.float16: "--dtype float32"}.get(dtype)
-    advice = f"try {less}{corrects}" if less else f"the two compute different things, which is a bug{corrects}"
-    log.say_once(
-        "gap beyond rounding",
-        f"warning: logp_gap_mean is {gap:.2g}; in {name} rounding explains {normal:g}: the sampler's "
-        f"log-probabilities are not those that are learned from; {advice} (said once)",
-    )
-
-
 def eval_metrics(measured: dict) -> dict:
     """An evaluation's figures by their names in metrics.jsonl: `eval_accuracy` and so on."""
     return {f"eval_{name}": value for name, value in measured.items()}
-
-
-def save_run(
-    folder: Path,
-    model: nn.Module,
-    tokenizer,
-    optimizer: MasterAdamW,
-    progress,
-    *,
-    tensors: dict[str, Tensor] | None = None,
-    keep_last: int = 2,
-    keep_best: int | None = None,
-) -> Path:
-    """Save the checkpoint of step `progress.step` that `--resume` continues bit for bit; returns its folder.
-
-    `tensors` are what else has to be kept. ValueError where a weight is not finite: nothing is then saved.
-    """
-    if not is_finite(model.parameters()):
-        raise ValueError(f"a weight is not finite after step {progress.step}; not saved: resume with a lower --lr")
-
-    def write_model(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return save_checkpoint(
-        folder / "checkpoints",
-        progress.step,
-        write_model=write_model,
-        tensors=optimizer.state_tensors() | (tensors or {}),
-        state=vars(progress),
-        keep_last=keep_last,
-        keep_best=keep_best,
-    )

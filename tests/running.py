@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1 import ledger, machine
+from nanor1 import ledger, machine, training
 
 MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 
@@ -62,16 +62,16 @@ def die_saving(patch, n_done):
     patch.setattr(ledger, "write_json", write_or_die)
 
 
-def at_update(patch, script, at, happen):
+def at_update(patch, at, happen):
     """Let something happen in step `at` (from 0), between its gradient and its update."""
-    update = script.update
+    update = training.Run.update
 
-    def happen_and_update(optimizer, guard, config, step, n_steps):
-        if step == at:
+    def happen_and_update(run):
+        if run.progress.step == at:
             happen()
-        return update(optimizer, guard, config, step, n_steps)
+        update(run)
 
-    patch.setattr(script, "update", happen_and_update)
+    patch.setattr(training.Run, "update", happen_and_update)
 
 
 def die():

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from running import (
     write_lines,
 )
 
-from nanor1 import traces, training
+from nanor1 import exam, judge, teacher, traces, training
 from nanor1.ledger import Ledger
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task, new_model
 from nanor1.model import Transformer
@@ -223,20 +221,20 @@ def test_a_teacher_without_a_right_answer_is_refused_in_one_sentence(run, proces
 def test_evaluations_meet_no_problem_that_is_trained_on(process, whole, train):
     held_out = {problem.prompt for problem in miniature_task(TINY).held_out(200)}
     asked = {row["prompt"] for row in read_lines(whole("traces")[0] / "traces.jsonl")}
-    sampled, answer = [], traces.answer
+    sampled, answer = [], judge.Actor.answer
 
-    def see_and_answer(sampler, prompter, questions, rules, **sampling):
-        sampled.extend(question.shown for question in questions)
-        return answer(sampler, prompter, questions, rules, **sampling)
+    def see_and_answer(actor, problems, seed):
+        sampled.extend(problem.prompt for problem in problems)
+        return answer(actor, problems, seed)
 
-    process.setattr(traces, "answer", see_and_answer)
-    evaluated, evaluate = [], distill.evaluate
+    process.setattr(judge.Actor, "answer", see_and_answer)
+    evaluated, evaluate = [], exam.evaluate
 
     def see_and_evaluate(sampler, prompter, problems, *arguments, **sampling):
         evaluated.append([problem.prompt for problem in problems])
         return evaluate(sampler, prompter, problems, *arguments, **sampling)
 
-    process.setattr(distill, "evaluate", see_and_evaluate)
+    process.setattr(exam, "evaluate", see_and_evaluate)
     train("--method on-policy --steps 2 --eval-every 1")
     assert len(asked) > 5 and len(set(sampled)) == 8 and not (asked | set(sampled)) & held_out
     assert len(evaluated) == 3 and set(evaluated[0]) <= held_out and evaluated[0] == evaluated[1] == evaluated[2]
@@ -249,13 +247,13 @@ def test_a_gap_beyond_rounding_is_said_once_on_policy(process, train):
 
 
 def test_each_step_on_policy_asks_other_problems_with_other_random_numbers(process, train):
-    seen, answer = [], traces.answer
+    seen, answer = [], judge.Actor.answer
 
-    def see_and_answer(sampler, prompter, questions, rules, **sampling):
-        seen.append((tuple(question.shown for question in questions), sampling["seed"]))
-        return answer(sampler, prompter, questions, rules, **sampling)
+    def see_and_answer(actor, problems, seed):
+        seen.append((tuple(problem.prompt for problem in problems), seed))
+        return answer(actor, problems, seed)
 
-    process.setattr(traces, "answer", see_and_answer)
+    process.setattr(judge.Actor, "answer", see_and_answer)
     train("--method on-policy --steps 3")
     assert len(set(seen)) == len({prompts for prompts, _ in seen}) == len({seed for _, seed in seen}) == 3
 
@@ -277,8 +275,8 @@ def byte_model(folder, seed, chat_template=None, **tokens):
 
 @pytest.mark.parametrize("method", ["logits", "on-policy"])
 def test_distributions_over_different_vocabularies_are_not_compared(run, tmp_path, method):
-    teacher = byte_model(tmp_path / "bytes", seed=0)
-    flags = f"--teacher {teacher} --method {method} --steps 1"
+    other = byte_model(tmp_path / "bytes", seed=0)
+    flags = f"--teacher {other} --method {method} --steps 1"
     assert_refused(run(flags), f"--method {method}", "different vocabularies", "--method traces")
 
 
@@ -293,9 +291,9 @@ def test_traces_cross_from_one_vocabulary_and_template_to_another(process, tmp_p
     )
     flags = "--task arithmetic --trace-problems 2 --trace-samples 8 --max-new-tokens 120 --steps 2 --threads 1 "
     flags += "--eval-problems 1 --lr 1e-2 --warmup 0"
-    for student, teacher, fields in ((chat, plain, {"messages"}), (plain, chat, {"prompt", "completion"})):
+    for student, other, fields in ((chat, plain, {"messages"}), (plain, chat, {"prompt", "completion"})):
         folder = tmp_path / f"run-{student.name}"
-        argv = shlex.split(f"--model {student} --teacher {teacher} {flags} --out {folder}")
+        argv = shlex.split(f"--model {student} --teacher {other} {flags} --out {folder}")
         code, _, err = call_main(distill, argv)
         assert code == 0, err
         losses = measured(folder, "loss")
@@ -309,8 +307,8 @@ def test_each_of_two_models_is_asked_in_its_own_template(tmp_path):
     plain = Tokenizer.from_bytes()
     chat = Tokenizer.from_bytes(chat_template=CHAT, specials=["<|user|>", "<|model|>"])
     config = distill.Config(model="m", teacher="t")
-    ask = lambda template, student, teacher: distill.to_teacher(  # noqa: E731
-        config, Prompter(student, template), teacher
+    ask = lambda template, student, other: teacher.to_teacher(  # noqa: E731
+        config, Prompter(student, template), other
     ).write(problem)
     assert Prompter(plain, "r1-zero").show(problem).endswith("<think>")
     text, _ = ask("r1-zero", plain, chat)
@@ -328,7 +326,7 @@ def test_a_teacher_is_told_what_its_own_chat_template_has_a_variable_for():
     student = Prompter(loud, "chat", {"loud": True}, system="Be brief.", style="cot")
     config, problem = distill.Config(model="m", teacher="t"), make_task("arithmetic").sample(1, 0, 0)[0]
     for tokenizer, end in ((loud, "!"), (deaf, "?")):
-        text, _ = distill.to_teacher(config, student, tokenizer).write(problem)
+        text, _ = teacher.to_teacher(config, student, tokenizer).write(problem)
         assert text.startswith("Be brief.") and "step by step" in text and text.endswith(end)
 
 
@@ -338,7 +336,7 @@ def test_a_teacher_is_told_what_its_own_chat_template_has_a_variable_for():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, whole, run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, distill, 5, die)
+        at_update(patch, 5, die)
         assert run(METHODS[method])[0] is None
     assert newest(tmp_path / "run").name == "step_000003"
     code, out, err = run(f"--resume {tmp_path}/run", is_new=False)
@@ -381,39 +379,10 @@ def test_traces_of_other_settings_are_not_continued(run):
     assert_refused(run("--steps 1 --temperature 0.5"), "--temperature", "0.5", "--out")
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whole, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, distill, 1, die)
-        assert run(METHODS["logits"])[0] is None
-    code, out, err = run(f"--resume {tmp_path}/run", is_new=False)
-    assert code == 0 and "begun again" in out, err
-    assert_same_run(tmp_path / "run", whole("logits")[0])
-
-
-def test_ctrl_c_lets_the_step_finish_and_saves_and_the_run_can_go_on(whole, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, distill, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        code, out, _ = run(METHODS["traces"])
-    assert code == 0
-    assert out.endswith(f"stopped after step 4; continue with: python distill.py --resume {tmp_path}/run\n")
-    assert newest(tmp_path / "run").name == "step_000004" and not (tmp_path / "run" / "summary.json").exists()
-    code, _, err = run(f"--resume {tmp_path}/run", is_new=False)
-    assert code == 0, err
-    assert_same_run(tmp_path / "run", whole("traces")[0])
-
-
-def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing_but_its_log(train, run):
-    folder = train("--method on-policy --steps 1")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
-    code, out, err = run(f"--resume {folder}", is_new=False)
-    assert code == 0 and f"{folder} is finished, 1 steps" in out, err
-    assert {path: path.read_bytes() for path in before} == before
-
-
 def test_a_student_of_traces_goes_on_without_its_teacher(whole, run, folders, tmp_path):
     """The traces are all there is to learn from, so the teacher may be gone."""
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, distill, 5, die)
+        at_update(patch, 5, die)
         run(METHODS["traces"])
     code, _, err = run(f"--resume {tmp_path}/run --teacher {tmp_path}/gone", is_new=False)
     assert code == 0, err
@@ -449,8 +418,8 @@ def test_a_file_cannot_say_what_it_thinks_of_a_token(run, folders, method):
 
 
 def test_a_model_that_is_no_miniature_needs_a_task(process, tmp_path):
-    student, teacher = (byte_model(tmp_path / name, seed=0) for name in ("student", "teacher"))
-    assert_refused(call_main(distill, ["--model", student, "--teacher", teacher]), "--task")
+    student, other = (byte_model(tmp_path / name, seed=0) for name in ("student", "teacher"))
+    assert_refused(call_main(distill, ["--model", student, "--teacher", other]), "--task")
 
 
 COMMON = {"step", "tokens", "lr", "grad_norm", "step_s", "tokens_per_s", "peak_memory_gib"}

@@ -18,7 +18,7 @@ GROUPS = [
     {"prefill", "slots", "batching", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel"}
     | {"checkpoint"},
     {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
-    | {"miniature", "training", "paired"},
+    | {"miniature", "training", "paired", "options", "judge", "exam", "teacher", "sources"},
 ]
 GROUP_OF = {module: i for i, group in enumerate(GROUPS) for module in group}
 TORCH_FREE = {"rewards", "tasks", "prompts", "answers", "grading", "sandbox", "coding", "config"}

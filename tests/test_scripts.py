@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import assert_refused, call_main, own_process, read_lines, step_lines, write_lines
 
-from nanor1 import rewards, sft
+from nanor1 import rewards, sft, teacher
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig
 from nanor1.prompts import Prompter
@@ -631,7 +631,7 @@ def test_a_traces_problem_is_known_by_its_question_in_every_template():
             row = {"messages": [*shown, {"role": "assistant", "content": "2"}]}
         with tempfile.TemporaryDirectory() as folder:
             example = sft.read_examples(write_lines(Path(folder) / "a.jsonl", [row]), tokenizer, 9999).examples[0]
-        assert example.question in distill.questions_of([problem])
+        assert example.question in teacher.questions_of([problem])
 
 
 def test_traces_of_problems_that_are_held_out_are_not_learned_whatever_made_them(run, process, tmp_path):

@@ -29,7 +29,9 @@ from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig, is_reward_model
 from nanor1.sft import split
+from nanor1.sources import key_of, read_sources
 from nanor1.tokenizer import Tokenizer
+from nanor1.training import read_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -210,7 +212,7 @@ def test_fresh_weights_follow_the_seed_and_a_resumed_run_keeps_its_own(train, ru
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, whole, files, run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, train_sft, 6, die)
+        at_update(patch, 6, die)
         code, _, _ = run(variant(objective, files))
     assert code is None and newest(tmp_path / "run").name == "step_000004"
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
@@ -221,7 +223,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(object
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whole, files, run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, train_sft, 2, die)
+        at_update(patch, 2, die)
         code, _, _ = run(variant("sft", files))
     assert code is None and not (tmp_path / "run" / "checkpoints").exists()
     assert_refused(run(variant("sft", files)), "--resume")
@@ -233,7 +235,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whol
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_and_saves_and_the_run_can_go_on(number, whole, files, run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, train_sft, 2, lambda: os.kill(os.getpid(), number))
+        at_update(patch, 2, lambda: os.kill(os.getpid(), number))
         code, out, _ = run(variant("sft", files))
     assert code == 0 and out.endswith(
         f"stopped after step 3; continue with: python train_sft.py --resume {tmp_path}/run\n"
@@ -245,30 +247,19 @@ def test_a_signal_lets_the_step_finish_and_saves_and_the_run_can_go_on(number, w
 
 
 def test_a_signal_during_an_evaluation_saves_the_step_before_it(whole, files, run, tmp_path):
-    evaluate, calls = train_sft.evaluate, []
+    measure, calls = train_sft.measure, []
 
-    def signal_and_evaluate(run):
+    def signal_and_measure(run, items):
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 1 else None)
-        return evaluate(run)
+        return measure(run, items)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft, "evaluate", signal_and_evaluate)
+        patch.setattr(train_sft, "measure", signal_and_measure)
         code, out, _ = run(variant("sft", files))
     assert code == 0 and "stopped after step 5" in out and newest(tmp_path / "run").name == "step_000005"
     code, _, err = run(f"--resume {tmp_path}/run", None)
     assert code == 0, err
     assert_same_run(tmp_path / "run", whole("sft")[0])
-
-
-def test_a_second_ctrl_c_ends_the_run_at_once(files, run, tmp_path):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, train_sft, 5, twice)
-        code, _, err = run(variant("sft", files))
-    assert code == 130 and err.endswith("interrupted\n") and newest(tmp_path / "run").name == "step_000004"
 
 
 def contents(folder):
@@ -289,16 +280,6 @@ def test_a_finished_run_goes_on_when_it_is_given_more_epochs(train, run, files):
     assert code == 0 and "is finished" not in out, err
     assert [line["step"] for line in step_lines(folder)] == [1, 2, 3, 4]
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
-
-
-def test_a_run_that_made_its_steps_but_not_its_last_evaluation_makes_it_when_resumed(whole, files, run, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sft, "finish", lambda run: die())
-        code, _, _ = run(variant("sft", files))
-    assert code is None and not (tmp_path / "run" / "summary.json").exists()
-    code, out, err = run(f"--resume {tmp_path}/run", None)
-    assert code == 0 and "is finished" not in out, err
-    assert_same_run(tmp_path / "run", whole("sft")[0])
 
 
 # ---- how much is learned of what
@@ -361,18 +342,12 @@ def test_no_question_is_both_learned_and_held_out(process, model, files, tmp_pat
     rows = read_lines(files[objective])
     again = write_lines(tmp_path / "again.jsonl", [row | {"completion": "1", "chosen": "1"} for row in rows[:40]])
     config = train_sft.Config(objective=objective, data=f"{files[objective]},{again}", held_out=0.3, max_tokens=64)
-    objective = train_sft.make_objective(config, make_tokenizer(TINY), False)
-    sources, held_out = train_sft.read_sources(config, objective, make_tokenizer(TINY), Quiet())
-    key = train_sft.key_of(config.objective)
+    sources, held_out = read_sources(config, make_tokenizer(TINY), 64, print)
+    key = key_of(config.objective)
     learned, out = ({key(item) for item in items} for items in (sources[0][0] + sources[1][0], held_out))
     questions = {row["prompt"].strip() for row in rows}
     assert learned | out == questions and not learned & out and len(out) > 5
     assert len(held_out) > len(out), "the answers of both files to a held-out question are held out"
-
-
-class Quiet:
-    def say(self, text):
-        pass
 
 
 def test_held_out_examples_are_of_all_files_and_the_same_for_every_seed(model, files, tmp_path):
@@ -380,8 +355,7 @@ def test_held_out_examples_are_of_all_files_and_the_same_for_every_seed(model, f
     chosen = []
     for seed in (0, 1):
         config = train_sft.Config(data=f"{files['sft']},{other}", held_out=0.4, eval_examples=20, seed=seed)
-        objective = train_sft.make_objective(config, make_tokenizer(TINY), False)
-        chosen.append(train_sft.read_sources(config, objective, make_tokenizer(TINY), Quiet())[1])
+        chosen.append(read_sources(config, make_tokenizer(TINY), 2048, print)[1])
     minus = make_tokenizer(TINY).encode("-")[0]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 20
     assert 2 < sum(example.ids[1] == minus for example in chosen[0]) < 18
@@ -469,20 +443,6 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(run, flags, said):
     assert_refused(run(flags), *said)
 
 
-def test_an_existing_run_folder_is_refused_and_left_alone(run, train, files):
-    folder = train(f"--data {files['sft']} --steps 1")
-    before = contents(folder)
-    assert_refused(run(f"--data {files['sft']} --steps 1"), str(folder), "--out", "--resume")
-    assert contents(folder) == before
-
-
-def test_damaged_checkpoints_are_not_taken_for_none(run, train, files):
-    folder = train(f"--data {files['sft']} --steps 1")
-    (newest(folder) / "model.safetensors").unlink()
-    code, out, err = run(f"--resume {folder}", None)
-    assert code == 2 and "damaged" in out and "no whole checkpoint" in err
-
-
 # ---- gradients that are not finite
 
 
@@ -526,18 +486,9 @@ def test_two_workers_and_small_batches_learn_the_same(train, files):
         assert other == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_bfloat16_weights_stay_so_when_a_run_is_resumed(train, run, files):
-    folder = train(f"--data {files['sft']} --steps 1 --dtype bfloat16")
-    config = json.loads((folder / "config.json").read_text())
-    config["arguments"]["dtype"] = "auto"  # on this machine, for so small a model, fp32
-    (folder / "config.json").write_text(json.dumps(config))
-    code, out, err = run(f"--resume {folder} --steps 2", None)
-    assert code == 0 and "dtype: bfloat16" in out, err
-
-
 def test_a_miniatures_settings_hold_unless_flags_say_otherwise(process, model):
     process.setattr(sys, "argv", ["train_sft.py", "--model", str(model), "--data", "a.jsonl", "--lr", "0.5"])
-    config, checkpoint = train_sft.read_command_line()
+    config, checkpoint = read_command_line(train_sft.Config, train_sft.complete, "")
     settings = train_sft.MINIATURE_RUN | {"lr": 0.5}
     assert {name: getattr(config, name) for name in settings} == settings and checkpoint is None
 

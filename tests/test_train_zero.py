@@ -6,7 +6,6 @@ Kills and signals are real: those runs are children of multiprocessing's fork se
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 import multiprocessing
@@ -21,15 +20,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import running
 import torch
+from running import assert_refused, call_main, own_process, read_lines, repeatable, step_lines
 from safetensors.torch import load_file
 
-from nanor1 import optim, training
+from nanor1 import exam, judge, optim, training
 from nanor1.checkpoint import latest_checkpoint
-from nanor1.evaluate import Rules
+from nanor1.config import parse_args
+from nanor1.evaluate import Evaluation, Rules
 from nanor1.grpo import Rollout
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
+from nanor1.options import load_reward_model, to_preference
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig
 from nanor1.prompts import Prompter
@@ -54,7 +57,6 @@ VARIANTS = {
     "renewed reference, two workers": "--kl-coef 0.01 --reference-every 2 --save-every 1 --workers 2",
     "bfloat16": "--dtype bfloat16 --save-every 2",
 }
-MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluate", "nanor1.sampler"]
@@ -95,30 +97,15 @@ def base(cache):
 @contextlib.contextmanager
 def tiny_world(cache):
     """The arithmetic miniature is tiny and its rewards are random; what main() sets for the process is put back."""
-    n_threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOR1_CACHE", str(cache))
+    with own_process(cache) as patch:
         patch.setitem(train_zero.MINIATURES, "arithmetic", TINY)
         patch.setitem(REWARDS, "accuracy", parity)
         patch.setitem(REWARDS, "format", second_bit)
-        try:
-            yield patch
-        finally:
-            torch.set_num_threads(n_threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        yield patch
 
 
-def call_main(argv, patch):
-    """Run main(); returns its exit code, stdout and stderr."""
-    patch.setattr(sys, "argv", ["train_zero.py", *argv])
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            train_zero.main()
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+def read_command_line():
+    return training.read_command_line(train_zero.Config, train_zero.complete, "")
 
 
 @pytest.fixture
@@ -129,7 +116,7 @@ def world(cache):
 
 @pytest.fixture
 def run(world):
-    return lambda *argv: call_main(argv, world)
+    return lambda *argv: call_main(train_zero, argv)
 
 
 @pytest.fixture
@@ -142,21 +129,6 @@ def train(run, tmp_path):
         return tmp_path / name
 
     return train_flags
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def step_lines(folder):
-    """The metrics of the training steps, without the lines that hold an evaluation alone."""
-    return [line for line in read_lines(folder / "metrics.jsonl") if "groups" in line]
-
-
-def repeatable(folder):
-    """Everything a run measured that must not depend on when it was interrupted."""
-    lines = read_lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not MEASURED.fullmatch(k)} for line in lines]
 
 
 def weights(folder):
@@ -210,13 +182,13 @@ def kill_in_save(patch):
 
 
 def signal_in_evaluation(patch):
-    evaluation = train_zero.run_evaluation
+    take = exam.Exam.take
 
-    def signal_and_evaluate(*arguments):
+    def signal_and_take(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluation(*arguments)
+        return take(*arguments)
 
-    patch.setattr(train_zero, "run_evaluation", signal_and_evaluate)
+    patch.setattr(exam.Exam, "take", signal_and_take)
 
 
 SCENARIOS = {
@@ -256,8 +228,8 @@ def uninterrupted(cache, tmp_path_factory):
         if variant not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
             argv = shlex.split(f"{FLAGS} {VARIANTS[variant]} --steps 6 --out {shlex.quote(str(folder))}")
-            with tiny_world(cache) as patch:
-                code, out, err = call_main(argv, patch)
+            with tiny_world(cache):
+                code, out, err = call_main(train_zero, argv)
             assert code == 0, err
             assert all(line["updates"] for line in step_lines(folder)), "a run that does not learn shows nothing"
             made[variant] = folder, out
@@ -267,13 +239,8 @@ def uninterrupted(cache, tmp_path_factory):
 
 
 def assert_same_run(folder, whole):
-    last = Path("checkpoints") / "step_000006"
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (folder / last / name).read_bytes() == (whole / last / name).read_bytes(), name
-    assert repeatable(folder) == repeatable(whole)
+    running.assert_same_run(folder, whole)
     assert read_lines(folder / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
-    state, expected = (json.loads((f / last / "state.json").read_text()) for f in (folder, whole))
-    assert state | {"wall_s": 0} == expected | {"wall_s": 0}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -327,20 +294,20 @@ def test_a_run_stopped_before_its_first_step_can_go_on_as_it_says(uninterrupted,
 def test_a_resumed_run_takes_new_flags_and_keeps_the_other_arguments(train, run, world):
     folder = train("--steps 1 --save-every 1 --problems 3")
     world.setattr(sys, "argv", ["train_zero.py", "--resume", str(folder), "--steps", "9", "--lr", "0.5"])
-    config, checkpoint = train_zero.read_command_line()
+    config, checkpoint = read_command_line()
     assert (config.steps, config.lr, config.problems, config.completions) == (9, 0.5, 3, 4)
     assert checkpoint.name == "step_000001"
 
 
 def accuracies(patch, *values):
     """Let the evaluations find these accuracies, one after the other."""
-    found, run_evaluation = iter(values), train_zero.run_evaluation
+    found, take = iter(values), exam.Exam.take
 
-    def evaluate(*arguments):
-        evaluation, rollouts_PG = run_evaluation(*arguments)
+    def take_and_find(*arguments):
+        evaluation, rollouts_PG = take(*arguments)
         return dataclasses.replace(evaluation, accuracy=next(found)), rollouts_PG
 
-    patch.setattr(train_zero, "run_evaluation", evaluate)
+    patch.setattr(exam.Exam, "take", take_and_find)
 
 
 def test_the_best_checkpoint_is_kept_when_evaluations_and_saves_fall_on_different_steps(train, world):
@@ -381,14 +348,14 @@ def test_a_run_that_was_begun_before_all_this_was_kept_goes_on_and_ends(train, r
     kept = json.loads((folder / "config.json").read_text())
     del kept["data_sha256"], kept["arguments"]["log_rollouts"], kept["arguments"]["reward_file"]
     (folder / "config.json").write_text(json.dumps(kept))
-    load_checkpoint = train_zero.load_checkpoint
+    load_checkpoint = training.load_checkpoint
 
     def load_older(checkpoint):
         tensors, state = load_checkpoint(checkpoint)
         del state["n_drawn"], state["lr"], state["before_P"], state["before"]["reward"]
         return tensors, state
 
-    world.setattr(train_zero, "load_checkpoint", load_older)
+    world.setattr(training, "load_checkpoint", load_older)
     code, out, err = run("--resume", str(folder), "--steps", "2")
     assert code == 0 and "could not" not in out, err
     summary = json.loads((folder / "summary.json").read_text())
@@ -414,7 +381,7 @@ def test_console_shows_before_and_after_transcripts_and_the_run_folder(uninterru
     folder, out = uninterrupted("plain")
     evaluation = r"accuracy [\d.]+ \+- [\d.]+ \(95%, n=8 x 2\)"
     assert re.search(rf"^before: {evaluation}", out, re.M) and re.search(rf"^after:  {evaluation}", out, re.M)
-    held_out = miniature_task(TINY).held_out(8)[: train_zero.N_TRANSCRIPTS]
+    held_out = miniature_task(TINY).held_out(8)[: exam.N_TRANSCRIPTS]
     for problem in held_out:
         assert re.search(
             rf"^problem: {re.escape(problem.prompt)} .*{problem.answer}.*\n  before: .*\n  after:  ", out, re.M
@@ -488,14 +455,6 @@ def byte_model(tmp_path):
     Transformer(config).save_pretrained(tmp_path / "bytes")
     tokenizer.save_pretrained(tmp_path / "bytes")
     return str(tmp_path / "bytes")
-
-
-def assert_refused(result, *said):
-    code, _, err = result
-    assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    for text in said:
-        assert text in err
 
 
 @pytest.mark.parametrize(
@@ -615,8 +574,8 @@ def test_weights_that_are_not_finite_are_never_saved(run, world, tmp_path):
         next(iter(optimizer.params.values())).data[0] = float("inf")
         return 1.0
 
-    world.setattr(train_zero.MasterAdamW, "step", step)
-    world.setattr(train_zero, "run_evaluation", lambda *_: (train_zero.Evaluation(*[0.0] * 12), []))
+    world.setattr(optim.MasterAdamW, "step", step)
+    world.setattr(exam.Exam, "take", lambda *_: (Evaluation(*[0.0] * 12), []))
     flags = [*FLAGS.split(), "--minibatches", "1", "--steps", "1", "--out", str(tmp_path / "run")]
     assert_refused(run(*flags), "not finite after step 1")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -698,16 +657,17 @@ def make_actor(world, base):
 
     def make(**fields):
         world.setattr(sys, "argv", ["train_zero.py", *FLAGS.split()])
-        config = dataclasses.replace(train_zero.read_command_line()[0], **fields)
+        config = dataclasses.replace(read_command_line()[0], **fields)
         model, prompter = Transformer.from_pretrained(base), Prompter(Tokenizer.from_pretrained(base), "bare")
-        return train_zero.Actor(Workers(model), Sampler(model), prompter, miniature_task(TINY), Rules(), config)
+        n_tokens = config.tokens_per_batch or 1024
+        return judge.Actor(Sampler(model), prompter, Rules(), miniature_task(TINY), config, n_tokens)
 
     return make
 
 
 def rewarded(patch, rewards_of):
     """Let `rewards_of(number of the group in the run)` be the accuracies, and with them the rewards, of each group."""
-    judge_all, count = train_zero.judge_all, iter(range(10_000))
+    judge_all, count = judge.judge_all, iter(range(10_000))
 
     def judge_so(*arguments):
         groups = [(group, rewards_of(next(count))) for group in judge_all(*arguments)]
@@ -716,7 +676,7 @@ def rewarded(patch, rewards_of):
             for pair in groups
         ]
 
-    patch.setattr(train_zero, "judge_all", judge_so)
+    patch.setattr(judge, "judge_all", judge_so)
 
 
 EQUAL, MIXED = [1.0] * 4, [1.0, 0.0, 0.0, 0.0]
@@ -724,25 +684,25 @@ EQUAL, MIXED = [1.0] * 4, [1.0, 0.0, 0.0, 0.0]
 
 def test_resampling_draws_other_problems_and_stops_at_its_bound(make_actor, world):
     rewarded(world, lambda number: EQUAL)
-    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=2), None, 20)
+    rollouts_PG, advantages_PG = judge.act(make_actor(resample=2), None, 20)
     assert [len(group) for group in rollouts_PG] == [4] * 12 and not any(map(any, advantages_PG))
     assert len({group[0].problem.prompt for group in rollouts_PG}) == 12
-    next_PG, _ = train_zero.act(make_actor(resample=2), None, 32)
+    next_PG, _ = judge.act(make_actor(resample=2), None, 32)
     assert not {g[0].problem.prompt for g in next_PG} & {g[0].problem.prompt for g in rollouts_PG}
 
 
 def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, world):
     rewarded(world, lambda number: EQUAL if number == 3 else MIXED)
-    rollouts_PG, advantages_PG = train_zero.act(make_actor(resample=5), None, 0)
+    rollouts_PG, advantages_PG = judge.act(make_actor(resample=5), None, 0)
     assert len(rollouts_PG) == 5 and sum(map(any, advantages_PG)) == 4
 
 
 def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
     """The format differs in every group, so no reward is equal; two groups are all wrong."""
     rewarded(world, lambda number: [0.0] * 4 if number < 2 else MIXED)
-    charge, costs = train_zero.charge, [0.0, 0.1, 0.0, 0.1]
+    charge, costs = judge.charge, [0.0, 0.1, 0.0, 0.1]
     world.setattr(
-        train_zero,
+        judge,
         "charge",
         lambda groups, *more: [
             [dataclasses.replace(r, reward=r.reward - cost) for r, cost in zip(group, costs, strict=True)]
@@ -750,18 +710,18 @@ def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
         ],
     )
     actor = make_actor(resample=1)
-    rollouts_PG, advantages_PG = train_zero.act(actor, None, 0)
+    rollouts_PG, advantages_PG = judge.act(actor, None, 0)
     assert len(rollouts_PG) == 6 and all(map(any, advantages_PG))
-    chosen = train_zero.choose(actor, rollouts_PG, advantages_PG)
+    chosen = judge.choose(actor, rollouts_PG, advantages_PG)
     assert [r for r, _ in chosen] == [r for group in rollouts_PG[2:] for r in group]  # P groups, the replaced ones out
     other = dataclasses.replace(actor, rules=Rules({"format": 1.0}))  # here any difference is the signal
-    assert len(train_zero.act(other, None, 0)[0]) == 4
+    assert len(judge.act(other, None, 0)[0]) == 4
 
 
 def test_a_group_that_teaches_by_its_format_alone_is_learned_from_where_none_replaced_it(make_actor):
     actor = make_actor(resample=1)
     groups = [[fake(3, accuracy=1.0), fake(3, accuracy=0.0)], [fake(3, accuracy=0.0), fake(4, accuracy=0.0)]]
-    chosen = train_zero.choose(actor, groups, [[0.5, -0.5], [0.05, -0.05]])
+    chosen = judge.choose(actor, groups, [[0.5, -0.5], [0.05, -0.05]])
     assert [advantage for _, advantage in chosen] == [0.5, -0.5, 0.05, -0.05]
 
 
@@ -787,7 +747,7 @@ def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, worl
         actor = make_actor(resample=1, **fields)
         problems = actor.task.sample(4, 0, 0)
         always = SimpleNamespace(sample=lambda n, seed, i: [problems[i % 4]])
-        rollouts_PG, _ = train_zero.act(dataclasses.replace(actor, task=always), None, first)
+        rollouts_PG, _ = judge.act(dataclasses.replace(actor, task=always), None, first)
         ids = [[tuple(rollout.completion.ids) for rollout in group] for group in rollouts_PG]
         return [ids[:4], ids[4:]]
 
@@ -798,7 +758,7 @@ def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, worl
 
 
 def test_no_step_of_any_seed_shares_its_noise_with_another_or_with_evaluations():
-    seeds = [train_zero.request_seed(seed, index) for seed in range(20) for index in range(1000)]
+    seeds = [judge.request_seed(seed, index) for seed in range(20) for index in range(1000)]
     assert len(set(seeds)) == 20_000 and 0 not in seeds
 
 
@@ -811,7 +771,7 @@ def fake(n_tokens, reward=1.0, logprob=-1.0, seed=0, **parts):
 def test_overlong_penalty_lowers_the_reward_of_long_answers_and_is_one_of_its_parts(make_actor):
     actor = make_actor(overlong="penalty", max_new_tokens=100, overlong_buffer=20)
     groups = [[fake(80), fake(90), fake(100)], [fake(85, 0.5), fake(90, None)]]
-    charged = train_zero.charge(groups, None, actor)
+    charged = judge.charge(groups, None, actor)
     assert [[r.reward for r in group] for group in charged] == [[1.0, 0.5, 0.0], [0.25, None]]
     assert [[r.parts["overlong_penalty"] for r in group] for group in charged] == [[0, -0.5, -1], [-0.25, -0.5]]
 
@@ -838,35 +798,35 @@ def test_as_many_rollouts_are_kept_as_are_asked_for(train, n, kept):
 
 
 class Sums:
-    """In an optimizer's place: adds up the gradients of a step's updates and leaves the weights alone."""
+    """In a run's place: adds up the gradients of a step's updates and leaves the weights alone."""
 
-    loss_scale, is_scaled = 1.0, False
+    optimizer = SimpleNamespace(loss_scale=1.0)
 
-    def __init__(self, model):
-        self.params, self.n_updates = dict(model.named_parameters()), 0
+    def __init__(self, model, reference):
+        self.workers, self.reference, self.grad_norms = Workers(model), reference, []
+        self.params = dict(model.named_parameters())
         self.sums = {name: torch.zeros_like(p) for name, p in self.params.items()}
 
-    def step(self, lr, max_grad_norm):
-        self.n_updates += 1
+    def update(self):
+        self.grad_norms.append(1.0)
         for name, p in self.params.items():
             if p.grad is not None:
                 self.sums[name] += p.grad
                 p.grad = None
-        return 1.0
 
 
 def learned(actor, rollouts_PG, advantages_PG, reference=None):
     """The sum of a step's gradients, and of how many updates."""
-    sums = Sums(actor.workers.model)
-    train_zero.learn(actor, reference, sums, rollouts_PG, advantages_PG, 0)
-    return torch.cat([grad.flatten() for grad in sums.sums.values()]), sums.n_updates
+    sums = Sums(actor.sampler.model, reference)
+    train_zero.learn(sums, actor, rollouts_PG, advantages_PG, 0)
+    return torch.cat([grad.flatten() for grad in sums.sums.values()]), len(sums.grad_norms)
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("minibatches", [1, 4, 16])
 def test_a_group_moves_the_weights_as_far_whichever_others_teach_nothing(make_actor, aggregate, minibatches):
     actor = make_actor(aggregate=aggregate, minibatches=minibatches)
-    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    rollouts_PG, _ = judge.act(actor, None, 0)
     every_PG, nothing_PG = [[1.5, -0.5, -0.5, -0.5]] * 4, [[0.0] * 4] * 4
     whole, n_updates = learned(actor, rollouts_PG, every_PG)
     alone = [learned(actor, rollouts_PG, [*nothing_PG[:p], every_PG[p], *nothing_PG[p + 1 :]]) for p in range(4)]
@@ -878,13 +838,13 @@ def test_a_group_moves_the_weights_as_far_whichever_others_teach_nothing(make_ac
 
 def test_there_are_no_more_updates_than_answers_to_learn_from(make_actor):
     actor = make_actor(minibatches=50)
-    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    rollouts_PG, _ = judge.act(actor, None, 0)
     assert learned(actor, rollouts_PG, [[1.0, -1.0, 0.5, -0.5]] * 4)[1] == 16
 
 
 def test_answers_that_could_not_be_judged_or_are_masked_leave_the_others_their_weight(make_actor):
     actor = make_actor(overlong="mask", minibatches=1)
-    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    rollouts_PG, _ = judge.act(actor, None, 0)
     advantages_PG = [[1.0, None, -1.0, 0.5]] + [[0.0] * 4] * 3
     cut = dataclasses.replace(rollouts_PG[0][3].completion, finish="length")
     rollouts_PG[0][3] = dataclasses.replace(rollouts_PG[0][3], completion=cut)
@@ -900,11 +860,11 @@ def test_answers_that_could_not_be_judged_or_are_masked_leave_the_others_their_w
 def test_the_kl_loss_falls_on_groups_of_equal_reward_and_on_answers_without_one(make_actor, kl):
     """Against a loss written out: the mean over all sampled tokens of the estimate of the KL."""
     actor = make_actor(kl_coef=0.5, kl=kl, minibatches=1)
-    model, reference = actor.workers.model, copy.deepcopy(actor.workers.model)
+    model, reference = actor.sampler.model, copy.deepcopy(actor.sampler.model)
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
-    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    rollouts_PG, _ = judge.act(actor, None, 0)
     gradient, n_updates = learned(actor, rollouts_PG, [[0.0] * 4] * 3 + [[None] * 4], reference)
     terms = []
     for rollout in (rollout for group in rollouts_PG for rollout in group):
@@ -924,22 +884,22 @@ def test_the_kl_loss_falls_on_groups_of_equal_reward_and_on_answers_without_one(
 
 def test_kl_to_the_model_itself_is_zero_on_its_own_samples(make_actor):
     actor = make_actor()
-    rollouts_PG, _ = train_zero.act(actor, None, 0)
+    rollouts_PG, _ = judge.act(actor, None, 0)
     flat = [rollout for group in rollouts_PG for rollout in group]
-    assert train_zero.sequence_kl(actor.workers.model, flat, actor) == pytest.approx([0.0] * 16, abs=1e-4)
+    assert judge.sequence_kl(actor.sampler.model, flat, actor) == pytest.approx([0.0] * 16, abs=1e-4)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 8192])
 def test_kl_in_the_reward_is_k1_summed_over_each_answer(make_actor, tokens_per_batch):
     actor = make_actor(kl_coef=0.5, kl="reward", tokens_per_batch=tokens_per_batch)
-    reference = actor.workers.model
+    reference = actor.sampler.model
     with torch.no_grad():
         reference.head_weight_VC.zero_()  # every token has the log-probability -log V
     lengths, uniform = [3, 20, 7, 12], -torch.log(torch.tensor(float(actor.tokenizer.vocab_size))).item()
     flat = [fake(n, logprob=uniform + 0.1 * (i + 1), seed=i) for i, n in enumerate(lengths)]
     kls = [0.1 * (i + 1) * n for i, n in enumerate(lengths)]
-    assert train_zero.sequence_kl(reference, flat, actor) == pytest.approx(kls, rel=1e-4)
-    (charged,) = train_zero.charge([flat], reference, actor)
+    assert judge.sequence_kl(reference, flat, actor) == pytest.approx(kls, rel=1e-4)
+    (charged,) = judge.charge([flat], reference, actor)
     assert [r.reward for r in charged] == pytest.approx([1 - 0.5 * kl for kl in kls], rel=1e-4)
     assert [r.parts["kl_penalty"] for r in charged] == pytest.approx([-0.5 * kl for kl in kls], rel=1e-4)
 
@@ -1040,7 +1000,7 @@ def test_rollouts_of_a_prompt_share_it_in_each_minibatch(train, world):
 def configure(monkeypatch):
     def read(flags):
         monkeypatch.setattr(sys, "argv", ["train_zero.py", *flags.split()])
-        return train_zero.read_command_line()[0]
+        return read_command_line()[0]
 
     return read
 
@@ -1071,13 +1031,13 @@ def test_the_miniatures_settings_hold_for_miniatures_only(configure):
 
 
 def test_evaluations_ask_the_same_problems_whatever_the_seed_and_step(train, world):
-    asked, evaluate = [], train_zero.evaluate
+    asked, evaluate = [], exam.evaluate
 
     def evaluate_and_note(sampler, prompter, problems, *arguments, **sampling):
         asked.append(([problem.prompt for problem in problems], sampling.get("seed", 0)))
         return evaluate(sampler, prompter, problems, *arguments, **sampling)
 
-    world.setattr(train_zero, "evaluate", evaluate_and_note)
+    world.setattr(exam, "evaluate", evaluate_and_note)
     train("--steps 2 --eval-every 1", "one")
     train("--steps 1 --seed 7", "two")
     assert len(asked) == 5 and len(set(asked[0][0])) == 8
@@ -1124,15 +1084,15 @@ def test_every_command_that_is_shown_parses(source, least, capsys, monkeypatch, 
     for script, argv in shown:
         if "--help" in argv:
             with pytest.raises(SystemExit) as stop:
-                train_zero.parse_args(scripts[script].Config, argv)
+                parse_args(scripts[script].Config, argv)
             assert stop.value.code == 0 and "--steps" in capsys.readouterr().out
         else:
-            train_zero.parse_args(scripts[script].Config, argv)
+            parse_args(scripts[script].Config, argv)
 
 
 def test_what_to_try_next_asks_the_model_that_was_trained_something_it_can_read(uninterrupted):
     _, out = uninterrupted("plain")
-    shown = [train_zero.parse_args(sample.Config, argv)[0] for script, argv in commands(out) if script == "sample.py"]
+    shown = [parse_args(sample.Config, argv)[0] for script, argv in commands(out) if script == "sample.py"]
     assert shown and all(config.prompt for config in shown)
     for config in shown:
         assert Tokenizer.from_pretrained(config.model).encode(config.prompt)
@@ -1148,10 +1108,8 @@ def reward_model(cache, base, tmp_path_factory):
     rows = [{"prompt": f"{i} + 1 =", "chosen": "<answer> 3 3 </answer>", "rejected": "3"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = f"--objective preference --model {base} --data {folder}/pairs.jsonl --steps 6 --lr 1e-2 --examples 8"
-    with tiny_world(cache) as patch:
-        patch.setattr(sys, "argv", ["train_sft.py", *f"{flags} --threads 1 --out {folder}/run".split()])
-        with contextlib.redirect_stdout(io.StringIO()):
-            train_sft.main()
+    with tiny_world(cache):
+        assert call_main(train_sft, f"{flags} --threads 1 --out {folder}/run".split())[0] == 0
     return folder / "run"
 
 
@@ -1173,10 +1131,10 @@ def test_a_reward_model_takes_part_in_the_reward(train, reward_model):
 
 def test_an_answer_in_tags_is_preferred_as_the_reward_model_learned(reward_model, base):
     tokenizer = Tokenizer.from_pretrained(base)
-    config = train_zero.Config(reward_model=str(reward_model))
-    judge = train_zero.load_preference(config, tokenizer, torch.device("cpu"), torch.float32, Quiet())
+    scorer = load_reward_model(reward_model, tokenizer, torch.float32, torch.device("cpu"))
+    prefer = to_preference(scorer, tokenizer, 1024)
     prompts = [tokenizer.encode("7 + 1 =")] * 2
-    tagged, bare = judge(prompts, ["<think> 1 </think> <answer> 3 3 </answer>", "<think> 1 </think> 3"])
+    tagged, bare = prefer(prompts, ["<think> 1 </think> <answer> 3 3 </answer>", "<think> 1 </think> 3"])
     assert 0 < bare < 0.5 < tagged < 1
 
 

@@ -1,34 +1,37 @@
 """What training scripts share: which run is resumed from where, when it is finished, an update, a save."""
 
+import contextlib
 import dataclasses
 import json
 import types
 
 import pytest
 import torch
+from running import own_process, read_lines
 from torch import nn
 
 from nanor1 import training
 from nanor1.miniature import MINIATURES, make_tokenizer, new_model
-from nanor1.optim import NonFiniteGuard, learning_rate
+from nanor1.model import Transformer
+from nanor1.optim import learning_rate
+from nanor1.options import default_tokens_per_batch
 from nanor1.runlog import RunLog
 
 TINY = dataclasses.replace(MINIATURES["arithmetic"], width=8, mlp_width=8, n_layers=1)
+TOKENIZER = make_tokenizer(TINY)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    out: str | None = None
-    resume: str | None = None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(training.RunConfig):
+    model: str | None = None
     preset: str | None = None
     steps: int = 5
     lr: float = 0.1
     warmup: int = 2
     decay: str = "linear"
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    checkpoint_activations: bool = False
-    compile: str = "auto"
+    temperature: float = 1.0
+    device: str = "cpu"
+    dtype: str = "float32"
     workers: int = 1
 
     def validate(self):
@@ -36,13 +39,33 @@ class Config:
             raise ValueError("--steps is below 0")
 
 
-@dataclasses.dataclass
-class Progress:
-    step: int = 0
+@pytest.fixture(autouse=True)
+def process(tmp_path):
+    with own_process(tmp_path / "cache") as patch:
+        yield patch
 
 
-class Said(list):
-    say = list.append
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of an untrained model."""
+    folder = tmp_path_factory.mktemp("base")
+    new_model(TINY, TOKENIZER.vocab_size, seed=0).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def begin(base, tmp_path):
+    """A run that is ready to learn, in tmp_path/run; of the tiny model, or of one that is given."""
+
+    def ready(model=None, checkpoint=None, **fields):
+        resume = str(tmp_path / "run") if checkpoint else None
+        config = Config(model=str(base), out=str(tmp_path / "run"), resume=resume, **fields)
+        run = training.Run(config, checkpoint, training.open_log(config, checkpoint, "name", []))
+        run.prepare(model or new_model(TINY, TOKENIZER.vocab_size, seed=0), TOKENIZER, config.steps)
+        return run
+
+    return ready
 
 
 def one_weight(value=1.0):
@@ -51,35 +74,30 @@ def one_weight(value=1.0):
     return model
 
 
-def ready(model, config=Config(), tensors=None):
-    return training.prepare(model, config, tensors or {}, torch.device("cpu"))
-
-
 def gradient(model, value):
     model.weight.grad = torch.full_like(model.weight, value)
 
 
 def start(folder, **fields):
     """A run folder, as `open_log` starts it."""
-    training.open_log(Config(out=str(folder), **fields), None, 0, "name", []).close()
+    training.open_log(Config(out=str(folder), **fields), None, "name", []).close()
     return folder
 
 
-class Tokenizer:
-    def save_pretrained(self, folder):
-        (folder / "tokenizer.json").write_text("{}")
-
-
-def save(folder, step, model=None):
-    model = model or new_model(TINY, 5, seed=0)
-    training.save_run(folder, model, Tokenizer(), ready(model)[0], Progress(step))
+def save(begin, step, **fields):
+    """A run that made so many steps and saved the last."""
+    run = begin(**fields)
+    run.progress.step = step
+    run.save()
+    run.log.close()
+    return run.log.folder
 
 
 # ---- which run is resumed, and from where
 
 
-def test_flags_beat_the_arguments_of_the_resumed_run_and_these_the_defaults(tmp_path):
-    save(start(tmp_path / "run", steps=9, lr=0.5), 4)
+def test_flags_beat_the_arguments_of_the_resumed_run_and_these_the_defaults(begin, tmp_path):
+    save(begin, 4, steps=9, lr=0.5)
     config = Config(resume=str(tmp_path / "run"), lr=0.25, steps=5)
     config, checkpoint = training.resumed(config, {"resume", "lr"})
     assert (config.steps, config.lr, config.warmup) == (9, 0.25, 2) and config.resume == str(tmp_path / "run")
@@ -94,25 +112,23 @@ def test_a_run_without_checkpoint_is_resumed_from_its_beginning(tmp_path, capsys
     (folder / "checkpoints" / ".tmp-step_000002-1").mkdir(parents=True)  # the kill came in the first save
     config, checkpoint = training.resumed(Config(resume=str(folder)), {"resume"})
     assert (config.steps, checkpoint) == (9, None)
-    training.open_log(config, checkpoint, 0, "name", []).close()
+    training.open_log(config, checkpoint, "name", []).close()
     assert (folder / "metrics.jsonl").read_text() == "" and "begun again" in capsys.readouterr().out
 
 
-def test_a_run_with_a_checkpoint_is_cut_back_to_it(tmp_path):
-    folder = start(tmp_path / "run")
+def test_a_run_with_a_checkpoint_is_cut_back_to_it(begin):
+    folder = save(begin, 2)
     with RunLog(folder) as log:
         for step in range(4):
             log.metrics(step, {"loss": 1.0})
-    save(folder, 2)
     config, checkpoint = training.resumed(Config(resume=str(folder)), {"resume"})
-    training.open_log(config, checkpoint, 2, "name", []).close()
+    training.open_log(config, checkpoint, "name", []).close()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path):
-    folder = start(tmp_path / "run")
-    save(folder, 2)
+def test_what_cannot_be_resumed_is_refused(begin, tmp_path):
+    folder = save(begin, 2)
     with pytest.raises(ValueError, match="--preset is for a new run"):
         training.resumed(Config(resume=str(folder), preset="x"), {"resume", "preset"})
     with pytest.raises(ValueError, match="--steps is below 0"):
@@ -131,7 +147,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
 def test_a_run_is_finished_when_its_steps_are_made_and_summed_up(tmp_path, summary, step, n_steps, is_finished):
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps({"steps": summary}))
-    assert training.is_finished(tmp_path, step, n_steps) is is_finished
+    said, end = [], training.end_if_finished
+    for config in (Config(resume=str(tmp_path), steps=n_steps), Config(resume=str(tmp_path), steps=0)):
+        with pytest.raises(SystemExit) if is_finished else contextlib.nullcontext():
+            end(config, tmp_path / f"step_{step:06d}", n_steps, said.append)
+    assert len(said) == 2 * is_finished
+    assert not said or (said[0].endswith(f"more than --steps {n_steps}") and said[1].endswith("--epochs or --steps"))
 
 
 def test_what_is_due_every_so_many_steps():
@@ -142,98 +163,105 @@ def test_what_is_due_every_so_many_steps():
 # ---- learning
 
 
-def test_an_update_follows_the_gradient_at_the_rate_of_its_step():
-    model = one_weight()
-    optimizer, guard = ready(model)[0], NonFiniteGuard()
-    for step in range(3):
-        gradient(model, 4.0)
-        before = model.weight.item()
-        found = training.update(optimizer, guard, Config(), step, 5)
-        lr = learning_rate(step, 5, 0.1, 2, "linear")
-        assert found == {"lr": lr, "grad_norm": pytest.approx(4.0)}
-        assert model.weight.item() == pytest.approx(before - lr, rel=1e-4)  # Adam's first steps are signs
+def learn(run, values):
+    """A step for each gradient; returns the metrics' rate and norm."""
+    for _, value in zip(run.steps(), values, strict=False):
+        gradient(run.model, value)
+        run.update()
+        run.record({})
+    return [(line["lr"], line["grad_norm"]) for line in read_lines(run.log.folder / "metrics.jsonl")]
 
 
-def test_an_update_by_a_gradient_that_is_not_finite_is_not_made_and_the_third_ends_the_run():
+def test_an_update_follows_the_gradient_at_the_rate_of_its_step(begin, process):
     model = one_weight()
-    optimizer, guard = ready(model)[0], NonFiniteGuard()
-    for value in (float("nan"), float("inf"), 1.0, float("nan"), float("nan")):
-        gradient(model, value)
-        training.update(optimizer, guard, Config(), 0, 5)
-    assert model.weight.item() == pytest.approx(1 - learning_rate(0, 5, 0.1, 2, "linear"))
-    gradient(model, float("nan"))
+    run = begin(model, steps=50)
+    expected, weight = [learning_rate(step, 50, 0.1, 2, "linear") for step in range(3)], 1.0
+    assert learn(run, [4.0] * 3) == [(pytest.approx(lr, rel=1e-5), pytest.approx(4.0)) for lr in expected]
+    assert model.weight.item() == pytest.approx(weight - sum(expected), rel=1e-4)  # Adam's first steps are signs
+
+
+def test_an_update_by_a_gradient_that_is_not_finite_is_not_made_and_the_third_ends_the_run(begin):
+    model, nan = one_weight(), float("nan")
+    run = begin(model, steps=50, warmup=0, decay="constant")
+    assert [norm for _, norm in learn(run, (nan, float("inf"), 1.0, nan, nan))] == [None, None, 1.0, None, None]
+    assert model.weight.item() == pytest.approx(1 - 0.1)
     with pytest.raises(ValueError, match="3 updates in a row"):
-        training.update(optimizer, guard, Config(), 0, 5)
+        learn(run, [nan])
+    assert "warning: grad_norm is not finite at step 1" in (run.log.folder / "log.txt").read_text()
 
 
-def test_a_model_made_ready_with_a_runs_tensors_goes_on_as_that_run():
-    model, other = one_weight(), one_weight()
-    optimizer, _ = ready(model)
-    gradient(model, 2.0)
-    optimizer.step(0.1, 9.0)
-    other.load_state_dict(model.state_dict())
-    again, workers = ready(other, tensors=optimizer.state_tensors())
-    for each, its in ((optimizer, model), (again, other)):
-        gradient(its, -1.0)
-        each.step(0.1, 9.0)
-    assert torch.equal(model.weight, other.weight) and workers.model is other
+def test_a_model_made_ready_with_a_runs_tensors_goes_on_as_that_run(begin):
+    run = begin(steps=2)
+    for p in run.model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    next(run.steps())
+    run.update()
+    run.record({})
+    run.save()
+    run.log.close()
+    (checkpoint,) = (run.log.folder / "checkpoints").glob("step_*")
+    again = begin(model=Transformer.from_pretrained(checkpoint), checkpoint=checkpoint, steps=2)
+    assert again.progress.step == 1 and again.workers.model is again.model and not again.tensors
+    for each in (run, again):
+        next(each.steps())
+        for p in each.model.parameters():
+            p.grad = torch.full_like(p, -1.0)
+        each.update()
+    assert all(map(torch.equal, run.model.parameters(), again.model.parameters()))
 
 
-def test_a_compiled_model_has_no_copies():
-    model = types.SimpleNamespace(compiled=0)
+def test_a_compiled_model_has_no_copies(begin, process, base, tmp_path):
     found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "MasterAdamW", lambda model, weight_decay: None)
-        patch.setattr(training, "start_workers", lambda model, n: found.append(n))
-        model.compile_blocks = lambda: found.append("compiled")
-        for compile, workers in (("auto", 3), ("on", 0)):
-            ready(model, Config(compile=compile, workers=workers, checkpoint_activations=True))
-    assert found == [3, "compiled", 1] and model.checkpoints_activations
-
-
-def test_no_example_is_longer_than_the_models_context(tmp_path):
-    new_model(TINY, 5, seed=0).save_pretrained(tmp_path)
-    assert [training.longest_example(n, tmp_path) for n in (100, 256, 2048)] == [100, 256, 256]
+    process.setattr(training, "MasterAdamW", lambda model, weight_decay: None)
+    process.setattr(training, "start_workers", lambda model, n: found.append(n))
+    for i, (compile, workers, device) in enumerate(
+        [("auto", 3, "cpu"), ("on", 0, "cpu"), ("off", 3, "cuda"), ("auto", 3, "cuda")]
+    ):
+        model = types.SimpleNamespace(compile_blocks=lambda: found.append("compiled"))
+        config = Config(
+            model=str(base), out=str(tmp_path / str(i)), compile=compile, workers=workers, checkpoint_activations=True
+        )
+        with training.open_log(config, None, "name", []) as log:
+            run = training.Run(config, None, log)
+            run.device = torch.device(device)
+            run.prepare(model, TOKENIZER, 1)
+        assert model.checkpoints_activations
+    assert found == [3, "compiled", 1, 3, "compiled", 1]
 
 
 # ---- saving, and the rest
 
 
-def test_a_saved_run_is_a_model_folder_with_its_tokenizer_and_state(tmp_path):
-    save(tmp_path, 3)
-    folder = tmp_path / "checkpoints" / "step_000003"
-    assert json.loads((folder / "state.json").read_text()) == {"step": 3}
+def test_a_saved_run_is_a_model_folder_with_its_tokenizer_and_what_is_known_of_its_state(begin):
+    folder = save(begin, 3) / "checkpoints" / "step_000003"
+    state = json.loads((folder / "state.json").read_text())
+    assert state == {"step": 3, "wall_s": state["wall_s"]}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(begin, tmp_path):
     model = new_model(TINY, 5, seed=0)
     next(model.parameters()).data[0] = float("inf")
     with pytest.raises(ValueError, match="not finite after step 3"):
-        save(tmp_path, 3, model)
-    assert not (tmp_path / "checkpoints").exists()
+        save(begin, 3, model=model)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(tmp_path):
-    new_model(TINY, len(make_tokenizer(TINY).special_ids) + 5, seed=0).bfloat16().save_pretrained(tmp_path)
+def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(begin, base, tmp_path):
+    folder = save(begin, 1, model=Transformer.from_pretrained(base).bfloat16())
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
     chosen = []
-    for dtype, checkpoint in (("auto", tmp_path), ("float32", tmp_path), ("auto", None)):
-        config = types.SimpleNamespace(device="cpu", dtype=dtype)
-        chosen.append(training.choose_machine(config, checkpoint, tmp_path, Said())[1])
+    for dtype, where in (("auto", checkpoint), ("float32", checkpoint), ("auto", None)):
+        config = Config(model=str(checkpoint), out=str(tmp_path / f"new{len(chosen)}"), dtype=dtype)
+        with training.open_log(config, None, "name", []) as log:
+            chosen.append(training.Run(config, where, log).dtype)
     assert chosen == [torch.bfloat16, torch.float32, torch.float32]  # a model so small is fp32 on a CPU
-
-
-def test_figures_of_an_evaluation_are_named_as_such():
-    assert training.eval_metrics({"loss": 1.0, "n": 2}) == {"eval_loss": 1.0, "eval_n": 2}
 
 
 def test_batches_are_small_on_a_cpu_unless_asked_for():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert training.default_tokens_per_batch(77, cpu) == training.default_tokens_per_batch(77, gpu) == 77
-    assert training.default_tokens_per_batch(0, cpu) < training.default_tokens_per_batch(0, gpu)
-    assert [training.compiles(way, device) for way in ("auto", "on", "off") for device in (cpu, gpu)] == [
-        False, True, True, True, False, False,
-    ]  # fmt: skip
+    assert default_tokens_per_batch(77, cpu) == default_tokens_per_batch(77, gpu) == 77
+    assert default_tokens_per_batch(0, cpu) < default_tokens_per_batch(0, gpu)
 
 
 # ---- the gap between sampler and trainer
@@ -250,22 +278,24 @@ def test_batches_are_small_on_a_cpu_unless_asked_for():
         (torch.bfloat16, 0.07, "try --dtype float16 (on cuda) or float32, or --flag"),
     ],
 )
-def test_a_gap_is_warned_of_once_beyond_what_rounding_explains(tmp_path, dtype, gap, said):
-    with RunLog.create(tmp_path / "run", {}, []) as log:
-        training.warn_of_gap(log, {}, dtype, 1.0)  # a step without updates has none
-        for _ in range(2):
-            training.warn_of_gap(log, {"logp_gap_mean": gap}, dtype, 1.0, ", or --flag")
+def test_a_gap_is_warned_of_once_beyond_what_rounding_explains(begin, tmp_path, dtype, gap, said):
+    run = begin()
+    run.dtype = dtype
+    run.warn_of_gap({})  # a step without updates has none
+    for _ in range(2):
+        run.warn_of_gap({"logp_gap_mean": gap}, ", or --flag")
     text = (tmp_path / "run" / "log.txt").read_text()
     assert text.count("logp_gap_mean") == (0 if said is None else 1)
     assert said is None or (said in text and f"{gap:.2g}" in text)
 
 
-def test_a_gap_may_be_larger_at_a_lower_temperature(tmp_path):
-    with RunLog.create(tmp_path / "run", {}, []) as log:
-        training.warn_of_gap(log, {"logp_gap_mean": 0.08}, torch.bfloat16, 0.5)
-        assert "warning" not in (tmp_path / "run" / "log.txt").read_text()
-        training.warn_of_gap(log, {"logp_gap_mean": 0.12}, torch.bfloat16, 0.5)
-        training.warn_of_gap(log, {}, torch.bfloat16, 0.0)
+def test_a_gap_may_be_larger_at_a_lower_temperature(begin, tmp_path):
+    run = begin(temperature=0.5)
+    run.dtype = torch.bfloat16
+    run.warn_of_gap({"logp_gap_mean": 0.08})
+    assert "warning" not in (tmp_path / "run" / "log.txt").read_text()
+    run.warn_of_gap({"logp_gap_mean": 0.12})
+    run.warn_of_gap({})
     assert (tmp_path / "run" / "log.txt").read_text().count("warning") == 1
 
 
