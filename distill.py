@@ -25,11 +25,10 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
 from nanor1 import distillation, sft
 from nanor1.config import MANY, option, option_name, user_errors
-from nanor1.evaluate import make_rules
 from nanor1.exam import EVALUATES, Exam, ExamOptions
 from nanor1.grpo import LossSettings, mean, step_metrics
 from nanor1.grpo import add_gradient as add_policy_gradient
-from nanor1.judge import Actor, request_seed
+from nanor1.judge import Actor, make_rules, request_seed
 from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
 from nanor1.options import TaskOptions, load_task, own_rewards

@@ -35,7 +35,7 @@ import torch
 from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages
 from nanor1.checkpoint import digest
 from nanor1.config import MANY, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
-from nanor1.evaluate import Preference, make_rules
+from nanor1.judge import Preference, make_rules
 from nanor1.ledger import touch
 from nanor1.machine import choose_device
 from nanor1.measure import Asker, batch_size, measure

@@ -20,10 +20,9 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
 from nanor1.checkpoint import model_folder
 from nanor1.config import MANY, apply_preset, option, user_errors
-from nanor1.evaluate import make_rules
 from nanor1.exam import Exam, ExamOptions, shorten
 from nanor1.grpo import LossSettings, Rollout, add_gradient, describe, mean, step_metrics
-from nanor1.judge import Actor, act, choose
+from nanor1.judge import Actor, act, choose, make_rules
 from nanor1.machine import peak_flops
 from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature
 from nanor1.model import Transformer

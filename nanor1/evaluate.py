@@ -1,4 +1,4 @@
-"""Judge completions; accuracy with a confidence interval, and what answers at this accuracy cost in tokens.
+"""Accuracy with a confidence interval, and what answers at this accuracy cost in tokens.
 
 Accuracy is the mean over problems of each problem's share of right samples (pass@1). Samples of one problem are not
 independent, so the interval is over problems. Left out: methods that spend tokens on purpose (measure.py).
@@ -6,104 +6,25 @@ independent, so the interval is over problems. Left out: methods that spend toke
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from nanor1.coding import code_accuracies
 from nanor1.grpo import Rollout, mean
-from nanor1.prompts import NEXT_TURN, Prompt, Prompter
-from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, final_answer, marked
-from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, Style, prefilled
-from nanor1.tokenizer import Tokenizer
+from nanor1.judge import Rules, answer
+from nanor1.prompts import Prompter
+from nanor1.rewards import final_answer
+from nanor1.sampler import Sampler
+from nanor1.tasks import Problem
 from nanor1.voting import Candidate, majority
 
-# The scores, in 0..1 or None, of responses behind the ids of their prompts: what a reward model prefers.
-Preference = Callable[[list[list[int]], list[str]], list[float | None]]
 WAIT = re.compile(r"\bwait\b|等", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """By what completions are judged, beside accuracy, format and language, which always are."""
-
-    weights: Mapping[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # of the reward's parts
-    own: Mapping[str, Callable] = field(default_factory=dict)  # beside or in place of those of rewards.REWARDS
-    preference: Preference | None = None  # a reward model's
-    style: Style = "think"  # of the prompts: only the first has a form of tags
-    next_turn: str = ""  # what begins another turn: an answer ends before it
-
-
-def make_rules(prompter: Prompter, **fields) -> Rules:
-    """The rules for answers to these prompts; `fields` are the other ones of Rules. ValueError for an idle `own`."""
-    next_turn = NEXT_TURN if NEXT_TURN in prompter.stop_texts else ""
-    rules = Rules(style=prompter.style, next_turn=next_turn, **fields)
-    if rules.own and not rules.own.keys() & {*REPORTED, *rules.weights}:
-        raise ValueError(
-            f"--reward-file: of its functions ({', '.join(rules.own)}) none is used: give one a weight (--rewards of "
-            f"train_zero.py), or the name of what it is to judge, {', '.join(REPORTED)}"
-        )
-    return rules
-
-
-def judge_all(
-    problems: Sequence[Problem | None],
-    prompts: Sequence[Prompt],
-    completions_PG: Sequence[Sequence[Completion]],
-    tokenizer: Tokenizer,
-    rules: Rules,
-) -> list[list[Rollout]]:
-    """Reward the completions of each problem; programs run several at a time, a reward model scores all at once.
-
-    Answers to what is no problem are read and not judged.
-    """
-    flat = [
-        Rollout(problem, prompt[1], made, read_response(prompt, made, tokenizer, rules.next_turn), None, {})
-        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
-        for made in group
-    ]
-    code = [i for i, r in enumerate(flat) if r.problem and r.problem.task == "code" and "accuracy" not in rules.own]
-    programs = [after_thinking(flat[i].text) for i in code]
-    accuracies = code_accuracies([flat[i].problem for i in code], programs)
-    known = {i: {"accuracy": accuracy} for i, accuracy in zip(code, accuracies, strict=True)}
-    scores = [None] * len(flat)
-    if rules.preference:
-        scores = rules.preference([rollout.prompt_ids for rollout in flat], [rollout.text for rollout in flat])
-    judged = (judge(r, known.get(i, {}), scores[i], rules) if r.problem else r for i, r in enumerate(flat))
-    return [[next(judged) for _ in group] for group in completions_PG]
-
-
-def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
-    """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
-    ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
-    text = tokenizer.decode(ids)
-    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
-
-
-def judge(rollout: Rollout, known: dict[str, float | None], score: float | None, rules: Rules) -> Rollout:
-    """Reward one answer by rules; `known` parts are not judged again, `score` is a reward model's.
-
-    One that is cut off by the length limit is no answer: its accuracy is 0. One that is cut off or missing is
-    preferred to none: a reward model may never have seen one. The reward is None where a weighted part is.
-    """
-    functions = REWARDS | ({} if rules.style == "think" else {"format": marked}) | rules.own
-    names = sorted({*REPORTED, *rules.weights} & functions.keys())
-    parts = {name: known[name] if name in known else functions[name](rollout.problem, rollout.text) for name in names}
-    is_whole = rollout.completion.finish == "stop"
-    if not is_whole and parts["accuracy"] is not None:
-        parts["accuracy"] = 0.0
-    if rules.preference:
-        parts["preference"] = score if is_whole and after_thinking(rollout.text).strip() else 0.0
-    return replace(rollout, parts=parts, reward=combine(parts, rules.weights))
 
 
 def evaluate(
     sampler: Sampler, prompter: Prompter, problems: Sequence[Problem], rules: Rules, *, samples: int = 1, **sampling
 ) -> tuple["Evaluation", list[list[Rollout]]]:
     """Answer and judge each problem `samples` times; `sampling` goes to Sampler.generate."""
-    prompts = [prompter.write(problem) for problem in problems]
-    completions_PG = sampler.generate([ids for _, ids in prompts], n=samples, **prompter.stops, **sampling)
-    rollouts_PG = judge_all(problems, prompts, completions_PG, prompter.tokenizer, rules)
+    rollouts_PG = answer(sampler, prompter, problems, rules, n=samples, **sampling)
     return summarize(rollouts_PG, may_be_unjudged=bool(rules.own)), rollouts_PG
 
 
@@ -196,8 +117,8 @@ def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
 
 def to_candidate(rollout: Rollout) -> Candidate:
     made = rollout.completion
-    answer = final_answer(rollout.problem, rollout.text) if made.finish == "stop" else None
-    return Candidate(answer, len(made.ids), sum(made.logprobs))
+    final = final_answer(rollout.problem, rollout.text) if made.finish == "stop" else None
+    return Candidate(final, len(made.ids), sum(made.logprobs))
 
 
 def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:

@@ -1,19 +1,37 @@
-"""Act and judge: a step's problems are answered, and the answers rewarded, until enough groups teach something."""
+"""Act and judge: problems are answered, and the answers rewarded, until enough groups teach something.
 
-from dataclasses import dataclass, replace
+Left out: what a reward is (rewards.py), what a group's rewards are worth to its members (grpo.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from nanor1.evaluate import Rules, judge_all
+from nanor1.coding import code_accuracies
 from nanor1.grpo import Rollout, completion_logprobs, group_advantages, kl_estimate, pack
 from nanor1.model import Transformer
-from nanor1.prompts import Prompter
-from nanor1.rewards import overlong_penalty
-from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, Task
+from nanor1.prompts import NEXT_TURN, Prompt, Prompter
+from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, marked, overlong_penalty
+from nanor1.sampler import Completion, Sampler
+from nanor1.tasks import Problem, Style, Task, prefilled
 from nanor1.tokenizer import Tokenizer
+
+# The scores, in 0..1 or None, of responses behind the ids of their prompts: what a reward model prefers.
+Preference = Callable[[list[list[int]], list[str]], list[float | None]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """By what completions are judged, beside accuracy, format and language, which always are."""
+
+    weights: Mapping[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # of the reward's parts
+    own: Mapping[str, Callable] = field(default_factory=dict)  # beside or in place of those of rewards.REWARDS
+    preference: Preference | None = None  # a reward model's
+    style: Style = "think"  # of the prompts: only the first has a form of tags
+    next_turn: str = ""  # what begins another turn: an answer ends before it
 
 
 @dataclass(frozen=True)
@@ -33,16 +51,9 @@ class Actor:
 
     def answer(self, problems: list[Problem], seed: int) -> list[list[Rollout]]:
         """`--completions` judged answers to each problem."""
-        config, prompts = self.config, [self.prompter.write(problem) for problem in problems]
-        completions_PG = self.sampler.generate(
-            [ids for _, ids in prompts],
-            n=config.completions,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=seed,
-            **self.prompter.stops,
-        )
-        return judge_all(problems, prompts, completions_PG, self.tokenizer, self.rules)
+        c = self.config
+        sampling = dict(n=c.completions, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=seed)
+        return answer(self.sampler, self.prompter, problems, self.rules, **sampling)
 
 
 def act(
@@ -125,3 +136,78 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
         values.index_add_(0, batch.rollout_M.cpu(), k1_M.cpu())
     return values.tolist()
+
+
+# ---- judge
+
+
+def make_rules(prompter: Prompter, **fields) -> Rules:
+    """The rules for answers to these prompts; `fields` are the other ones of Rules. ValueError for an idle `own`."""
+    next_turn = NEXT_TURN if NEXT_TURN in prompter.stop_texts else ""
+    rules = Rules(style=prompter.style, next_turn=next_turn, **fields)
+    if rules.own and not rules.own.keys() & {*REPORTED, *rules.weights}:
+        raise ValueError(
+            f"--reward-file: of its functions ({', '.join(rules.own)}) none is used: give one a weight (--rewards of "
+            f"train_zero.py), or the name of what it is to judge, {', '.join(REPORTED)}"
+        )
+    return rules
+
+
+def answer(
+    sampler: Sampler, prompter: Prompter, problems: Sequence[Problem], rules: Rules, **sampling
+) -> list[list[Rollout]]:
+    """Answer each problem, and judge the answers; `sampling` goes to Sampler.generate."""
+    prompts = [prompter.write(problem) for problem in problems]
+    completions_PG = sampler.generate([ids for _, ids in prompts], **prompter.stops, **sampling)
+    return judge_all(problems, prompts, completions_PG, prompter.tokenizer, rules)
+
+
+def judge_all(
+    problems: Sequence[Problem | None],
+    prompts: Sequence[Prompt],
+    completions_PG: Sequence[Sequence[Completion]],
+    tokenizer: Tokenizer,
+    rules: Rules,
+) -> list[list[Rollout]]:
+    """Reward the completions of each problem; programs run several at a time, a reward model scores all at once.
+
+    Answers to what is no problem are read and not judged.
+    """
+    flat = [
+        Rollout(problem, prompt[1], made, read_response(prompt, made, tokenizer, rules.next_turn), None, {})
+        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
+        for made in group
+    ]
+    code = [i for i, r in enumerate(flat) if r.problem and r.problem.task == "code" and "accuracy" not in rules.own]
+    programs = [after_thinking(flat[i].text) for i in code]
+    accuracies = code_accuracies([flat[i].problem for i in code], programs)
+    known = {i: {"accuracy": accuracy} for i, accuracy in zip(code, accuracies, strict=True)}
+    scores = [None] * len(flat)
+    if rules.preference:
+        scores = rules.preference([rollout.prompt_ids for rollout in flat], [rollout.text for rollout in flat])
+    judged = (judge(r, known.get(i, {}), scores[i], rules) if r.problem else r for i, r in enumerate(flat))
+    return [[next(judged) for _ in group] for group in completions_PG]
+
+
+def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
+    """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
+    ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
+    text = tokenizer.decode(ids)
+    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
+
+
+def judge(rollout: Rollout, known: dict[str, float | None], score: float | None, rules: Rules) -> Rollout:
+    """Reward one answer by rules; `known` parts are not judged again, `score` is a reward model's.
+
+    One that is cut off by the length limit is no answer: its accuracy is 0. One that is cut off or missing is
+    preferred to none: a reward model may never have seen one. The reward is None where a weighted part is.
+    """
+    functions = REWARDS | ({} if rules.style == "think" else {"format": marked}) | rules.own
+    names = sorted({*REPORTED, *rules.weights} & functions.keys())
+    parts = {name: known[name] if name in known else functions[name](rollout.problem, rollout.text) for name in names}
+    is_whole = rollout.completion.finish == "stop"
+    if not is_whole and parts["accuracy"] is not None:
+        parts["accuracy"] = 0.0
+    if rules.preference:
+        parts["preference"] = score if is_whole and after_thinking(rollout.text).strip() else 0.0
+    return replace(rollout, parts=parts, reward=combine(parts, rules.weights))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from nanor1.budget import force_budget, least_room, refine
 from nanor1.chat import check_room
-from nanor1.evaluate import Rules, judge_all, to_candidate
+from nanor1.evaluate import to_candidate
 from nanor1.grpo import Rollout
+from nanor1.judge import Rules, judge_all
 from nanor1.ledger import Progress, digest, open_ledger, read_lines, work_through
 from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
 from nanor1.prompts import Prompter

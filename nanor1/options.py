@@ -14,7 +14,7 @@ import torch
 from nanor1.checkpoint import model_folder
 from nanor1.config import option
 from nanor1.distillation import check_same_vocabulary
-from nanor1.evaluate import Preference
+from nanor1.judge import Preference
 from nanor1.miniature import miniature_task, own_miniature
 from nanor1.preference import RewardModel, load_scorer, preference, score
 from nanor1.rewards import OwnReward, read_reward_file

@@ -8,7 +8,7 @@ from nanor1 import sft, traces
 from nanor1.checkpoint import digest
 from nanor1.config import option_name
 from nanor1.distillation import check_same_end, check_same_vocabulary
-from nanor1.evaluate import make_rules
+from nanor1.judge import make_rules
 from nanor1.miniature import find_model
 from nanor1.model import Transformer
 from nanor1.options import own_rewards, report_failures

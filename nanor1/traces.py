@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanor1.evaluate import Rules, judge_all
 from nanor1.grpo import Rollout
+from nanor1.judge import Rules, judge_all
 from nanor1.ledger import Ledger, Progress, digest, open_ledger, read_lines, work_through
 from nanor1.prompts import Prompt, Prompter
 from nanor1.rewards import after_thinking

@@ -7,16 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.evaluate import (
-    Rules,
-    accuracy_interval,
-    evaluate,
-    judge_all,
-    majority_accuracy,
-    summarize,
-    wilson_interval,
-)
+from nanor1.evaluate import accuracy_interval, evaluate, majority_accuracy, summarize, wilson_interval
 from nanor1.grpo import Rollout
+from nanor1.judge import Rules, judge_all
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler

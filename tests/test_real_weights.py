@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1.evaluate import Rules, evaluate
+from nanor1.evaluate import evaluate
 from nanor1.grading import extract_answer
+from nanor1.judge import Rules
 from nanor1.model import Transformer
 from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from running import Killed, die_saving
 
 from nanor1 import traces
-from nanor1.evaluate import Rules
 from nanor1.grpo import Rollout
+from nanor1.judge import Rules
 from nanor1.ledger import ledger_path
 from nanor1.model import Transformer
 from nanor1.pretrained import ModelConfig

@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from nanor1 import exam, judge, optim, training
 from nanor1.checkpoint import latest_checkpoint
 from nanor1.config import parse_args
-from nanor1.evaluate import Evaluation, Rules
+from nanor1.evaluate import Evaluation
 from nanor1.grpo import Rollout
+from nanor1.judge import Rules
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
 from nanor1.options import load_reward_model, to_preference

@@ -15,7 +15,7 @@ import time
 import torch
 from measure import finish, where
 
-from nanor1.evaluate import make_rules
+from nanor1.judge import make_rules
 from nanor1.ledger import Progress
 from nanor1.machine import choose_device
 from nanor1.measure import Asker, answer
