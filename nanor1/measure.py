@@ -10,43 +10,24 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from nanor1.budget import force_budget, least_room, refine
-from nanor1.chat import check_room
-from nanor1.evaluate import Rules, judge_all, to_candidate
+from nanor1.chat import Asker, check_room
+from nanor1.evaluate import judge_all, to_candidate
 from nanor1.grpo import Rollout
 from nanor1.ledger import Ledger, Progress, append, digest, open_ledger, read_lines
-from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
-from nanor1.prompts import Prompter
+from nanor1.methods import MAX_BRANCHING, SINGLE, Run
 from nanor1.sampler import Sampler
-from nanor1.search import Found, Scorer, beam_search, mean_logprob
+from nanor1.search import Found, beam_search, mean_logprob
 from nanor1.tasks import Problem
 from nanor1.token_beams import token_beam_search
-from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, WAVES
 from nanor1.voting import window_confidences
 
 CONFIDENCE_K = 20  # likeliest tokens of which a token's confidence is made, as in DeepConf
-
-
-@dataclass(frozen=True)
-class Asker:
-    """A model that is asked, and how: all that does not change from run to run."""
-
-    sampler: Sampler
-    prompter: Prompter
-    seed: int
-    sampling: dict  # temperature, top_k, top_p, max_new_tokens
-    settings: Settings = Settings()
-    rules: Rules = Rules()
-    scorer: Scorer = mean_logprob  # of steps
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
 
 
 # ---- runs: ways to produce answers
@@ -166,16 +147,16 @@ def batch_size(run: Run, max_rows: int) -> int:
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
     """The rows of problems `first`, `first` + 1, ...; each has random numbers of its own."""
+    prompter, rules = asker.prompter, asker.rules
     if run.kind == "direct":
-        prompter, rules = replace(asker.prompter, style="direct"), replace(asker.rules, style="direct")
-        asker = replace(asker, prompter=prompter, rules=rules)
+        prompter, rules = replace(prompter, style="direct"), replace(rules, style="direct")
     start_s = time.monotonic()
-    prompts = [asker.prompter.write(problem) for problem in problems]
+    prompts = [prompter.write(problem) for problem in problems]
     seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
     hear = progress.hear if run.kind in ("samples", *SINGLE) else progress.count
     found_P = produce(asker, run, [ids for _, ids in prompts], list(problems), seeds, hear)
     completions_PG = [found.completions for found in found_P]
-    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, asker.rules)
+    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, rules)
     wall_s = time.monotonic() - start_s
     return [
         to_row(asker, run, first + i, found, group, wall_s / len(problems))

@@ -671,7 +671,7 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
         (["--model", "CHAT", "hi", "--out", "x"], "--out is for an evaluation: add --task"),
         (["--model", "CHAT", "--task", "gsm8k"], "--task gsm8k needs --data FILE"),
         (["--model", "CHAT", "--task", "code"], "--task code needs --data FILE"),
-        (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "leave --data out"),
+        (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "task is generated; leave data and eval_data out"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
         (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
         (
