@@ -32,6 +32,7 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
 import torch
 
+from nanor1 import methods
 from nanor1.chat import INTERRUPTED, Asker, answer, check_room, converse, say, write_messages
 from nanor1.checkpoint import digest
 from nanor1.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
@@ -39,21 +40,7 @@ from nanor1.evaluate import make_rules
 from nanor1.ledger import touch
 from nanor1.machine import choose_device
 from nanor1.measure import batch_size, measure
-from nanor1.methods import (
-    LEGEND,
-    METHODS,
-    SINGLE,
-    Figures,
-    Run,
-    Settings,
-    compare,
-    obstacle,
-    picture,
-    powers_of_two,
-    report,
-    runs_of,
-    table,
-)
+from nanor1.methods import METHODS, SINGLE, Run, Settings, compare, obstacle, powers_of_two, report, runs_of
 from nanor1.miniature import find_miniature, find_model, own_miniature
 from nanor1.paired import compare_files
 from nanor1.pretrained import read_config
@@ -76,17 +63,16 @@ from nanor1.training import (
 )
 
 # What options are for: whether it is done, and what is said of an option where it is not.
-TASK = (("is for an evaluation: add --task", lambda config: config.task or config.prompts),)
-EVALUATION = (
-    ("is for an evaluation: add --task, and leave --keep out", lambda config: config.task and not config.keep),
-)
-METHODS_LOOKED_AT = (("is of --method or --compare", lambda config: config.method or config.compare),)
-WAITS = (("is of budget forcing's N - 1 waits: give --n 2 or more", lambda config: config.n > 1),)
-SELECTION = (("is for --keep correct or --keep pairs", lambda config: config.keep in ("correct", "pairs")),)
-NO_TASK = (("is not for --task, which has its own prompts", lambda config: not config.task),)
-NO_PROMPTS = (("is not for --prompts, which are the questions", lambda config: not config.prompts),)
+TASK = (("is for an evaluation: add --task", lambda c: c.task or c.prompts),)
+EVALUATION = (("is for an evaluation: add --task, and leave --keep out", lambda c: c.task and not c.keep),)
+TABLE = (*EVALUATION, ("is of --method or --compare", lambda c: c.method or c.compare))
+SEVERAL = (*EVALUATION, ("looks at N = 1, 2, 4 ... --n: give --n 2 or more", lambda c: c.n > 1))
+WAITS = (("is of budget forcing's N - 1 waits: give --n 2 or more", lambda c: c.n > 1),)
+SELECTION = (("is for --keep correct or --keep pairs", lambda c: c.keep in ("correct", "pairs")),)
+NO_TASK = (("is not for --task, which has its own prompts", lambda c: not c.task),)
+NO_PROMPTS = (("is not for --prompts, which are the questions", lambda c: not c.prompts),)
 OF_PROBLEMS = dict.fromkeys([*inspect.get_annotations(TaskOptions), "split", "style", "few_shot"], NO_PROMPTS + TASK)
-DRAWS = ("--temperature above 0", lambda config: config.temperature)
+DRAWS = ("--temperature above 0", lambda c: c.temperature)
 
 
 def of(methods: str, default, what: str, *, only: Sequence[Rule] = (), **range):
@@ -138,28 +124,23 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
         "", f"how to spend --n: one or more, NAME,NAME,..., of {', '.join(METHODS)}", "methods", only=EVALUATION
     )
     compare: bool = option(
-        False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table", only=EVALUATION
+        False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table", only=SEVERAL
     )
-    picture: str | None = option(
-        None, "SVG file to draw the table's accuracy against tokens into", only=EVALUATION + METHODS_LOOKED_AT
-    )
+    picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into", only=TABLE)
     reward_model: str | None = option(
         None, "folder by train_sft.py --objective preference, for best-reward", only=EVALUATION
     )
     step_score: Literal["logprob", "reward"] = of("beam dvts", "logprob", "by what the best steps are kept")
     step_text: str | None = of("beam dvts", None, "ends a step; none: a line break (a miniature: wait)")
     wait_text: str | None = of(
-        "budget",
-        None,
-        "takes the place of the end of thinking; none: Wait (without tags: on a new line)",
-        only=WAITS,
+        "budget", None, "takes the place of the end of thinking; none: Wait (without tags: on a new line)", only=WAITS
     )
     min_thinking: int | None = of(
         "budget",
         None,
         "tokens from which on thinking may end; none: at every end, N - 1 times, it waits",
-        least=0,
         only=WAITS,
+        least=0,
     )
     max_thinking: int = of(
         "budget", 0, "tokens after which thinking is ended by force; 0: what --max-answer leaves", least=0
@@ -179,15 +160,11 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
     prompts: str | None = option(
         None,
         "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all",
-        only=(("takes the place of --task; leave one of them out", lambda config: not config.task),),
+        only=(("takes the place of --task; leave one of them out", lambda c: not c.task),),
     )
     any_format: bool = option(False, "keep right answers without the format asked for, too", only=SELECTION)
     min_language: float = option(
-        0.99,
-        "least share of the thinking's words in the problem's language; 0: any",
-        least=0,
-        most=1,
-        only=SELECTION,
+        0.99, "least share of the thinking's words in the problem's language; 0: any", least=0, most=1, only=SELECTION
     )
     max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled", least=1, only=SELECTION)
 
@@ -207,8 +184,6 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
             raise ValueError(f"{'--keep' if self.keep else '--prompts'} needs --out FILE, to which it writes")
         if self.keep == "pairs" and self.n == 1:
             raise ValueError("--keep pairs needs several answers to a problem; give --n 16")
-        if self.compare and self.n == 1:
-            raise ValueError("--compare looks at N = 1, 2, 4 ... --n: give --n 2 or more")
         runs = {METHODS[name].run for name in self.methods if name in METHODS} or {"samples"}
         if self.n > 1 and self.temperature == 0 and not runs <= UNDRAWN:
             raise ValueError(
@@ -231,9 +206,8 @@ N_GENERATED = 200  # problems where no --limit is given
 UNDRAWN = {"token-beam", "budget", "refine", *SINGLE}  # runs whose answers are not N equal ones at temperature 0
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
 # What the lines of a file depend on; --max-rows and the device may change when a command goes on.
-ASKED = "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text " + " ".join(
-    SAMPLING
-)
+ASKED = "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text "
+ASKED += " ".join(SAMPLING)
 TRACES = ASKED + " n prompts keep any_format min_language max_per_problem"
 EVALUATED = ASKED + " reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
 
@@ -331,38 +305,32 @@ def talk(asker: Asker, config: Config, prompt: str | None) -> None:
 
 def evaluate(asker: Asker, config: Config) -> None:
     """Answer and judge the problems, and print what came of it; Ctrl-C reports the batches done, and ends with 130."""
-    methods, template = choose_methods(config, asker.prompter.template), asker.prompter.template
-    runs = runs_of(methods or ["sample"], config.ns)
-    refuse_stop_text(config, runs)
+    names, runs = choose_methods(config, asker.prompter.template)
     if config.picture:
         touch(Path(config.picture), "--picture")
     problems, split = load_problems(config, asker.tokenizer)
     asker = judged(asker, config)
-    rows, is_whole = measure(
-        asker, problems, runs, config.out, deciding_arguments(asker, config, EVALUATED, split), say
-    )
+    arguments = deciding_arguments(asker, config, EVALUATED, split)
+    rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
     report_rewards(asker.rules.own)
     if any(rows.values()):
         how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
         begun = "".join(f" (of {run} {len(done)})" for run, done in rows.items() if 0 < len(done) < len(problems))
         what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
-        print(f"{what}, template {template}, {how}; part: {split}")
-        if methods:
-            show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings))
+        print(f"{what}, template {asker.prompter.template}, {how}; part: {split}")
+        if names:
+            show_methods(config, names, compare(names, config.ns, rows, problems, asker.settings))
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:
         raise SystemExit(130)
 
 
-def report_rewards(own: dict[str, OwnReward]) -> None:
-    """What went wrong in rewards of one's own, and how often."""
-    report_failures(own, lambda _, text: say(text))
-    count_failures(own, say)
+def choose_methods(config: Config, template: str) -> tuple[list[str], list[Run]]:
+    """The methods of --method, or for --compare without it all that can be, and their runs; ValueError for what cannot.
 
-
-def choose_methods(config: Config, template: str) -> list[str]:
-    """Those of --method; for --compare without it all that can be; ValueError for one that cannot."""
+    Without either there is no method, and one run of samples.
+    """
     takes_all = config.compare and not config.methods
     what = (config.ns, config.task, template, bool(config.reward_model))
     obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
@@ -371,22 +339,27 @@ def choose_methods(config: Config, template: str) -> list[str]:
         if not takes_all:
             raise ValueError(f"--method {names}: {why}")
         say(f"left out: {names}: {why}")
-    return [name for name, why in obstacles.items() if not why]
-
-
-def refuse_stop_text(config: Config, runs: list[Run]) -> None:
-    """ValueError where --stop-text would be passed over."""
+    names = [name for name, why in obstacles.items() if not why]
+    runs = runs_of(names or ["sample"], config.ns)
     deaf = [run.kind for run in runs if run.kind not in ("samples", *SINGLE)]
     if config.stop_text not in ("auto", "", None) and deaf:
         raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
+    return names, runs
 
 
-def show_methods(config: Config, methods: list[str], found: list[Figures]) -> None:
+def show_methods(config: Config, names: list[str], found: list[methods.Figures]) -> None:
     """Print the table of methods and what its words mean, and draw the picture."""
-    print("\n".join([table(found), "", *(f"{name:<13} {METHODS[name].what}" for name in methods), "", LEGEND]))
+    words = [f"{name:<13} {METHODS[name].what}" for name in names]
+    print("\n".join([methods.table(found), "", *words, "", methods.LEGEND]))
     if config.picture:
         title = f"{Path(config.model).resolve().name} on {config.task}, {found[0].problems} problems"
-        Path(config.picture).write_text(picture(found, title), encoding="utf-8")
+        Path(config.picture).write_text(methods.picture(found, title), encoding="utf-8")
+
+
+def report_rewards(own: dict[str, OwnReward]) -> None:
+    """What went wrong in rewards of one's own, and how often."""
+    report_failures(own, lambda _, text: say(text))
+    count_failures(own, say)
 
 
 def judged(asker: Asker, config: Config) -> Asker:

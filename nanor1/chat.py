@@ -105,7 +105,9 @@ def read_line() -> str:
     while True:
         say("")
         try:
-            return input(show_mark("> ")).strip()
+            mark = "> " if sys.stdout.isatty() else ""  # input() shows it on stdout, and into a file it must not go
+            print("" if mark else "> ", end="", file=sys.stderr, flush=True)
+            return input(mark).strip()
         except KeyboardInterrupt:
             say("\n(an empty line or Ctrl-D ends)")
         except UnicodeDecodeError as error:
@@ -115,54 +117,57 @@ def read_line() -> str:
             return ""
 
 
-def show_mark(mark: str) -> str:
-    """What input() is to show: it writes to stdout, and where that is a file the mark goes to stderr instead."""
-    if sys.stdout.isatty():
-        return mark
-    print(mark, end="", file=sys.stderr, flush=True)
-    return ""
-
-
 # ---- a prompt and its answers
 
 
 def answer(asker: Asker, messages: Messages, seed: int, keep: bool = False, behind: Kept | None = None) -> list[Answer]:
     """Sample n answers to the last message and print them, the first as it is made; Ctrl-C ends them where they are.
 
-    With `keep` the answers have their caches; what is kept `behind` the messages is not read again. ValueError for an
-    empty prompt, and for one that leaves no room to answer.
+    With `keep` the answers have their caches, unless they are stopped; what is kept `behind` the messages is not read
+    again. ValueError for an empty prompt, and for one that leaves no room to answer.
     """
-    prompt = write_messages(messages, asker.prompter)
+    text, prompt_ids = prompt = write_messages(messages, asker.prompter)
     if any(message["role"] == "assistant" for message in messages):
-        check_room("the conversation", prompt[1], asker.sampler, "say less, or begin a new one")
+        check_room("the conversation", prompt_ids, asker.sampler, "say less, or begin a new one")
     else:
-        check_room("the prompt", prompt[1], asker.sampler)
+        check_room("the prompt", prompt_ids, asker.sampler)
     start_s = time.monotonic()
-    ids_G, kept_G = sample_aloud(asker, prompt, seed, keep, behind)
+    ids_G: list[list[int]] = [[] for _ in range(asker.n)]
+    kept_G: list[Kept | None] = [None] * asker.n
+    with contextlib.closing(Printer(asker, text, 0)) as printer, contextlib.suppress(KeyboardInterrupt):
+
+        def hear(_: int, index: int, token: int) -> None:
+            ids_G[index].append(token)
+            if index == 0:
+                printer.push(token)
+
+        how = asker.prompter.stops | asker.sampling
+        (made_G,) = asker.sampler.generate(
+            [prompt_ids], n=asker.n, seed=seed, on_token=hear, keep=keep, behind=[behind], **how
+        )
+        kept_G = [made.kept for made in made_G]
     wall_s = time.monotonic() - start_s
     for index in filter(ids_G.__getitem__, range(1, asker.n)):  # all, but where Ctrl-C came first
-        print_title(index, asker.n)
-        with contextlib.closing(Printer(asker.tokenizer, prompt[0])) as printer:
+        with contextlib.closing(Printer(asker, text, index)) as printer:
             for token in ids_G[index]:
                 printer.push(token)
     answers = [to_answer(ids, prompt, asker, kept) for ids, kept in zip(ids_G, kept_G, strict=True)]
     n_tokens, endings = sum(map(len, ids_G)), Counter(made.ending for made in answers)
     why = ", ".join(ending if asker.n == 1 else f"{count} {ending}" for ending, count in endings.items())
     speed = f"{n_tokens} tokens in {wall_s:.1f} s, {n_tokens / wall_s:.1f} tokens/s"
-    say(f"{speed}, after a prompt of {len(prompt[1])}; {why}")
+    say(f"{speed}, after a prompt of {len(prompt_ids)}; {why}")
     return answers
 
 
 def write_messages(messages: Messages, prompter: Prompter) -> Prompt:
     """The text that the model sees and its ids; the user's text may hold special tokens, and they count as such."""
-    last, tokenizer = messages[-1]["content"], prompter.tokenizer
+    last = messages[-1]["content"]
     if not last.strip():
         raise ValueError("the prompt is empty; give it as an argument or on stdin")
     if prompter.template == "chat":
-        return render(messages, tokenizer, prompter.arguments)
+        return render(messages, prompter.tokenizer, prompter.arguments)
     text = format_prompt(Problem(last, "", "prompt"), prompter.template)
-    ids = tokenizer.encode(text, allow_special=True)
-    return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
+    return render(text, prompter.tokenizer, allow_special=True)
 
 
 def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it", least: int = 1) -> None:
@@ -172,54 +177,16 @@ def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str =
         raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 
-def sample_aloud(
-    asker: Asker, prompt: Prompt, seed: int, keep: bool, behind: Kept | None
-) -> tuple[list[list[int]], list[Kept | None]]:
-    """The ids of n answers and their caches; when Ctrl-C comes, what ids there are, and no caches.
-
-    The first is printed as it is made.
-    """
-    tokenizer = asker.tokenizer
-    ids_G: list[list[int]] = [[] for _ in range(asker.n)]
-    kept_G: list[Kept | None] = [None] * asker.n
-    print_title(0, asker.n)
-    with contextlib.closing(Printer(tokenizer, prompt[0])) as printer, contextlib.suppress(KeyboardInterrupt):
-
-        def hear(_: int, index: int, token: int) -> None:
-            ids_G[index].append(token)
-            if index == 0:
-                printer.push(token)
-
-        (made_G,) = asker.sampler.generate(
-            [prompt[1]],
-            n=asker.n,
-            seed=seed,
-            on_token=hear,
-            keep=keep,
-            behind=[behind],
-            **asker.prompter.stops,
-            **asker.sampling,
-        )
-        kept_G = [made.kept for made in made_G]
-    return ids_G, kept_G
-
-
-def print_title(index: int, n: int) -> None:
-    if n > 1:
-        print(f"--- answer {index + 1} of {n}", flush=True)
-
-
 def to_answer(ids: list[int], prompt: Prompt, asker: Asker, kept: Kept | None) -> Answer:
     """What was made, and why it ended there."""
-    tokenizer, sampling = asker.tokenizer, asker.sampling
-    context = asker.sampler.model.config.max_position_embeddings
+    tokenizer, context = asker.tokenizer, asker.sampler.model.config.max_position_embeddings
     is_whole = bool(ids) and ids[-1] in tokenizer.stop_ids
     text, ending = tokenizer.decode(ids[:-1] if is_whole else ids), INTERRUPTED
     if is_whole:
         ending = f"ended by {tokenizer.decode(ids[-1:])}"
     elif held := [stop_text for stop_text in asker.prompter.stop_texts if stop_text in text]:
         ending = f"ended by --stop-text {held[0].strip() or repr(held[0])}"
-    elif len(ids) == sampling["max_new_tokens"]:
+    elif len(ids) == asker.sampling["max_new_tokens"]:
         ending = f"cut off by --max-new-tokens {len(ids)}"
     elif len(prompt[1]) + len(ids) == context:
         ending = f"cut off: the model's context of {context} is full"
@@ -230,12 +197,17 @@ def to_answer(ids: list[int], prompt: Prompt, asker: Asker, kept: Kept | None) -
 
 
 class Printer:
-    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed."""
+    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_text: str):
-        self.stop_ids, self.stream = tokenizer.stop_ids, tokenizer.stream()
+    Where there are several, each stands under its title.
+    """
+
+    def __init__(self, asker: Asker, prompt_text: str, index: int):
+        self.stop_ids, self.stream = asker.tokenizer.stop_ids, asker.tokenizer.stream()
         is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
         self.dimmer = None if is_plain else Dimmer(bool(prefilled(prompt_text)))
+        if asker.n > 1:
+            print(f"--- answer {index + 1} of {asker.n}", flush=True)
 
     def push(self, token: int) -> None:
         if token not in self.stop_ids:
