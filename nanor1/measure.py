@@ -45,7 +45,7 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         branching = min(MAX_BRANCHING, run.n)
         n_beams = run.n // branching
         sizes = dict(width=n_beams) if run.kind == "beam" else dict(width=1, trees=n_beams)
-        sizes |= dict(branching=branching, max_steps=sampling["max_new_tokens"], step_texts=[settings.step_text])
+        sizes |= dict(branching=branching, step_texts=[settings.step_text])
         return beam_search(asker.sampler, prompts, scorer=asker.scorer, seeds=seeds, **sizes, **stops, **sampling)
     if run.kind == "token-beam":
         sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
