@@ -70,6 +70,7 @@ SEVERAL = (*EVALUATION, ("looks at N = 1, 2, 4 ... --n: give --n 2 or more", lam
 WAITS = (("is of budget forcing's N - 1 waits: give --n 2 or more", lambda c: c.n > 1),)
 SELECTION = (("is for --keep correct or --keep pairs", lambda c: c.keep in ("correct", "pairs")),)
 NO_TASK = (("is not for --task, which has its own prompts", lambda c: not c.task),)
+NO_TASK_EITHER = (("takes the place of --task; leave one of them out", lambda c: not c.task),)
 NO_PROMPTS = (("is not for --prompts, which are the questions", lambda c: not c.prompts),)
 OF_PROBLEMS = dict.fromkeys([*inspect.get_annotations(TaskOptions), "split", "style", "few_shot"], NO_PROMPTS + TASK)
 DRAWS = ("--temperature above 0", lambda c: c.temperature)
@@ -78,11 +79,8 @@ DRAWS = ("--temperature above 0", lambda c: c.temperature)
 def of(methods: str, default, what: str, *, only: Sequence[Rule] = (), **range):
     """An option of these methods alone."""
     names = methods.split()
-
-    def is_asked_for(config) -> bool:
-        return bool({*names} & {*config.methods}) or config.compare and not config.methods
-
-    asked = (f"is of --method {' or '.join(names)}, which is not asked for", is_asked_for)
+    why = f"is of --method {' or '.join(names)}, which is not asked for"
+    asked = (why, lambda c: {*names} & {*c.methods} or c.compare and not c.methods)
     return option(default, f"{', '.join(names)}: {what}", only=(*EVALUATION, asked, *only), **range)
 
 
@@ -96,16 +94,12 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
     seed: int = option(0, "of the random numbers, and of a miniature that is named", least=0)
 
     temperature: float = option(
-        0.6, "0: greedy; with --task the default is 0, and 1 where --n is above 1", "sampling", least=0
+        0.6, "0: greedy; default with --task: 0, or 1 where --n is above 1", "sampling", least=0
     )
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", least=0, needs=DRAWS)
-    top_p: float = option(
-        1.0, "draw from the likeliest tokens that hold this probability", above=0, most=1, needs=DRAWS
-    )
+    top_p: float = option(1.0, "draw from the likeliest that hold this probability", above=0, most=1, needs=DRAWS)
     max_new_tokens: int = option(1024, "length limit of an answer", least=1)
-    n: int = option(
-        1, "answers to a prompt or problem; of a prompt's the first is printed as it is made", least=1, most=MANY
-    )
+    n: int = option(1, "answers to a prompt or problem; a prompt's first is printed as it is made", least=1, most=MANY)
 
     task: Literal[TASKS] | None = option(None, "measure on this task", "evaluation")
     split: Literal[("auto", *SPLITS)] = option(
@@ -116,16 +110,10 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
     out: str | None = option(
         None, "JSON lines: each problem's answers and verdicts, or training text; one begun before goes on", only=TASK
     )
-    max_rows: int = option(
-        64, "answers made at once; more are faster, above all on a GPU, and take more memory", least=1
-    )
+    max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take memory", least=1)
 
-    method: str = option(
-        "", f"how to spend --n: one or more, NAME,NAME,..., of {', '.join(METHODS)}", "methods", only=EVALUATION
-    )
-    compare: bool = option(
-        False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table", only=SEVERAL
-    )
+    method: str = option("", f"how to spend --n: NAME,NAME,..., of {', '.join(METHODS)}", "methods", only=EVALUATION)
+    compare: bool = option(False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n", only=SEVERAL)
     picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into", only=TABLE)
     reward_model: str | None = option(
         None, "folder by train_sft.py --objective preference, for best-reward", only=EVALUATION
@@ -136,31 +124,18 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
         "budget", None, "takes the place of the end of thinking; none: Wait (without tags: on a new line)", only=WAITS
     )
     min_thinking: int | None = of(
-        "budget",
-        None,
-        "tokens from which on thinking may end; none: at every end, N - 1 times, it waits",
-        only=WAITS,
-        least=0,
+        "budget", None, "tokens from which on thinking may end; none: not before N - 1 waits", only=WAITS, least=0
     )
-    max_thinking: int = of(
-        "budget", 0, "tokens after which thinking is ended by force; 0: what --max-answer leaves", least=0
-    )
+    max_thinking: int = of("budget", 0, "tokens at which thinking is ended; 0: what --max-answer leaves", least=0)
     max_answer: int = of("budget", 0, "tokens of the answer behind it; 0: a quarter of --max-new-tokens", least=0)
     window: int = of("vote-tail vote-lowest", 32, "tokens over which a confidence is taken", least=1)
-    keep_share: float = of(
-        "vote-tail vote-lowest", 1.0, "the most confident share of the answers votes", above=0, most=1
-    )
+    keep_share: float = of("vote-tail vote-lowest", 1.0, "the surest share of the answers votes", above=0, most=1)
 
     keep: Literal["correct", "pairs", "all"] | None = option(
-        None,
-        "write to --out: right and readable answers; pairs of such a one and a wrong one; all that ended",
-        "training text",
-        only=TASK,
+        None, "right, readable answers; pairs of such a one and a wrong one; all", "training text, to --out", only=TASK
     )
     prompts: str | None = option(
-        None,
-        "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all",
-        only=(("takes the place of --task; leave one of them out", lambda c: not c.task),),
+        None, "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all", only=NO_TASK_EITHER
     )
     any_format: bool = option(False, "keep right answers without the format asked for, too", only=SELECTION)
     min_language: float = option(
@@ -283,7 +258,8 @@ def make_asker(config: Config) -> Asker:
     device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
     say(f"model: {folder}; template: {template} ({reason})")
     sampling = {name: getattr(config, name) for name in SAMPLING}
-    return Asker(folder, device, dtype, prompter, sampling, config.max_rows, config.n, config.seed)
+    rules = make_rules(prompter, own=own_rewards(config))
+    return Asker(folder, device, dtype, prompter, sampling, config.max_rows, config.n, config.seed, rules=rules)
 
 
 # ---- one prompt, or a conversation
@@ -309,7 +285,7 @@ def evaluate(asker: Asker, config: Config) -> None:
     if config.picture:
         touch(Path(config.picture), "--picture")
     problems, split = load_problems(config, asker.tokenizer)
-    asker = judged(asker, config)
+    asker = with_methods(asker, config)
     arguments = deciding_arguments(asker, config, EVALUATED, split)
     rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
     report_rewards(asker.rules.own)
@@ -362,8 +338,8 @@ def report_rewards(own: dict[str, OwnReward]) -> None:
     count_failures(own, say)
 
 
-def judged(asker: Asker, config: Config) -> Asker:
-    """The asker with all that --task's options say of methods, and of how answers are judged."""
+def with_methods(asker: Asker, config: Config) -> Asker:
+    """The asker with all that the options say of methods, and with a reward model's judgement."""
     is_tagged = asker.prompter.template == "r1-zero" or config.style == "think"
     max_answer = config.max_answer or max(1, config.max_new_tokens // 4)
     opening = "\nThe final answer is \\boxed{" if config.task in BOXED_TASKS else " <answer>"
@@ -378,18 +354,17 @@ def judged(asker: Asker, config: Config) -> Asker:
         window=config.window,
         keep_share=config.keep_share,
     )
-    preference, scorer = None, mean_logprob
+    rules, scorer = asker.rules, mean_logprob
     if config.reward_model:
         model = load_reward_model(config.reward_model, asker.tokenizer, asker.dtype, asker.device)
         n_tokens = default_tokens_per_batch(0, asker.device)
-        preference = to_preference(model, asker.tokenizer, n_tokens)
+        rules = replace(rules, preference=to_preference(model, asker.tokenizer, n_tokens))
         if config.step_score == "reward":
             scorer = reward_scorer(model, asker.tokenizer, n_tokens)
     if config.step_score == "reward" and is_tagged:
         raise ValueError(
             "--step-score reward: a reward model judges answers, not thinking; use a chat prompt of --style cot"
         )
-    rules = make_rules(asker.prompter, own=own_rewards(config), preference=preference)
     return replace(asker, settings=settings, rules=rules, scorer=scorer)
 
 
@@ -422,7 +397,7 @@ def write_traces(asker: Asker, config: Config) -> None:
         asker.sampler,
         asker.prompter,
         questions,
-        make_rules(asker.prompter, own=own_rewards(config)),
+        asker.rules,
         selection,
         config.out,
         samples=config.n,
@@ -433,7 +408,7 @@ def write_traces(asker: Asker, config: Config) -> None:
         say=say,
         **asker.sampling,
     )
-    report_rewards(own_rewards(config))
+    report_rewards(asker.rules.own)
     print(summary(ledger, selection))
     say(f"{config.out}, {time.monotonic() - start_s:.1f} s")
     if not ledger.is_whole:

@@ -10,7 +10,7 @@ Left out: what thinking would have led to had it ended at each "Wait", which cos
 Letters: P prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,6 +26,19 @@ REQUEST = (
     "Check your answer step by step. If you find a mistake, correct it. "
     "Then give the corrected final answer, in the form that was asked for."
 )
+
+
+def in_turn(seed: int, found: Found) -> Callable[[list[int], int], Session[Completion]]:
+    """What samples once behind some ids, and counts it: each turn goes on from the cache of the one before."""
+    kept, turns = None, count()
+
+    def sample(ids: list[int], limit: int) -> Session[Completion]:
+        nonlocal kept
+        ((made,),) = yield from ask([Prompt(ids, 1, limit, request_key(seed, next(turns)), kept)], found)
+        kept = made.kept
+        return replace(made, kept=None)  # so that it holds no memory
+
+    return sample
 
 
 # ---- budget forcing
@@ -92,14 +105,8 @@ def _think(
     max_answer: int,
 ) -> Session[Found]:
     """Think about one prompt, then answer; what is sampled goes on behind what was put in."""
-    ids, logprobs, found, kept, turns = [], [], Found(), None, count()
-
-    def sample(limit: int) -> Session[Completion]:
-        nonlocal kept
-        prompt = Prompt(prompt_ids + ids, 1, limit, request_key(seed, next(turns)), kept)
-        ((made,),) = yield from ask([prompt], found)
-        kept = made.kept
-        return made
+    ids, logprobs, found = [], [], Found()
+    sample = in_turn(seed, found)
 
     def take(made: Completion, n: int | None = None) -> None:
         ids.extend(made.ids[:n])
@@ -112,7 +119,7 @@ def _think(
 
     n_waits, is_ended = 0, False
     while len(ids) < max_thinking and not is_ended:
-        made = yield from sample(max_thinking - len(ids))
+        made = yield from sample(prompt_ids + ids, max_thinking - len(ids))
         if made.finish == "length":
             take(made)
             break
@@ -129,7 +136,7 @@ def _think(
         put_in(forced_ids)
     n_left, is_stopped = max_answer, is_ended and ids[-1] in tokenizer.stop_ids
     while n_left and not is_stopped:  # end_text written once more ends nothing here
-        made = yield from sample(n_left)
+        made = yield from sample(prompt_ids + ids, n_left)
         take(made)
         n_left, is_stopped = n_left - len(made.ids), made.ids[-1] in tokenizer.stop_ids
     found.completions = [Completion(ids, logprobs, "stop" if is_stopped else "length")]
@@ -171,14 +178,14 @@ def refine(
     context = sampler.model.config.max_position_embeddings
 
     def talk(messages: list[dict], seed: int) -> Session[Found]:
-        found, kept, shown = Found(), None, messages
+        found, shown = Found(), messages
+        sample = in_turn(seed, found)
         for turn in range(rounds + 1):
             _, ids = render(shown, tokenizer, template_arguments)
             if turn and len(ids) >= context:
                 break
-            ((made,),) = yield from ask([Prompt(ids, 1, max_new_tokens, request_key(seed, turn), kept)], found)
-            kept = made.kept
-            found.completions.append(replace(made, kept=None))  # so that it holds no memory
+            made = yield from sample(ids, max_new_tokens)
+            found.completions.append(made)
             text = tokenizer.decode(made.ids, skip_special=True)
             last = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
             shown = [*messages, {"role": "assistant", "content": last}, {"role": "user", "content": request}]
