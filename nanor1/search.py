@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from nanor1.draw import request_key
+from nanor1.evaluate import read_response
 from nanor1.preference import RewardModel, score
 from nanor1.sampler import Completion, Prompt, Sampler, Session
-from nanor1.tasks import prefilled
 from nanor1.tokenizer import Tokenizer
 
 # The scores of completions, finished or not, behind the ids of their prompts: the higher, the better.
@@ -67,9 +67,9 @@ def reward_scorer(reward_model: RewardModel, tokenizer: Tokenizer, tokens_per_ba
 
     def scorer(prompts: list[list[int]], completions: list[Completion]) -> list[float]:
         texts = []
-        for prompt_ids, made in zip(prompts, completions, strict=True):  # as evaluate.read_response
-            ids = made.ids[:-1] if made.ids[-1] in tokenizer.stop_ids else made.ids
-            text = prefilled(tokenizer.decode(prompt_ids[-16:])) + tokenizer.decode(ids)  # <think> is fewer tokens
+        for prompt_ids, made in zip(prompts, completions, strict=True):
+            tail = tokenizer.decode(prompt_ids[-16:])  # <think> and blanks are fewer tokens
+            text = read_response((tail, prompt_ids), made, tokenizer, "")
             if "<think>" in text and "</think>" not in text:
                 raise ValueError(
                     f"a reward model judges final answers, and this one is still thinking: {text[:60]!r}; use prompts "
