@@ -47,7 +47,7 @@ from nanor1.pretrained import read_config
 from nanor1.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.rewards import OwnReward
 from nanor1.search import mean_logprob, reward_scorer
-from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, read_json_lines
+from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
 from nanor1.training import (
@@ -149,6 +149,7 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
             raise ValueError("--model is required: no value on the command line")
         if self.raw and self.template not in ("auto", "bare"):
             raise ValueError(f"--raw means --template bare; leave one of --raw and --template {self.template} out")
+        parse_object(self.template_args, "--template-args")
         if self.step_score == "reward" and not self.reward_model:
             raise ValueError("--step-score reward needs --reward-model FOLDER")
         if self.task not in (None, "countdown", "arithmetic") and not (self.data or self.eval_data):
