@@ -182,10 +182,11 @@ N_GENERATED = 200  # problems where no --limit is given
 UNDRAWN = {"token-beam", "budget", "refine", *SINGLE}  # runs whose answers are not N equal ones at temperature 0
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
 # What the lines of a file depend on; --max-rows and the device may change when a command goes on.
-ASKED = "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text "
-ASKED += " ".join(SAMPLING)
-TRACES = ASKED + " n prompts keep any_format min_language max_per_problem"
-EVALUATED = ASKED + " reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
+ASKED = "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text".split()
+ASKED += SAMPLING
+TRACES = [*ASKED, "n", "prompts", "keep", "any_format", "min_language", "max_per_problem"]
+EVALUATED = [*ASKED, "reward_model", "step_score", "step_text", "wait_text", "min_thinking", "max_thinking"]
+EVALUATED += ["max_answer", "window"]
 
 
 @user_errors()
@@ -439,9 +440,9 @@ def read_prompts(asker: Asker, config: Config) -> list[Question]:
     return questions
 
 
-def deciding_arguments(asker: Asker, config: Config, names: str, split: str | None) -> dict:
+def deciding_arguments(asker: Asker, config: Config, names: list[str], split: str | None) -> dict:
     """The arguments on which the lines of a file depend, by the options' names."""
-    arguments = {option_name(name): getattr(config, name) for name in names.split()}
+    arguments = {option_name(name): getattr(config, name) for name in names}
     arguments["--split"] = split  # the part that was taken
     arguments["--template-args"] = asker.prompter.arguments  # however they were spelled
     arguments["--stop-text"] = list(asker.prompter.stop_texts)
