@@ -23,8 +23,8 @@ import math
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,30 +32,16 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
 import torch
 
-from nanor1.chat import INTERRUPTED, Speaker, answer, check_room, converse, say, write_messages
+from nanor1 import methods
+from nanor1.chat import INTERRUPTED, Asker, answer, check_room, converse, say, write_messages
 from nanor1.checkpoint import digest
-from nanor1.config import MANY, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
-from nanor1.judge import Preference, make_rules
+from nanor1.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
+from nanor1.judge import make_rules
 from nanor1.ledger import touch
 from nanor1.machine import choose_device
-from nanor1.measure import Asker, batch_size, measure
-from nanor1.methods import (
-    LEGEND,
-    METHODS,
-    SINGLE,
-    Figures,
-    Run,
-    Settings,
-    compare,
-    obstacle,
-    picture,
-    powers_of_two,
-    report,
-    runs_of,
-    table,
-)
+from nanor1.measure import batch_size, measure
+from nanor1.methods import METHODS, SINGLE, Run, Settings, compare, obstacle, powers_of_two, report, runs_of
 from nanor1.miniature import find_miniature, find_model, own_miniature
-from nanor1.model import Transformer
 from nanor1.options import (
     MachineOptions,
     TaskOptions,
@@ -69,88 +55,96 @@ from nanor1.options import (
 )
 from nanor1.paired import compare_files
 from nanor1.pretrained import read_config
-from nanor1.prompts import Prompter, PromptOptions, choose_template, make_prompter, to_system
+from nanor1.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.rewards import OwnReward
-from nanor1.sampler import Sampler
-from nanor1.search import Scorer, mean_logprob, reward_scorer
+from nanor1.search import mean_logprob, reward_scorer
 from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
 from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
 
-METHOD_OPTIONS = """method compare picture reward_model step_score step_text wait_text min_thinking max_thinking
-    max_answer window keep_share""".split()
-DRAWS = ("--temperature above 0", lambda config: config.temperature)
+# What options are for: whether it is done, and what is said of an option where it is not.
+TASK = (("is for an evaluation: add --task", lambda c: c.task or c.prompts),)
+EVALUATION = (("is for an evaluation: add --task, and leave --keep out", lambda c: c.task and not c.keep),)
+TABLE = (*EVALUATION, ("is of --method or --compare", lambda c: c.method or c.compare))
+SEVERAL = (*EVALUATION, ("looks at N = 1, 2, 4 ... --n: give --n 2 or more", lambda c: c.n > 1))
+WAITS = (("is of budget forcing's N - 1 waits: give --n 2 or more", lambda c: c.n > 1),)
+SELECTION = (("is for --keep correct or --keep pairs", lambda c: c.keep in ("correct", "pairs")),)
+NO_TASK = (("is not for --task, which has its own prompts", lambda c: not c.task),)
+NO_TASK_EITHER = (("takes the place of --task; leave one of them out", lambda c: not c.task),)
+NO_PROMPTS = (("is not for --prompts, which are the questions", lambda c: not c.prompts),)
+OF_PROBLEMS = dict.fromkeys([*inspect.get_annotations(TaskOptions), "split", "style", "few_shot"], NO_PROMPTS + TASK)
+DRAWS = ("--temperature above 0", lambda c: c.temperature)
+
+
+def of(methods: str, default, what: str, *, only: Sequence[Rule] = (), **range):
+    """An option of these methods alone."""
+    names = methods.split()
+    why = f"is of --method {' or '.join(names)}, which is not asked for"
+    asked = (why, lambda c: {*names} & {*c.methods} or c.compare and not c.methods)
+    return option(default, f"{', '.join(names)}: {what}", only=(*EVALUATION, asked, *only), **range)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MachineOptions, TaskOptions, PromptOptions):
     model: str | None = option(None, "model folder, run folder, or miniature/NAME")
-    prompt: str = option("", "what to ask; left out: stdin, or on a terminal a conversation", positional=True)
+    prompt: str = option(
+        "", "what to ask; left out: stdin, or on a terminal a conversation", positional=True, only=NO_TASK + NO_PROMPTS
+    )
     raw: bool = option(False, "--template bare: the prompt as it is")
     seed: int = option(0, "of the random numbers, and of a miniature that is named", least=0)
 
     temperature: float = option(
-        0.6, "0: greedy; with --task the default is 0, and 1 where --n is above 1", "sampling", least=0
+        0.6, "0: greedy; default with --task: 0, or 1 where --n is above 1", "sampling", least=0
     )
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", least=0, needs=DRAWS)
-    top_p: float = option(
-        1.0, "draw from the likeliest tokens that hold this probability", above=0, most=1, needs=DRAWS
-    )
+    top_p: float = option(1.0, "draw from the likeliest that hold this probability", above=0, most=1, needs=DRAWS)
     max_new_tokens: int = option(1024, "length limit of an answer", least=1)
-    n: int = option(
-        1, "answers to a prompt or problem; of a prompt's the first is printed as it is made", least=1, most=MANY
-    )
+    n: int = option(1, "answers to a prompt or problem; a prompt's first is printed as it is made", least=1, most=MANY)
 
     task: Literal[TASKS] | None = option(None, "measure on this task", "evaluation")
     split: Literal[("auto", *SPLITS)] = option(
         "auto", "part of the problems; auto: held-out, or train for --keep; all: the file as it is"
     )
-    limit: int = option(0, "problems, at most; 0: all of the part, or 200 generated", least=0)
+    limit: int = option(0, "problems, at most; 0: all of the part, or 200 generated", least=0, only=TASK)
     paired: str | None = option(None, "BEFORE,AFTER: two --out files of evaluations, compared problem by problem")
     out: str | None = option(
-        None, "JSON lines: each problem's answers and verdicts, or training text; one begun before goes on"
+        None, "JSON lines: each problem's answers and verdicts, or training text; one begun before goes on", only=TASK
     )
-    max_rows: int = option(
-        64, "answers made at once; more are faster, above all on a GPU, and take more memory", least=1
-    )
+    max_rows: int = option(64, "answers made at once; more are faster, above all on a GPU, and take memory", least=1)
 
-    method: str = option("", f"how to spend --n: one or more, NAME,NAME,..., of {', '.join(METHODS)}", "methods")
-    compare: bool = option(False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n, in a table")
-    picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into")
-    reward_model: str | None = option(None, "folder by train_sft.py --objective preference, for best-reward")
-    step_score: Literal["logprob", "reward"] = option("logprob", "beam, dvts: by what the best steps are kept")
-    step_text: str | None = option(None, "beam, dvts: ends a step; none: a line break (a miniature: wait)")
-    wait_text: str | None = option(
-        None, "budget: takes the place of the end of thinking; none: Wait (without tags: on a new line)"
+    method: str = option("", f"how to spend --n: NAME,NAME,..., of {', '.join(METHODS)}", "methods", only=EVALUATION)
+    compare: bool = option(False, "each --method (none: all that can be) at N = 1, 2, 4 ... --n", only=SEVERAL)
+    picture: str | None = option(None, "SVG file to draw the table's accuracy against tokens into", only=TABLE)
+    reward_model: str | None = option(
+        None, "folder by train_sft.py --objective preference, for best-reward", only=EVALUATION
     )
-    min_thinking: int | None = option(
-        None, "budget: tokens from which on thinking may end; none: at every end, N - 1 times, it waits", least=0
+    step_score: Literal["logprob", "reward"] = of("beam dvts", "logprob", "by what the best steps are kept")
+    step_text: str | None = of("beam dvts", None, "ends a step; none: a line break (a miniature: wait)")
+    wait_text: str | None = of(
+        "budget", None, "takes the place of the end of thinking; none: Wait (without tags: on a new line)", only=WAITS
     )
-    max_thinking: int = option(
-        0, "budget: tokens after which thinking is ended by force; 0: what --max-answer leaves", least=0
+    min_thinking: int | None = of(
+        "budget", None, "tokens from which on thinking may end; none: not before N - 1 waits", only=WAITS, least=0
     )
-    max_answer: int = option(0, "budget: tokens of the answer behind it; 0: a quarter of --max-new-tokens", least=0)
-    window: int = option(32, "vote-tail, vote-lowest: tokens over which a confidence is taken", least=1)
-    keep_share: float = option(
-        1.0, "vote-tail, vote-lowest: the most confident share of the answers votes", above=0, most=1
-    )
+    max_thinking: int = of("budget", 0, "tokens at which thinking is ended; 0: what --max-answer leaves", least=0)
+    max_answer: int = of("budget", 0, "tokens of the answer behind it; 0: a quarter of --max-new-tokens", least=0)
+    window: int = of("vote-tail vote-lowest", 32, "tokens over which a confidence is taken", least=1)
+    keep_share: float = of("vote-tail vote-lowest", 1.0, "the surest share of the answers votes", above=0, most=1)
 
     keep: Literal["correct", "pairs", "all"] | None = option(
-        None,
-        "write to --out: right and readable answers; pairs of such a one and a wrong one; all that ended",
-        "training text",
+        None, "right, readable answers; pairs of such a one and a wrong one; all", "training text, to --out", only=TASK
     )
-    prompts: str | None = option(None, "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all")
-    any_format: bool = option(False, "keep right answers without the format asked for, too")
+    prompts: str | None = option(
+        None, "JSON lines of `prompt` or `messages` to answer in place of a task: --keep all", only=NO_TASK_EITHER
+    )
+    any_format: bool = option(False, "keep right answers without the format asked for, too", only=SELECTION)
     min_language: float = option(
-        0.99, "least share of the thinking's words in the problem's language; 0: any", least=0, most=1
+        0.99, "least share of the thinking's words in the problem's language; 0: any", least=0, most=1, only=SELECTION
     )
-    max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled", least=1)
+    max_per_problem: int = option(4, "answers or pairs of a problem: the first ones sampled", least=1, only=SELECTION)
 
-    def validate(self) -> None:
-        if self.paired:
-            self.refuse([field.name for field in fields(self) if field.name != "paired"], "is not for --paired")
-            return
+    def check(self) -> None:
+        """ValueError for options that ask for what cannot be; `refuse_idle` looks for those that ask for nothing."""
         if not self.model:
             raise ValueError("--model is required: no value on the command line")
         if self.raw and self.template not in ("auto", "bare"):
@@ -160,45 +154,17 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
             raise ValueError("--step-score reward needs --reward-model FOLDER")
         if self.task not in (None, "countdown", "arithmetic") and not (self.data or self.eval_data):
             raise ValueError(f"--task {self.task} needs --data FILE or --eval-data FILE, JSON lines of its problems")
-        if self.task == "arithmetic" and (self.data or self.eval_data):
-            raise ValueError("--task arithmetic is generated; leave --data out, and --eval-data")
-        self.check_mode()
-
-    def check_mode(self) -> None:
-        """Every option given belongs to what is done: an evaluation, training text, or a talk."""
-        of_task = [*inspect.get_annotations(TaskOptions), "split", "style", "few_shot"]
-        if self.task:
-            self.refuse(["prompt"], "is not for --task, which has its own prompts")
-            self.refuse(["prompts"], "takes the place of --task; leave one of them out")
-        elif self.prompts:
-            self.refuse(["prompt", *of_task], "is not for --prompts, which are the questions")
-        else:
-            self.refuse([*of_task, "limit", "out", "keep"], "is for an evaluation: add --task")
-        if not self.task or self.keep:
-            self.refuse(METHOD_OPTIONS, "is for an evaluation: add --task, and leave --keep out")
-        else:
-            self.check_methods()
         if self.prompts and self.keep not in (None, "all"):
             raise ValueError(f"--keep {self.keep} needs --task, by which answers are judged; --prompts are not")
-        if self.keep not in ("correct", "pairs"):
-            self.refuse(["any_format", "min_language", "max_per_problem"], "is for --keep correct or --keep pairs")
         if (self.keep or self.prompts) and not self.out:
             raise ValueError(f"{'--keep' if self.keep else '--prompts'} needs --out FILE, to which it writes")
         if self.keep == "pairs" and self.n == 1:
             raise ValueError("--keep pairs needs several answers to a problem; give --n 16")
-
-    def check_methods(self) -> None:
-        """Options of a method are for it alone, and do something."""
-        if not (self.method or self.compare):
-            self.refuse(["picture"], "is of --method or --compare")
-        if self.compare and self.n == 1:
-            raise ValueError("--compare looks at N = 1, 2, 4 ... --n: give --n 2 or more")
-        if self.methods or not self.compare:
-            for names, users in OPTIONS_OF.items():
-                if not {*users.split()} & {*self.methods}:
-                    self.refuse(names.split(), f"is of --method {users.replace(' ', ' or ')}, which is not asked for")
-        if self.n == 1:
-            self.refuse(["wait_text", "min_thinking"], "is of budget forcing's N - 1 waits: give --n 2 or more")
+        runs = {METHODS[name].run for name in self.methods if name in METHODS} or {"samples"}
+        if self.n > 1 and self.temperature == 0 and not runs <= UNDRAWN:
+            raise ValueError(
+                f"--n {self.n} at --temperature 0 gives the same answer {self.n} times; raise one or drop one"
+            )
 
     @property
     def methods(self) -> list[str]:
@@ -209,80 +175,52 @@ class Config(MachineOptions, TaskOptions, PromptOptions):
         """Each N that is looked at."""
         return powers_of_two(self.n) if self.compare else [self.n]
 
-    def refuse(self, names: list[str], why: str) -> None:
-        for field in fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                raise ValueError(f"{'the prompt' if field.name == 'prompt' else option_name(field.name)} {why}")
-
 
 # As it is trained, and in its words; its answers are short and take little memory.
 MINIATURE = dict(max_new_tokens=224, max_rows=512, step_text="wait", wait_text="wait")
 N_GENERATED = 200  # problems where no --limit is given
 UNDRAWN = {"token-beam", "budget", "refine", *SINGLE}  # runs whose answers are not N equal ones at temperature 0
-OPTIONS_OF = {  # methods
-    "step_score step_text": "beam dvts",
-    "wait_text min_thinking max_thinking max_answer": "budget",
-    "window keep_share": "vote-tail vote-lowest",
-}
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
-ASKED = (  # what files depend on
-    "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text "
-    + " ".join(SAMPLING)
-)
-TRACES = ASKED + " n prompts keep any_format min_language max_per_problem"
-EVALUATION = ASKED + " reward_model step_score step_text wait_text min_thinking max_thinking max_answer window"
+# What the lines of a file depend on; --max-rows and the device may change when a command goes on.
+ASKED = "task data eval_data split fields task_args reward_file limit seed system style few_shot stop_text".split()
+ASKED += SAMPLING
+TRACES = [*ASKED, "n", "prompts", "keep", "any_format", "min_language", "max_per_problem"]
+EVALUATED = [*ASKED, "reward_model", "step_score", "step_text", "wait_text", "min_thinking", "max_thinking"]
+EVALUATED += ["max_answer", "window"]
 
 
 @user_errors()
 def main() -> None:
     config, given = parse_args(Config, description=__doc__)
     if config.paired:
-        print(compare_files(*split_pair(config.paired)))
+        compare_pair(config.paired, given)
         return
     if config.task:
         config = apply_preset(config, given, dict(temperature=0.0 if config.n == 1 else 1.0))
-    refuse_idle(config, given)
-    runs = {METHODS[name].run for name in config.methods if name in METHODS} or {"samples"}
-    if config.n > 1 and config.temperature == 0 and not runs <= UNDRAWN:
-        raise ValueError(
-            f"--n {config.n} at --temperature 0 gives the same answer {config.n} times; raise one or drop one"
-        )
+    refuse_idle(config, given, OF_PROBLEMS)
+    config.check()
     if find_miniature(config.model):
         config = apply_preset(config, given, MINIATURE)
     if config.max_answer >= config.max_new_tokens and not config.max_thinking:
         raise ValueError(f"--max-answer {config.max_answer} leaves nothing of --max-new-tokens {config.max_new_tokens}")
     prompt = config.prompt if config.task or config.prompts or "prompt" in given else read_stdin()
-    engine = make_engine(config)
+    asker = make_asker(config)
     if config.keep or config.prompts:
-        write_traces(engine)
+        write_traces(asker, config)
     elif config.task:
-        evaluate(engine)
+        evaluate(asker, config)
     else:
-        talk(engine, prompt)
+        talk(asker, config, prompt)
 
 
-@dataclass(frozen=True)
-class Engine:
-    """A model, and how it is asked; its weights are read when they are first needed, after all mistakes are found."""
-
-    folder: Path  # of the model
-    device: torch.device
-    dtype: torch.dtype
-    prompter: Prompter
-    config: Config
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        return Sampler(Transformer.from_pretrained(self.folder, self.dtype, self.device), self.config.max_rows)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
-
-    @property
-    def sampling(self) -> dict:
-        """The arguments of Sampler.generate that are the same for every prompt."""
-        return {name: getattr(self.config, name) for name in SAMPLING}
+def compare_pair(paths: str, given: frozenset[str]) -> None:
+    """Print what --paired asks for, which is for itself."""
+    if others := sorted(given - {"paired"}):
+        raise ValueError(f"{'the prompt' if others[0] == 'prompt' else option_name(others[0])} is not for --paired")
+    before, _, after = paths.partition(",")
+    if not before or not after or "," in after:
+        raise ValueError(f"--paired {paths}: expected two files, BEFORE,AFTER")
+    print(compare_files(before, after))
 
 
 class Console:
@@ -309,14 +247,8 @@ def read_stdin() -> str | None:
         raise ValueError(f"the prompt on stdin is not UTF-8 text ({error}); convert it") from error
 
 
-def split_pair(text: str) -> list[str]:
-    paths = text.split(",")
-    if len(paths) != 2 or not all(paths):
-        raise ValueError(f"--paired {text}: expected two files, BEFORE,AFTER")
-    return paths
-
-
-def make_engine(config: Config) -> Engine:
+def make_asker(config: Config) -> Asker:
+    """The model that the options name, not read yet, and how they ask it."""
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_model(config.model, config.seed, Console())
@@ -327,21 +259,21 @@ def make_engine(config: Config) -> Engine:
     prompter = make_prompter(config, tokenizer, template, config.task or "prompt")
     device, dtype = choose_device(config.device, config.dtype, say, model_config.hidden_size)
     say(f"model: {folder}; template: {template} ({reason})")
-    return Engine(folder, device, dtype, prompter, config)
+    sampling = {name: getattr(config, name) for name in SAMPLING}
+    rules = make_rules(prompter, own=own_rewards(config))
+    return Asker(folder, device, dtype, prompter, sampling, config.max_rows, config.n, config.seed, rules=rules)
 
 
 # ---- one prompt, or a conversation
 
 
-def talk(engine: Engine, prompt: str | None) -> None:
+def talk(asker: Asker, config: Config, prompt: str | None) -> None:
     """Answer the prompt, or without one whatever a person types."""
-    config = engine.config
-    speaker = Speaker(engine.sampler, engine.prompter, engine.sampling, config.n)
     messages, seed = to_system(config.system), config.seed * SEED_STRIDE
     if prompt is None:
-        converse(speaker, messages, seed)
+        converse(asker, messages, seed)
         return
-    answers = answer(speaker, [*messages, {"role": "user", "content": prompt}], seed)
+    answers = answer(asker, [*messages, {"role": "user", "content": prompt}], seed)
     if any(made.ending == INTERRUPTED for made in answers):
         raise SystemExit(130)
 
@@ -349,28 +281,57 @@ def talk(engine: Engine, prompt: str | None) -> None:
 # ---- evaluation
 
 
-def evaluate(engine: Engine) -> None:
+def evaluate(asker: Asker, config: Config) -> None:
     """Answer and judge the problems, and print what came of it; Ctrl-C reports the batches done, and ends with 130."""
-    config, methods = engine.config, choose_methods(engine)
-    runs = runs_of(methods or ["sample"], config.ns)
-    refuse_stop_text(config, runs)
+    names, runs = choose_methods(config, asker.prompter.template)
     if config.picture:
         touch(Path(config.picture), "--picture")
-    (problems, split), asker = load_problems(engine), make_asker(engine)
-    arguments = deciding_arguments(engine, EVALUATION, split)
+    problems, split = load_problems(config, asker.tokenizer)
+    asker = with_methods(asker, config)
+    arguments = deciding_arguments(asker, config, EVALUATED, split)
     rows, is_whole = measure(asker, problems, runs, config.out, arguments, say)
     report_rewards(asker.rules.own)
     if any(rows.values()):
         how = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
         begun = "".join(f" (of {run} {len(done)})" for run, done in rows.items() if 0 < len(done) < len(problems))
         what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
-        print(f"{what}, template {engine.prompter.template}, {how}; part: {split}")
-        if methods:
-            show_methods(config, methods, compare(methods, config.ns, rows, problems, asker.settings.keep_share))
+        print(f"{what}, template {asker.prompter.template}, {how}; part: {split}")
+        if names:
+            show_methods(config, names, compare(names, config.ns, rows, problems, asker.settings.keep_share))
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:
         raise SystemExit(130)
+
+
+def choose_methods(config: Config, template: str) -> tuple[list[str], list[Run]]:
+    """The methods of --method, or for --compare without it all that can be, and their runs; ValueError for what cannot.
+
+    Without either there is no method, and one run of samples.
+    """
+    takes_all = config.compare and not config.methods
+    what = (config.ns, config.task, template, bool(config.reward_model))
+    obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
+    for why in dict.fromkeys(filter(None, obstacles.values())):
+        names = ", ".join(name for name, reason in obstacles.items() if reason == why)
+        if not takes_all:
+            raise ValueError(f"--method {names}: {why}")
+        say(f"left out: {names}: {why}")
+    names = [name for name, why in obstacles.items() if not why]
+    runs = runs_of(names or ["sample"], config.ns)
+    deaf = [run.kind for run in runs if run.kind not in ("samples", *SINGLE)]
+    if config.stop_text not in ("auto", "", None) and deaf:
+        raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
+    return names, runs
+
+
+def show_methods(config: Config, names: list[str], found: list[methods.Figures]) -> None:
+    """Print the table of methods and what its words mean, and draw the picture."""
+    words = [f"{name:<13} {METHODS[name].what}" for name in names]
+    print("\n".join([methods.table(found), "", *words, "", methods.LEGEND]))
+    if config.picture:
+        title = f"{Path(config.model).resolve().name} on {config.task}, {found[0].problems} problems"
+        Path(config.picture).write_text(methods.picture(found, title), encoding="utf-8")
 
 
 def report_rewards(own: dict[str, OwnReward]) -> None:
@@ -379,88 +340,41 @@ def report_rewards(own: dict[str, OwnReward]) -> None:
     count_failures(own, say)
 
 
-def choose_methods(engine: Engine) -> list[str]:
-    """Those of --method; for --compare without it all that can be; ValueError for one that cannot."""
-    config = engine.config
-    what = (config.ns, config.task, engine.prompter.template, bool(config.reward_model))
-    takes_all = config.compare and not config.methods
-    obstacles = {name: obstacle(name, *what) for name in (METHODS if takes_all else config.methods)}
-    for why in dict.fromkeys(filter(None, obstacles.values())):
-        names = ", ".join(name for name, reason in obstacles.items() if reason == why)
-        if not takes_all:
-            raise ValueError(f"--method {names}: {why}")
-        say(f"left out: {names}: {why}")
-    return [name for name, why in obstacles.items() if not why]
-
-
-def refuse_stop_text(config: Config, runs: list[Run]) -> None:
-    """ValueError where --stop-text would be passed over."""
-    deaf = [run.kind for run in runs if run.kind not in ("samples", *SINGLE)]
-    if config.stop_text not in ("auto", "", None) and deaf:
-        raise ValueError(f"--stop-text ends samples, and not what --method {deaf[0]} makes; leave one of them out")
-
-
-def show_methods(config: Config, methods: list[str], found: list[Figures]) -> None:
-    """Print the table of methods and what its words mean, and draw the picture."""
-    print("\n".join([table(found), "", *(f"{name:<13} {METHODS[name].what}" for name in methods), "", LEGEND]))
-    if config.picture:
-        title = f"{Path(config.model).resolve().name} on {config.task}, {found[0].problems} problems"
-        Path(config.picture).write_text(picture(found, title), encoding="utf-8")
-
-
-def make_asker(engine: Engine) -> Asker:
-    """The model with all that --task's options say of how it is asked."""
-    config, prompter = engine.config, engine.prompter
-    is_tagged = prompter.template == "r1-zero" or config.style == "think"
+def with_methods(asker: Asker, config: Config) -> Asker:
+    """The asker with all that the options say of methods, and with a reward model's judgement."""
+    is_tagged = asker.prompter.template == "r1-zero" or config.style == "think"
     max_answer = config.max_answer or max(1, config.max_new_tokens // 4)
+    opening = "\nThe final answer is \\boxed{" if config.task in BOXED_TASKS else " <answer>"
     settings = Settings(
         step_text=config.step_text or "\n",
         wait_text=config.wait_text or ("Wait" if is_tagged else "\nWait,"),
         end_text="</think>" if is_tagged else "",
-        answer_text=answer_opening(config.task),
+        answer_text="\n```python\n" if config.task == "code" else opening,
         min_thinking=math.inf if config.min_thinking is None else config.min_thinking,
         max_thinking=config.max_thinking or max(1, config.max_new_tokens - max_answer),
         max_answer=max_answer,
         window=config.window,
         keep_share=config.keep_share,
     )
-    preference, scorer = judges(engine) if config.reward_model else (None, mean_logprob)
+    rules, scorer = asker.rules, mean_logprob
+    if config.reward_model:
+        model = load_reward_model(config.reward_model, asker.tokenizer, asker.dtype, asker.device)
+        n_tokens = default_tokens_per_batch(0, asker.device)
+        rules = replace(rules, preference=to_preference(model, asker.tokenizer, n_tokens))
+        if config.step_score == "reward":
+            scorer = reward_scorer(model, asker.tokenizer, n_tokens)
     if config.step_score == "reward" and is_tagged:
         raise ValueError(
             "--step-score reward: a reward model judges answers, not thinking; use a chat prompt of --style cot"
         )
-    return Asker(
-        engine.sampler,
-        prompter,
-        config.seed,
-        engine.sampling,
-        settings,
-        make_rules(prompter, own=own_rewards(config), preference=preference),
-        scorer if config.step_score == "reward" else mean_logprob,
-    )
+    return replace(asker, settings=settings, rules=rules, scorer=scorer)
 
 
-def answer_opening(task: str) -> str:
-    """What opens the final answer where thinking is ended by force."""
-    if task == "code":
-        return "\n```python\n"
-    return "\nThe final answer is \\boxed{" if task in BOXED_TASKS else " <answer>"
-
-
-def judges(engine: Engine) -> tuple[Preference, Scorer]:
-    """What the reward model of --reward-model thinks of whole answers, in 0..1, and of answers step by step."""
-    model = load_reward_model(engine.config.reward_model, engine.tokenizer, engine.dtype, engine.device)
-    n_tokens = default_tokens_per_batch(0, engine.device)
-    return to_preference(model, engine.tokenizer, n_tokens), reward_scorer(model, engine.tokenizer, n_tokens)
-
-
-def load_problems(engine: Engine) -> tuple[list[Problem], str]:
+def load_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[Problem], str]:
     """The problems of the part that is asked for, and which part it is."""
-    config = engine.config
     split = ("train" if config.keep else "held-out") if config.split == "auto" else config.split
-    task = load_task(config, config.task, engine.tokenizer, (split,))
-    limit = config.limit or (0 if split in task.listed else N_GENERATED)
-    problems = task.part(split, limit, config.seed)
+    task = load_task(config, config.task, tokenizer, (split,))
+    problems = task.part(split, config.limit or (0 if split in task.listed else N_GENERATED), config.seed)
     say(f"problems: {len(problems):,} - {task.describe(split)}")
     return problems, split
 
@@ -468,84 +382,74 @@ def load_problems(engine: Engine) -> tuple[list[Problem], str]:
 # ---- training text
 
 
-def write_traces(engine: Engine) -> None:
+def write_traces(asker: Asker, config: Config) -> None:
     """Rejection sampling into --out, and what came of it; Ctrl-C keeps the batches done and ends with 130."""
-    config = engine.config
     selection = Selection(config.keep or "all", not config.any_format, config.min_language, config.max_per_problem)
     if config.prompts:
-        questions, split = read_prompts(engine), None
+        questions, split = read_prompts(asker, config), None
     else:
-        problems, split = load_problems(engine)
-        questions = [ask(problem, engine.prompter) for problem in problems]
+        problems, split = load_problems(config, asker.tokenizer)
+        questions = [ask(problem, asker.prompter) for problem in problems]
     for number, question in enumerate(questions, 1):
-        check_room(f"question {number}", question.prompt[1], engine.sampler)
+        check_room(f"question {number}", question.prompt[1], asker.sampler)
+    step = re.fullmatch(r"step_(\d+)", asker.folder.name)
+    source = dict(model=str(asker.folder), step=int(step[1]) if step else None, seed=config.seed)
     start_s = time.monotonic()
     ledger = collect(
-        engine.sampler,
-        engine.prompter,
+        asker.sampler,
+        asker.prompter,
         questions,
-        make_rules(engine.prompter, own=own_rewards(config)),
+        asker.rules,
         selection,
         config.out,
         samples=config.n,
         batch_size=batch_size(Run("samples", config.n), config.max_rows),
         seed=config.seed,
-        source=dict(model=str(engine.folder), step=checkpoint_step(engine.folder), seed=config.seed)
-        | (dict(split=split) if split else {}),
-        arguments=deciding_arguments(engine, TRACES, split),
+        source=source | (dict(split=split) if split else {}),
+        arguments=deciding_arguments(asker, config, TRACES, split),
         say=say,
-        **engine.sampling,
+        **asker.sampling,
     )
-    report_rewards(own_rewards(config))
+    report_rewards(asker.rules.own)
     print(summary(ledger, selection))
     say(f"{config.out}, {time.monotonic() - start_s:.1f} s")
     if not ledger.is_whole:
         raise SystemExit(130)
 
 
-def read_prompts(engine: Engine) -> list[Question]:
+def read_prompts(asker: Asker, config: Config) -> list[Question]:
     """The questions of --prompts: with a chat template messages, else text as --template dresses it."""
+    template = asker.prompter.template
 
     def to_question(row: dict) -> Question:
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-        if not is_chat(messages):
+        is_chat = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
+        texts = [message.get(name) for message in messages for name in ("role", "content")] if is_chat else [None]
+        if not all(isinstance(text, str) for text in texts) or messages[-1]["role"] != "user":
             raise ValueError(
                 "expected a text 'prompt', or 'messages' with texts 'role' and 'content', the last a user's"
             )
-        template = engine.prompter.template
         if "messages" in row and template != "chat":
             raise ValueError(f"'messages' need the template chat, and this is {template}; give a 'prompt'")
-        messages = to_system(engine.config.system) + messages
-        prompt = write_messages(messages, engine.prompter)
+        messages = to_system(config.system) + messages
+        prompt = write_messages(messages, asker.prompter)
         return Question(messages if template == "chat" else prompt[0], prompt, None)
 
-    questions = read_json_lines(engine.config.prompts, to_question)[: engine.config.limit or None]
-    say(f"prompts: {len(questions)} of {engine.config.prompts}")
+    questions = read_json_lines(config.prompts, to_question)[: config.limit or None]
+    say(f"prompts: {len(questions)} of {config.prompts}")
     return questions
 
 
-def is_chat(messages: object) -> bool:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return False
-    texts = [message.get(name) for message in messages for name in ("role", "content")]
-    return bool(messages) and all(isinstance(text, str) for text in texts) and messages[-1]["role"] == "user"
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    found = re.fullmatch(r"step_(\d+)", folder.name)
-    return int(found[1]) if found else None
-
-
-def deciding_arguments(engine: Engine, names: str, split: str | None) -> dict:
-    """The arguments on which the lines depend; --max-rows and the device may change when the command goes on."""
-    arguments = {option_name(name): getattr(engine.config, name) for name in names.split()}
+def deciding_arguments(asker: Asker, config: Config, names: list[str], split: str | None) -> dict:
+    """The arguments on which the lines of a file depend, by the options' names."""
+    arguments = {option_name(name): getattr(config, name) for name in names}
     arguments["--split"] = split  # the part that was taken
-    arguments["--template-args"] = engine.prompter.arguments  # however they were spelled
-    arguments["--stop-text"] = list(engine.prompter.stop_texts)
-    if path := engine.config.reward_file:
+    arguments["--template-args"] = asker.prompter.arguments  # however they were spelled
+    arguments["--stop-text"] = list(asker.prompter.stop_texts)
+    if path := config.reward_file:
         arguments["--reward-file"] = f"{path} (sha256 {digest(Path(path))['sha256'][:12]})"
-    arguments["--dtype"] = str(engine.dtype).removeprefix("torch.")
-    return {"--model": str(engine.folder), "--template": engine.prompter.template} | arguments
+    arguments["--dtype"] = str(asker.dtype).removeprefix("torch.")
+    return {"--model": str(asker.folder), "--template": asker.prompter.template} | arguments
 
 
 if __name__ == "__main__":

@@ -10,20 +10,35 @@ Left out: what thinking would have led to had it ended at each "Wait", which cos
 Letters: P prompts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from nanor1.draw import request_key
+from nanor1.prompts import render
 from nanor1.rewards import after_thinking
 from nanor1.sampler import Completion, Prompt, Sampler, Session
-from nanor1.search import Found, Spent, ask, check_sizes
+from nanor1.search import Found, ask, mean_logprob
 from nanor1.tokenizer import Tokenizer
 
 REQUEST = (
     "Check your answer step by step. If you find a mistake, correct it. "
     "Then give the corrected final answer, in the form that was asked for."
 )
+
+
+def in_turn(seed: int, found: Found) -> Callable[[list[int], int], Session[Completion]]:
+    """What samples once behind some ids, and counts it: each turn goes on from the cache of the one before."""
+    kept, turns = None, count()
+
+    def sample(ids: list[int], limit: int) -> Session[Completion]:
+        nonlocal kept
+        ((made,),) = yield from ask([Prompt(ids, 1, limit, request_key(seed, next(turns)), kept)], found)
+        kept = made.kept
+        return replace(made, kept=None)  # so that it holds no memory
+
+    return sample
 
 
 # ---- budget forcing
@@ -58,23 +73,16 @@ def force_budget(
 
     Ids are never decoded and encoded again, but for the characters before the end in a token that holds both: they are
     encoded with the text put in. `seeds` has one number a prompt, with which the result does not depend on the others;
-    `sampling` (temperature, top_k, top_p) goes to Sampler.generate. ValueError for sizes below 1 and a prompt after
-    which the context has no room to think.
+    `sampling` (temperature, top_k, top_p) goes to Sampler.run. The context must have `least_room` behind each prompt.
     """
-    check_sizes(prompts, seeds, max_thinking=max_thinking, max_answer=max_answer)
     forced_ids = tokenizer.encode(end_text + answer_text, allow_special=True)
-    least = least_room(tokenizer, end_text + answer_text, max_answer)
-    room = sampler.model.config.max_position_embeddings - least + 1
+    room = sampler.model.config.max_position_embeddings - least_room(tokenizer, end_text + answer_text, max_answer) + 1
     limits = [min(max_thinking, room - len(ids)) for ids in prompts]
-    for i, limit in enumerate(limits):
-        if limit < 1:
-            raise ValueError(
-                f"prompt {i} is {len(prompts[i])} tokens; with the forced end ({len(forced_ids)}) and max_answer "
-                f"({max_answer}) nothing of the model's context is left to think: lower max_answer, or shorten it"
-            )
-    budget = _Budget(tokenizer, end_text, wait_text, forced_ids, min_thinking, max_waits, max_answer)
+    assert max_answer >= 1 and all(limit >= 1 for limit in limits)
+    how = dict(min_thinking=min_thinking, max_waits=max_waits, max_answer=max_answer, forced_ids=forced_ids)
+    think = partial(_think, tokenizer=tokenizer, end_text=end_text, wait_text=wait_text, **how)
+    sessions = [think(list(ids), seed, limit) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
     stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
-    sessions = [_think(list(ids), seed, limit, budget) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
     return sampler.run(sessions, vocab_size=tokenizer.vocab_size, **stops, **sampling)
 
 
@@ -83,29 +91,22 @@ def least_room(tokenizer: Tokenizer, forced_text: str, max_answer: int) -> int:
     return len(tokenizer.encode(forced_text, allow_special=True)) + max_answer + 1
 
 
-@dataclass(frozen=True)
-class _Budget:
-    """What is the same for all prompts of a call; see force_budget."""
-
-    tokenizer: Tokenizer
-    end_text: str
-    wait_text: str
-    forced_ids: list[int]
-    min_thinking: float
-    max_waits: int
-    max_answer: int
-
-
-def _think(prompt_ids: list[int], seed: int, max_thinking: int, budget: _Budget) -> Session[Found]:
+def _think(
+    prompt_ids: list[int],
+    seed: int,
+    max_thinking: int,
+    *,
+    tokenizer: Tokenizer,
+    end_text: str,
+    wait_text: str,
+    forced_ids: list[int],
+    min_thinking: float,
+    max_waits: int,
+    max_answer: int,
+) -> Session[Found]:
     """Think about one prompt, then answer; what is sampled goes on behind what was put in."""
-    ids, logprobs, spent, kept, turns = [], [], Spent(), None, count()
-
-    def sample(limit: int) -> Session[Completion]:
-        nonlocal kept
-        prompt = Prompt(prompt_ids + ids, 1, limit, request_key(seed, next(turns)), kept)
-        ((made,),) = yield from ask([prompt], spent)
-        kept = made.kept
-        return made
+    ids, logprobs, found = [], [], Found()
+    sample = in_turn(seed, found)
 
     def take(made: Completion, n: int | None = None) -> None:
         ids.extend(made.ids[:n])
@@ -114,40 +115,41 @@ def _think(prompt_ids: list[int], seed: int, max_thinking: int, budget: _Budget)
     def put_in(new_ids: list[int]) -> None:
         ids.extend(new_ids)
         logprobs.extend([0.0] * len(new_ids))
-        spent.n_inserted += len(new_ids)
+        found.n_inserted += len(new_ids)
 
     n_waits, is_ended = 0, False
     while len(ids) < max_thinking and not is_ended:
-        made = yield from sample(max_thinking - len(ids))
+        made = yield from sample(prompt_ids + ids, max_thinking - len(ids))
         if made.finish == "length":
             take(made)
             break
-        n_before, lost = _before_end(made.ids, budget)
-        wait_ids = budget.tokenizer.encode(lost + budget.wait_text, allow_special=True)
+        n_before, lost = _before_end(made.ids, tokenizer, end_text)
+        wait_ids = tokenizer.encode(lost + wait_text, allow_special=True)
         n_thinking = len(ids) + n_before
-        is_long = n_thinking >= budget.min_thinking or n_thinking + len(wait_ids) > max_thinking
-        is_ended = is_long or n_waits == budget.max_waits
+        is_long = n_thinking >= min_thinking or n_thinking + len(wait_ids) > max_thinking
+        is_ended = is_long or n_waits == max_waits
         take(made, None if is_ended else n_before)
         if not is_ended:
             put_in(wait_ids)
             n_waits += 1
     if not is_ended:
-        put_in(budget.forced_ids)
-    n_left, is_stopped = budget.max_answer, is_ended and ids[-1] in budget.tokenizer.stop_ids
+        put_in(forced_ids)
+    n_left, is_stopped = max_answer, is_ended and ids[-1] in tokenizer.stop_ids
     while n_left and not is_stopped:  # end_text written once more ends nothing here
-        made = yield from sample(n_left)
+        made = yield from sample(prompt_ids + ids, n_left)
         take(made)
-        n_left, is_stopped = n_left - len(made.ids), made.ids[-1] in budget.tokenizer.stop_ids
-    finish, mean = "stop" if is_stopped else "length", sum(logprobs) / (len(ids) - spent.n_inserted)
-    return Found([Completion(ids, logprobs, finish)], [mean], **vars(spent))
+        n_left, is_stopped = n_left - len(made.ids), made.ids[-1] in tokenizer.stop_ids
+    found.completions = [Completion(ids, logprobs, "stop" if is_stopped else "length")]
+    found.scores = [sum(logprobs) / (len(ids) - found.n_inserted)]
+    return found
 
 
-def _before_end(ids: list[int], budget: _Budget) -> tuple[int, str]:
+def _before_end(ids: list[int], tokenizer: Tokenizer, end_text: str) -> tuple[int, str]:
     """How many ids stand wholly before what ended the thinking, and the text between the last of them and it."""
-    if ids[-1] in budget.tokenizer.stop_ids:
+    if ids[-1] in tokenizer.stop_ids:
         return len(ids) - 1, ""
-    before, _, _ = budget.tokenizer.decode(ids).partition(budget.end_text)
-    texts = ((n, budget.tokenizer.decode(ids[:n])) for n in range(len(ids) - 1, -1, -1))
+    before, _, _ = tokenizer.decode(ids).partition(end_text)
+    texts = ((n, tokenizer.decode(ids[:n])) for n in range(len(ids) - 1, -1, -1))
     return next((n, before.removeprefix(text)) for n, text in texts if before.startswith(text))
 
 
@@ -171,38 +173,24 @@ def refine(
     Each review sees the question, the last answer without its thinking, and `request`; each answer is what stands
     behind its own prompt. Where the next prompt would fill the context, the rounds of its question end. The answer is
     decoded and encoded again, as a chat template wants it. `template_arguments` go to the template, `sampling`
-    (temperature, top_k, top_p) to Sampler.generate. ValueError for a tokenizer without a chat template.
+    (temperature, top_k, top_p) to Sampler.run.
     """
-    check_sizes(messages_P, seeds, rounds=rounds, max_new_tokens=max_new_tokens)
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "self-refinement is a conversation, and this tokenizer has no chat template: use a chat model, or another "
-            "method"
-        )
-    context, arguments = sampler.model.config.max_position_embeddings, template_arguments or {}
+    context = sampler.model.config.max_position_embeddings
 
     def talk(messages: list[dict], seed: int) -> Session[Found]:
-        answers, spent, kept = [], Spent(), None
+        found, shown = Found(), messages
+        sample = in_turn(seed, found)
         for turn in range(rounds + 1):
-            ids = _next_prompt(tokenizer, messages, answers, request, arguments)
+            _, ids = render(shown, tokenizer, template_arguments)
             if turn and len(ids) >= context:
                 break
-            prompt = Prompt(ids, 1, max_new_tokens, request_key(seed, turn), kept)
-            ((made,),) = yield from ask([prompt], spent)
-            kept = made.kept
-            answers.append(replace(made, kept=None))  # so that it holds no memory
-        return Found(answers, [sum(made.logprobs) / len(made.ids) for made in answers], **vars(spent))
+            made = yield from sample(ids, max_new_tokens)
+            found.completions.append(made)
+            text = tokenizer.decode(made.ids, skip_special=True)
+            last = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
+            shown = [*messages, {"role": "assistant", "content": last}, {"role": "user", "content": request}]
+        found.scores = mean_logprob([], found.completions)
+        return found
 
     sessions = [talk(messages, seed) for messages, seed in zip(messages_P, seeds, strict=True)]
     return sampler.run(sessions, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, **sampling)
-
-
-def _next_prompt(
-    tokenizer: Tokenizer, messages: list[dict], answers: list[Completion], request: str, template_arguments: dict
-) -> list[int]:
-    if answers:
-        text = tokenizer.decode(answers[-1].ids, skip_special=True)
-        shown = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
-        messages = [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": request}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_arguments)
-    return tokenizer.encode(text, allow_special=True)

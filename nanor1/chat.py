@@ -13,10 +13,18 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
+import torch
+
+from nanor1.judge import Rules
+from nanor1.methods import Settings
+from nanor1.model import Transformer
 from nanor1.prefill import Kept
 from nanor1.prompts import Prompt, Prompter, render
 from nanor1.sampler import Sampler
+from nanor1.search import Scorer, mean_logprob
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
 
@@ -26,13 +34,24 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model ready to answer, and how it is asked to."""
+class Asker:
+    """A model, and how it is asked; its weights are read when they are first needed, after all mistakes are found."""
 
-    sampler: Sampler
+    folder: Path  # of the model
+    device: torch.device
+    dtype: torch.dtype
     prompter: Prompter
-    sampling: dict[str, object]  # of Sampler.generate: max_new_tokens, temperature, ...
+    sampling: dict[str, object]  # of Sampler.generate, the same for every prompt: max_new_tokens, temperature, ...
+    max_rows: int = 64
     n: int = 1  # answers to a prompt
+    seed: int = 0
+    settings: Settings = Settings()  # of methods
+    rules: Rules = Rules()  # by which answers are judged
+    scorer: Scorer = mean_logprob  # of steps
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(Transformer.from_pretrained(self.folder, self.dtype, self.device), self.max_rows)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -55,11 +74,11 @@ def say(text: str) -> None:
 # ---- a conversation
 
 
-def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
+def converse(asker: Asker, messages: Messages, seed: int) -> None:
     """Answer line by line after these messages; with a chat template the model sees what was said before, as text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines and recalls them; not there on Windows
-    has_history = speaker.prompter.template == "chat"
+    has_history = asker.prompter.template == "chat"
     if not has_history:
         say("every line is a prompt of its own: without a chat template there is no conversation")
     say("Ctrl-C stops an answer; an empty line or Ctrl-D ends the conversation")
@@ -67,7 +86,7 @@ def converse(speaker: Speaker, messages: Messages, seed: int) -> None:
     while line := read_line():
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            first, *_ = answer(speaker, asked, seed, keep=True, behind=kept)
+            first, *_ = answer(asker, asked, seed, keep=True, behind=kept)
         except ValueError as error:  # an unknown word, or a conversation longer than the context
             say(f"error: {error}")
         except KeyboardInterrupt:  # before the answer began, or twice: where nothing waits for it
@@ -86,7 +105,9 @@ def read_line() -> str:
     while True:
         say("")
         try:
-            return input(show_mark("> ")).strip()
+            mark = "> " if sys.stdout.isatty() else ""  # input() shows it on stdout, and into a file it must not go
+            print("" if mark else "> ", end="", file=sys.stderr, flush=True)
+            return input(mark).strip()
         except KeyboardInterrupt:
             say("\n(an empty line or Ctrl-D ends)")
         except UnicodeDecodeError as error:
@@ -96,56 +117,57 @@ def read_line() -> str:
             return ""
 
 
-def show_mark(mark: str) -> str:
-    """What input() is to show: it writes to stdout, and where that is a file the mark goes to stderr instead."""
-    if sys.stdout.isatty():
-        return mark
-    print(mark, end="", file=sys.stderr, flush=True)
-    return ""
-
-
 # ---- a prompt and its answers
 
 
-def answer(
-    speaker: Speaker, messages: Messages, seed: int, keep: bool = False, behind: Kept | None = None
-) -> list[Answer]:
+def answer(asker: Asker, messages: Messages, seed: int, keep: bool = False, behind: Kept | None = None) -> list[Answer]:
     """Sample n answers to the last message and print them, the first as it is made; Ctrl-C ends them where they are.
 
-    With `keep` the answers have their caches; what is kept `behind` the messages is not read again. ValueError for an
-    empty prompt, and for one that leaves no room to answer.
+    With `keep` the answers have their caches, unless they are stopped; what is kept `behind` the messages is not read
+    again. ValueError for an empty prompt, and for one that leaves no room to answer.
     """
-    prompt = write_messages(messages, speaker.prompter)
+    text, prompt_ids = prompt = write_messages(messages, asker.prompter)
     if any(message["role"] == "assistant" for message in messages):
-        check_room("the conversation", prompt[1], speaker.sampler, "say less, or begin a new one")
+        check_room("the conversation", prompt_ids, asker.sampler, "say less, or begin a new one")
     else:
-        check_room("the prompt", prompt[1], speaker.sampler)
+        check_room("the prompt", prompt_ids, asker.sampler)
     start_s = time.monotonic()
-    ids_G, kept_G = sample_aloud(speaker, prompt, seed, keep, behind)
+    ids_G: list[list[int]] = [[] for _ in range(asker.n)]
+    kept_G: list[Kept | None] = [None] * asker.n
+    with contextlib.closing(Printer(asker, text, 0)) as printer, contextlib.suppress(KeyboardInterrupt):
+
+        def hear(_: int, index: int, token: int) -> None:
+            ids_G[index].append(token)
+            if index == 0:
+                printer.push(token)
+
+        how = asker.prompter.stops | asker.sampling
+        (made_G,) = asker.sampler.generate(
+            [prompt_ids], n=asker.n, seed=seed, on_token=hear, keep=keep, behind=[behind], **how
+        )
+        kept_G = [made.kept for made in made_G]
     wall_s = time.monotonic() - start_s
-    for index in filter(ids_G.__getitem__, range(1, speaker.n)):  # all, but where Ctrl-C came first
-        print_title(index, speaker.n)
-        with contextlib.closing(Printer(speaker.tokenizer, prompt[0])) as printer:
+    for index in filter(ids_G.__getitem__, range(1, asker.n)):  # all, but where Ctrl-C came first
+        with contextlib.closing(Printer(asker, text, index)) as printer:
             for token in ids_G[index]:
                 printer.push(token)
-    answers = [to_answer(ids, prompt, speaker, kept) for ids, kept in zip(ids_G, kept_G, strict=True)]
+    answers = [to_answer(ids, prompt, asker, kept) for ids, kept in zip(ids_G, kept_G, strict=True)]
     n_tokens, endings = sum(map(len, ids_G)), Counter(made.ending for made in answers)
-    why = ", ".join(ending if speaker.n == 1 else f"{count} {ending}" for ending, count in endings.items())
+    why = ", ".join(ending if asker.n == 1 else f"{count} {ending}" for ending, count in endings.items())
     speed = f"{n_tokens} tokens in {wall_s:.1f} s, {n_tokens / wall_s:.1f} tokens/s"
-    say(f"{speed}, after a prompt of {len(prompt[1])}; {why}")
+    say(f"{speed}, after a prompt of {len(prompt_ids)}; {why}")
     return answers
 
 
 def write_messages(messages: Messages, prompter: Prompter) -> Prompt:
     """The text that the model sees and its ids; the user's text may hold special tokens, and they count as such."""
-    last, tokenizer = messages[-1]["content"], prompter.tokenizer
+    last = messages[-1]["content"]
     if not last.strip():
         raise ValueError("the prompt is empty; give it as an argument or on stdin")
     if prompter.template == "chat":
-        return render(messages, tokenizer, prompter.arguments)
+        return render(messages, prompter.tokenizer, prompter.arguments)
     text = format_prompt(Problem(last, "", "prompt"), prompter.template)
-    ids = tokenizer.encode(text, allow_special=True)
-    return text, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[0] != tokenizer.bos_id else ids
+    return render(text, prompter.tokenizer, allow_special=True)
 
 
 def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it", least: int = 1) -> None:
@@ -155,54 +177,16 @@ def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str =
         raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 
-def sample_aloud(
-    speaker: Speaker, prompt: Prompt, seed: int, keep: bool, behind: Kept | None
-) -> tuple[list[list[int]], list[Kept | None]]:
-    """The ids of n answers and their caches; when Ctrl-C comes, what ids there are, and no caches.
-
-    The first is printed as it is made.
-    """
-    tokenizer = speaker.tokenizer
-    ids_G: list[list[int]] = [[] for _ in range(speaker.n)]
-    kept_G: list[Kept | None] = [None] * speaker.n
-    print_title(0, speaker.n)
-    with contextlib.closing(Printer(tokenizer, prompt[0])) as printer, contextlib.suppress(KeyboardInterrupt):
-
-        def hear(_: int, index: int, token: int) -> None:
-            ids_G[index].append(token)
-            if index == 0:
-                printer.push(token)
-
-        (made_G,) = speaker.sampler.generate(
-            [prompt[1]],
-            n=speaker.n,
-            seed=seed,
-            on_token=hear,
-            keep=keep,
-            behind=[behind],
-            **speaker.prompter.stops,
-            **speaker.sampling,
-        )
-        kept_G = [made.kept for made in made_G]
-    return ids_G, kept_G
-
-
-def print_title(index: int, n: int) -> None:
-    if n > 1:
-        print(f"--- answer {index + 1} of {n}", flush=True)
-
-
-def to_answer(ids: list[int], prompt: Prompt, speaker: Speaker, kept: Kept | None) -> Answer:
+def to_answer(ids: list[int], prompt: Prompt, asker: Asker, kept: Kept | None) -> Answer:
     """What was made, and why it ended there."""
-    tokenizer, sampling = speaker.tokenizer, speaker.sampling
-    context = speaker.sampler.model.config.max_position_embeddings
+    tokenizer, context = asker.tokenizer, asker.sampler.model.config.max_position_embeddings
     is_whole = bool(ids) and ids[-1] in tokenizer.stop_ids
     text, ending = tokenizer.decode(ids[:-1] if is_whole else ids), INTERRUPTED
     if is_whole:
         ending = f"ended by {tokenizer.decode(ids[-1:])}"
-    elif held := [stop_text for stop_text in speaker.prompter.stop_texts if stop_text in text]:
+    elif held := [stop_text for stop_text in asker.prompter.stop_texts if stop_text in text]:
         ending = f"ended by --stop-text {held[0].strip() or repr(held[0])}"
-    elif len(ids) == sampling["max_new_tokens"]:
+    elif len(ids) == asker.sampling["max_new_tokens"]:
         ending = f"cut off by --max-new-tokens {len(ids)}"
     elif len(prompt[1]) + len(ids) == context:
         ending = f"cut off: the model's context of {context} is full"
@@ -213,12 +197,17 @@ def to_answer(ids: list[int], prompt: Prompt, speaker: Speaker, kept: Kept | Non
 
 
 class Printer:
-    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed."""
+    """Writes an answer to stdout as its ids arrive, without the stop token; on a terminal the thinking is dimmed.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_text: str):
-        self.stop_ids, self.stream = tokenizer.stop_ids, tokenizer.stream()
+    Where there are several, each stands under its title.
+    """
+
+    def __init__(self, asker: Asker, prompt_text: str, index: int):
+        self.stop_ids, self.stream = asker.tokenizer.stop_ids, asker.tokenizer.stream()
         is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
         self.dimmer = None if is_plain else Dimmer(bool(prefilled(prompt_text)))
+        if asker.n > 1:
+            print(f"--- answer {index + 1} of {asker.n}", flush=True)
 
     def push(self, token: int) -> None:
         if token not in self.stop_ids:

@@ -32,6 +32,7 @@ from pathlib import Path
 
 T = typing.TypeVar("T")
 Values = dict[str, object]
+Rule = tuple[str, Callable[[typing.Any], object]]  # words, and whether a Config has what they speak of
 BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MANY = 1_000_000  # more of anything that is held in memory at once is a slip of the finger
 GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)  # of printing: the reader ended, the terminal closed; on Windows the last
@@ -48,16 +49,19 @@ def option(
     above: float | None = None,
     most: float | None = None,
     why: str = "",
-    needs: tuple[str, Callable[[typing.Any], object]] | None = None,
+    needs: Rule | None = None,
+    only: Sequence[Rule] = (),
     alias: str | None = None,
 ):
     """A field of a Config: its default, its help, and the heading that it opens.
 
     `positional`: its value needs no option name. A number is at `least` or `above`, and at `most`; `why` is said where
-    it is not. `needs` is what gives the option an effect, in words, and whether a Config has it:
-    see `refuse_idle`. `alias` is another name for it on the command line.
+    it is not. `needs` is what gives the option an effect, in words, and whether a Config has it; `only` are what else
+    must hold, each with what is said where it does not: see `refuse_idle`. `alias` is its other name.
     """
-    metadata = dict(help=help, group=group, positional=positional, needs=needs, alias=alias)
+    if needs:
+        only = [*only, (f"has no effect without {needs[0]}; give that, or leave it out", needs[1])]
+    metadata = dict(help=help, group=group, positional=positional, only=only, alias=alias)
     return dataclasses.field(default=default, metadata=metadata | dict(range=(least, above, most, why)))
 
 
@@ -191,15 +195,17 @@ def validated(config: T) -> T:
     return config
 
 
-def refuse_idle(config, given: Given) -> None:
+def refuse_idle(config, given: Given, more: dict[str, Sequence[Rule]] = types.MappingProxyType({})) -> None:
     """ValueError for the first flag that was given and has no effect beside the others; call it after all presets.
 
-    What `--config` gives is not looked at: it is all of another run's arguments.
+    What `--config` gives is not looked at: it is all of another run's arguments. `more` are rules that a script has for
+    options which it shares with others.
     """
     for field in fields(config):
-        needs = field.metadata.get("needs")
-        if needs and field.name in given.flags and not needs[1](config):
-            raise ValueError(f"{option_name(field.name)} has no effect without {needs[0]}; give that, or leave it out")
+        rules = [*more.get(field.name, ()), *field.metadata.get("only", ())]
+        if field.name in given.flags and (broken := [why for why, holds in rules if not holds(config)]):
+            name = f"the {field.name}" if field.metadata.get("positional") else option_name(field.name)
+            raise ValueError(f"{name} {broken[0]}")
 
 
 def read_value(value: object, kind: object, where: str, is_text: bool = False) -> object:

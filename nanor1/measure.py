@@ -10,44 +10,25 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from nanor1.budget import force_budget, least_room, refine
-from nanor1.chat import check_room
+from nanor1.chat import Asker, check_room
 from nanor1.evaluate import to_candidate
 from nanor1.grpo import Rollout
-from nanor1.judge import Rules, judge_all
+from nanor1.judge import judge_all
 from nanor1.ledger import Progress, digest, open_ledger, read_lines, work_through
-from nanor1.methods import MAX_BRANCHING, SINGLE, Run, Settings
-from nanor1.prompts import Prompter
+from nanor1.methods import MAX_BRANCHING, SINGLE, Run
 from nanor1.sampler import Sampler
-from nanor1.search import Found, Scorer, beam_search, mean_logprob
+from nanor1.search import Found, beam_search, mean_logprob
 from nanor1.tasks import Problem
 from nanor1.token_beams import token_beam_search
-from nanor1.tokenizer import Tokenizer
 from nanor1.traces import SEED_STRIDE, WAVES
 from nanor1.voting import window_confidences
 
 CONFIDENCE_K = 20  # likeliest tokens of which a token's confidence is made, as in DeepConf
-
-
-@dataclass(frozen=True)
-class Asker:
-    """A model that is asked, and how: all that does not change from run to run."""
-
-    sampler: Sampler
-    prompter: Prompter
-    seed: int
-    sampling: dict  # temperature, top_k, top_p, max_new_tokens
-    settings: Settings = Settings()
-    rules: Rules = Rules()
-    scorer: Scorer = mean_logprob  # of steps
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
 
 
 # ---- runs: ways to produce answers
@@ -65,7 +46,7 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         branching = min(MAX_BRANCHING, run.n)
         n_beams = run.n // branching
         sizes = dict(width=n_beams) if run.kind == "beam" else dict(width=1, trees=n_beams)
-        sizes |= dict(branching=branching, max_steps=sampling["max_new_tokens"], step_texts=[settings.step_text])
+        sizes |= dict(branching=branching, step_texts=[settings.step_text])
         return beam_search(asker.sampler, prompts, scorer=asker.scorer, seeds=seeds, **sizes, **stops, **sampling)
     if run.kind == "token-beam":
         sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
@@ -158,11 +139,11 @@ def batch_size(run: Run, max_rows: int) -> int:
 
 def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, progress: Progress) -> list[dict]:
     """The rows of problems `first`, `first` + 1, ...; each has random numbers of its own."""
+    prompter, rules = asker.prompter, asker.rules
     if run.kind == "direct":
-        prompter, rules = replace(asker.prompter, style="direct"), replace(asker.rules, style="direct")
-        asker = replace(asker, prompter=prompter, rules=rules)
+        prompter, rules = replace(prompter, style="direct"), replace(rules, style="direct")
     start_s = time.monotonic()
-    prompts = [asker.prompter.write(problem) for problem in problems]
+    prompts = [prompter.write(problem) for problem in problems]
     seeds = [asker.seed * SEED_STRIDE + first + i for i in range(len(problems))]
     is_search = run.kind not in ("samples", *SINGLE)  # of which the sampler hears parts of answers end
     hear = (lambda n_tokens, _: progress.hear(n_tokens)) if is_search else progress.hear
@@ -170,7 +151,7 @@ def answer(asker: Asker, run: Run, problems: Sequence[Problem], first: int, prog
     if is_search:
         progress.hear(0, [found.n_sampled / run.n for found in found_P for _ in range(run.n)])
     completions_PG = [found.completions for found in found_P]
-    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, asker.rules)
+    rollouts_PG = judge_all(problems, prompts, completions_PG, asker.tokenizer, rules)
     wall_s = time.monotonic() - start_s
     return [
         to_row(asker, run, first + i, found, group, wall_s / len(problems))

@@ -61,22 +61,23 @@ class Prompter:
     @property
     def stops(self) -> dict:
         """The arguments of Sampler.generate by which answers end."""
-        tokenizer = self.tokenizer
-        ends = dict(stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
-        return ends | (dict(stop_texts=self.stop_texts, decode=tokenizer.decode) if self.stop_texts else {})
+        ends = dict(stop_ids=self.tokenizer.stop_ids, vocab_size=self.tokenizer.vocab_size)
+        return ends | (dict(stop_texts=self.stop_texts, decode=self.tokenizer.decode) if self.stop_texts else {})
 
 
 def to_system(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def render(shown: str | list[dict[str, str]], tokenizer: Tokenizer, arguments: Mapping[str, object]) -> Prompt:
-    """Text as it is, messages by the model's own template, whose special tokens count as such."""
-    if isinstance(shown, str):
-        ids = tokenizer.encode(shown)
-        return shown, [tokenizer.bos_id, *ids] if tokenizer.adds_bos else ids
-    text = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **arguments)
-    return text, tokenizer.encode(text, allow_special=True)
+def render(
+    shown: str | list[dict], tokenizer: Tokenizer, arguments: Mapping[str, object] | None = None, allow_special=False
+) -> Prompt:
+    """Messages by the model's own template, whose special tokens count as such; text as it is, its own if allowed."""
+    if not isinstance(shown, str):
+        text = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **(arguments or {}))
+        return text, tokenizer.encode(text, allow_special=True)
+    ids = tokenizer.encode(shown, allow_special)
+    return shown, [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
 
 
 def make_prompter(options: PromptOptions, tokenizer: Tokenizer, template: str, task: str) -> Prompter:
@@ -89,15 +90,9 @@ def make_prompter(options: PromptOptions, tokenizer: Tokenizer, template: str, t
         raise ValueError(f"{name} needs the template chat, and this is {template}; leave it out")
     if template == "chat" and tokenizer.turn_end_id is not None and not tokenizer.ends_turns:
         tokenizer = tokenizer.with_stop(tokenizer.turn_end_id)
-    prompter = Prompter(
-        tokenizer,
-        template,
-        read_arguments(options, tokenizer),
-        options.system,
-        options.style,
-        read_examples(options.few_shot) if options.few_shot else (),
-        choose_stop_texts(options, template),
-    )
+    arguments, stop_texts = read_arguments(options, tokenizer), choose_stop_texts(options, template)
+    examples = read_examples(options.few_shot) if options.few_shot else ()
+    prompter = Prompter(tokenizer, template, arguments, options.system, options.style, examples, stop_texts)
     prompter.show(Problem("?", "", task))  # a style or examples that the template has no words for
     return prompter
 

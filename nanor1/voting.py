@@ -36,14 +36,14 @@ def same_answer(problem: Problem, a: str, b: str) -> bool:
 
     Countdown: the same numbers and exactly the same value. Else `math_equal`, where the rules would take both answers
     or neither if the value were right: a copy of the question (`47 + 85`) is no vote for 132. So equal answers are
-    right or wrong together, but for percentages (45% is both 45 and 0.45). ValueError for code.
+    right or wrong together, but for percentages (45% is both 45 and 0.45). Not for code, where no rule tells which
+    programs do the same.
 
     >>> same_answer(Problem("", "", "math"), r"\frac{1}{2}", "0.5")
     True
     >>> same_answer(Problem("", "22", "countdown"), "3 + 7 + 12", "11 + 11")
     False
     """
-    _refuse_programs(problem)
     if a == b:
         return True
     if problem.task == "countdown":
@@ -62,16 +62,8 @@ def _is_worked_out(problem: Problem, answer: str) -> bool:
     return accuracy(replace(problem, answer=answer), answer) == 1.0
 
 
-def _refuse_programs(problem: Problem) -> None:
-    if problem.task == "code":
-        raise ValueError(
-            "programs cannot be voted on: two that do the same are rarely spelled the same, and no rule tells whether "
-            "they do; choose the best of N by log-probability, reward model or tests, or report pass@k"
-        )
-
-
 def group_answers(problem: Problem, answers: Sequence[str | None]) -> list[list[int]]:
-    """The indices of equal answers together, in order of first occurrence; None is left out. ValueError for code.
+    """The indices of equal answers together, in order of first occurrence; None is left out. Not for code.
 
     An answer joins the first group whose first member it equals: where equality does not carry over (45% is 45 and
     0.45, which differ) the order decides. Equal spellings are gathered first: `math_equal` takes up to a millisecond.
@@ -79,7 +71,7 @@ def group_answers(problem: Problem, answers: Sequence[str | None]) -> list[list[
     >>> group_answers(Problem("", "", "math"), ["0.5", "2", None, "1/2"])
     [[0, 3], [1]]
     """
-    _refuse_programs(problem)
+    assert problem.task != "code", "programs cannot be voted on"
     spellings: dict[str, list[int]] = {}
     for i, answer in enumerate(answers):
         if answer is not None:
@@ -98,7 +90,7 @@ def majority(problem: Problem, candidates: Sequence[Candidate]) -> int | None:
     """The index of the candidate that speaks for the most frequent answer; None if nobody has one.
 
     Ties go to the answer with the larger summed log-probability, then to the one given first. Of equal answers the
-    one of the highest log-probability is chosen. ValueError for code.
+    one of the highest log-probability is chosen. Not for code.
 
     >>> votes = [Candidate("3", 9, -1.0), Candidate("5", 9, -4.0), Candidate("5.0", 9, -2.0)]
     >>> majority(Problem("2 + 3 =", "5", "arithmetic"), votes)
@@ -113,10 +105,13 @@ def weighted_vote(
     """As `majority`, but the answer of the largest summed weight wins; ties go to more votes, then as there.
 
     Only a share of the candidates with an answer votes, ceil(keep_share * n) of the highest weights (DeepConf's eta,
-    taken, as in its authors' code, of the answers and not of all samples). ValueError for a weight of an answer that
-    is no finite number from 0 up, for a share outside (0, 1], and for code.
+    taken, as in its authors' code, of the answers and not of all samples). The weight of an answer is a finite number
+    from 0 up: tail and lowest are there only where the sampler was asked for confidences.
     """
-    voters = _voters(candidates, weights, keep_share)
+    answered = [i for i, (c, _) in enumerate(zip(candidates, weights, strict=True)) if c.answer is not None]
+    assert 0 < keep_share <= 1 and all(weights[i] is not None and 0 <= weights[i] < math.inf for i in answered), weights
+    kept = max(1, math.ceil(keep_share * len(answered) - 1e-9))  # 0.07 * 100 is a little more than 7
+    voters = set(sorted(answered, key=lambda i: -weights[i])[:kept])
     groups = group_answers(problem, [c.answer if i in voters else None for i, c in enumerate(candidates)])
 
     def rank(group: list[int]) -> tuple[float, int, float]:  # fsum: the order of the votes must not matter
@@ -125,20 +120,6 @@ def weighted_vote(
 
     winner = max(groups, key=rank, default=[])
     return max(winner, key=lambda i: candidates[i].logprob, default=None)
-
-
-def _voters(candidates: Sequence[Candidate], weights: Sequence[float | None], keep_share: float) -> set[int]:
-    if not 0 < keep_share <= 1:
-        raise ValueError(f"the share to keep is {keep_share}; it must lie above 0 and at most at 1")
-    answered = [i for i, (c, _) in enumerate(zip(candidates, weights, strict=True)) if c.answer is not None]
-    for i in answered:
-        if weights[i] is None or not (math.isfinite(weights[i]) and weights[i] >= 0):
-            raise ValueError(
-                f"the weight of candidate {i} is {weights[i]}; a vote takes finite numbers from 0 up "
-                "(tail and lowest are there only where the sampler was asked for confidences)"
-            )
-    kept = max(1, math.ceil(keep_share * len(answered) - 1e-9))  # 0.07 * 100 is a little more than 7
-    return set(sorted(answered, key=lambda i: -weights[i])[:kept])
 
 
 def best_of(candidates: Sequence[Candidate], values: Sequence[float | None]) -> int | None:
@@ -161,14 +142,12 @@ def window_confidences(confidence_T: Sequence[float], window: int) -> tuple[floa
     """The mean confidence of the last `window` tokens, and of the least confident window of that length (DeepConf).
 
     Windows move by one token, and a text shorter than one is one; takes time in proportion to the text. Departure:
-    groups that begin before the text does, and so hold fewer tokens, are left out, as in the authors' code. ValueError
-    for no tokens and for a window below 1.
+    groups that begin before the text does, and so hold fewer tokens, are left out, as in the authors' code.
 
     >>> window_confidences([4.0, 1.0, 3.0, 6.0], 2)
     (4.5, 2.0)
     """
-    if window < 1 or not len(confidence_T):
-        raise ValueError(f"a window of {window} over {len(confidence_T)} tokens; both must be at least 1")
+    assert window >= 1 and len(confidence_T)
     window = min(window, len(confidence_T))
     sums = list(accumulate(confidence_T, initial=0.0))
     means = [(end - start) / window for start, end in zip(sums, sums[window:], strict=False)]
@@ -181,24 +160,22 @@ def window_confidences(confidence_T: Sequence[float], window: int) -> tuple[floa
 def pass_at_k(n: int, n_right: int, k: int) -> float:
     """The chance that k of n samples hold a right one, unbiased: 1 - C(n - right, k) / C(n, k) (Chen et al., eq. 1).
 
-    In whole numbers up to the last division, so exact to a float. ValueError unless 0 <= right <= n and 1 <= k <= n.
+    In whole numbers up to the last division, so exact to a float.
 
     >>> pass_at_k(4, 1, 2)
     0.5
     """
-    if not (0 <= n_right <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} with {n_right} right of {n} samples: want 0 <= right <= n and 1 <= k <= n")
+    assert 0 <= n_right <= n and 1 <= k <= n
     return (math.comb(n, k) - math.comb(n - n_right, k)) / math.comb(n, k)
 
 
 def subsets(n: int, k: int) -> list[range]:
     """The runs of k consecutive indices that n samples are cut into; what is left over at the end is in none.
 
-    majority@k is the mean over these, less noisy than the first k alone. ValueError unless 1 <= k <= n.
+    majority@k is the mean over these, less noisy than the first k alone.
 
     >>> subsets(7, 3)
     [range(0, 3), range(3, 6)]
     """
-    if not 1 <= k <= n:
-        raise ValueError(f"subsets of {k} out of {n} samples: want 1 <= k <= n; sample more or ask for smaller ones")
+    assert 1 <= k <= n
     return [range(start, start + k) for start in range(0, n - k + 1, k)]

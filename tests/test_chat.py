@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanor1 import chat
-from nanor1.chat import INTERRUPTED, Answer, Dimmer, Speaker, answer, converse
+from nanor1.chat import INTERRUPTED, Answer, Asker, Dimmer, answer, converse
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
@@ -43,11 +43,18 @@ class Scripted:
         return [[Completion([], [], "stop")] * arguments["n"]]
 
 
+def new_asker(sampler, prompter, sampling, **arguments):
+    """A model that is there already, as one that was read."""
+    asker = Asker(None, None, None, prompter, sampling, **arguments)
+    vars(asker)["sampler"] = sampler
+    return asker
+
+
 def speaker(*texts, chat_template=TEMPLATE, context=1000, template_arguments=None, stop_texts=(), **arguments):
     tokenizer = Tokenizer.from_bytes(chat_template=chat_template)
     prompter = Prompter(tokenizer, "chat" if chat_template else "bare", template_arguments or {}, stop_texts=stop_texts)
     arguments = {"sampling": {"max_new_tokens": 500}} | arguments
-    return Speaker(Scripted(tokenizer, *texts, context=context), prompter, **arguments)
+    return new_asker(Scripted(tokenizer, *texts, context=context), prompter, **arguments)
 
 
 def ask(talker, text="Hi", seed=0):
@@ -233,7 +240,7 @@ def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lin
         read.clear()
         type_lines("What is 2 + 3?", "And 4 + 5 + 6?", "Why?")
         converse(
-            Speaker(Sampler(model), Prompter(tokenizer, "chat"), sampling),
+            new_asker(Sampler(model), Prompter(tokenizer, "chat"), sampling),
             [{"role": "system", "content": "Be brief."}],
             0,
         )

@@ -1,5 +1,6 @@
 """The command line and config.json of a frozen dataclass."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -298,6 +299,30 @@ def test_numbers_on_the_edge_of_a_range_and_none_are_taken():
     config, _ = parse_args(Ranged, ["--share", "1", "--size", "8", "--limit", "1", "--seed", "0"])
     assert (config.share, config.size, config.limit) == (1.0, 8, 1)
     assert parse_args(Ranged, ["--limit", "none"])[0].limit is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Shared):
+    what: str = option("", "a word", positional=True, only=(("is for few", lambda c: c.seed < 3),))
+    rate: int = option(
+        1, "a rate", needs=("--seed", lambda c: c.seed), only=(("is for an even seed", lambda c: c.seed % 2 == 0),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("so --seed 3", "the what is for few"),
+        ("--rate 2 --seed 1", "--rate is for an even seed"),  # the first that does not hold
+        ("--rate 2", "--rate has no effect without --seed; give that, or leave it out"),
+        ("--seed 4", "--seed is not for this script"),  # a rule of the script's own
+        ("--seed 2 --rate 3 so", None),
+    ],
+)
+def test_an_option_is_refused_by_its_rules_where_it_is_given(argv, said):
+    config, given_names = parse_args(Placed, argv.split())
+    with pytest.raises(ValueError, match=f"^{said}$") if said else contextlib.nullcontext():
+        refuse_idle(config, given_names, {"seed": [("is not for this script", lambda c: c.seed != 4)]})
 
 
 def test_a_flag_without_effect_is_refused_even_where_its_value_is_the_default(tmp_path):

@@ -493,7 +493,7 @@ def test_a_stop_text_ends_samples(asked, tmp_path):
         (["--window", "0"], "--window is 0; it must be at least 1"),
         (["--keep-share", "0"], "--keep-share is 0.0; it must be above 0 and at most 1"),
         (["--min-thinking", "-1"], "--min-thinking is -1; it must be at least 0"),
-        (["--step-score", "reward"], "--step-score reward needs --reward-model FOLDER"),
+        (["--method", "beam", "--step-score", "reward"], "--step-score reward needs --reward-model FOLDER"),
         (["--style", "terse"], "--style"),
         (["--style", "cot", "--raw"], "the style 'cot' is asked for in words"),
         (["--examples", "FOLDER/none.jsonl"], "none.jsonl cannot be read (No such file or directory)"),

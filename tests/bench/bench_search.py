@@ -11,18 +11,18 @@ drifts; ratios are of one turn. Tokens are those sampled, dropped branches inclu
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from measure import finish, where
 
+from nanor1.chat import Asker
 from nanor1.judge import make_rules
 from nanor1.ledger import Progress
 from nanor1.machine import choose_device
-from nanor1.measure import Asker, answer
+from nanor1.measure import answer
 from nanor1.methods import Run, figures
-from nanor1.model import Transformer
 from nanor1.prompts import Prompter
-from nanor1.sampler import Sampler
 from nanor1.tasks import Problem, make_task, read_examples
 from nanor1.tokenizer import Tokenizer
 
@@ -55,11 +55,11 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = choose_device(args.device, "auto", print)
     tokenizer = Tokenizer.from_pretrained(args.model)
-    sampler = Sampler(Transformer.from_pretrained(args.model, dtype, device), args.max_rows)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=0.8)
     examples = read_examples(args.examples) if args.examples else ()
     prompter = Prompter(tokenizer, "chat", style=args.style, examples=examples)
-    asker = Asker(sampler, prompter, 0, sampling, rules=make_rules(prompter))
+    rules = make_rules(prompter)
+    asker = Asker(Path(args.model), device, dtype, prompter, sampling, args.max_rows, rules=rules)
     problems = make_task("gsm8k", data=args.data, parts=("all",)).part("all")[: args.limit]
     prompts = [prompter.write(problem)[1] for problem in problems]
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
