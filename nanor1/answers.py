@@ -628,4 +628,4 @@ def _is_measure(word: str) -> bool:
     node = latex.parse(unmarked("1 " + word)) if len(word) <= 20 and word not in ("in", "per") else None
     if node is None or node[0] == "unit":
         return node is not None and latex.is_known_unit(node[2])
-    return node[0] != "relation" and not latex.contains(node, latex.VARIABLES)
+    return node[0] != "relation" and not latex.variables(node)

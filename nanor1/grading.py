@@ -255,7 +255,7 @@ def _meaning(node: tuple) -> tuple:
 
 
 def _is_constant(node: tuple) -> bool:
-    return not latex.contains(node, latex.VARIABLES)
+    return not latex.variables(node)
 
 
 # ---------------------------------------------------------------- sets of real numbers

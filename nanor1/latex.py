@@ -7,6 +7,7 @@ Left out: sums, integrals, limits, arithmetic on matrices, and on sets but for p
 beyond 9 in other bases; numbers in words.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -65,6 +66,7 @@ _SPELLINGS = {
     r"(?<=[\d)])!=": "! =",
     r"^ ?= ?(?=[^=])": "",
     r"\^ ?(?:\\circ|\{ ?\\circ ?\})": r"\\degree ",
+    r"\\degree *(?:\\(?:text|mathrm) *\{ *)?([CF])\b\}?": r"\\text{ degrees \1}",
     r"(:\d\d) ?([AaPp])\.?[Mm]\b": r"\1\\text{ \2m}",
     r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi ",
     r"(?<=\d) ?\(([A-Za-z]{4,}[A-Za-z ]*)\)\s*$": r" \\text{\1}",  # 18 (eggs)
@@ -140,7 +142,7 @@ def spell_units(text: str) -> str:
 _ALIASES = _table(
     r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
     r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
-    r";** ^;\land ,;\lor or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
+    r";** ^;\land ,;\lor or;or or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
     r";\dbinom \binom;\tbinom \binom;\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
     r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
 )
@@ -171,7 +173,7 @@ _UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres 厘米;mm 
 ;l liter liters litre litres 升;gal gallon gallons;s sec secs second seconds 秒;min mins minute minutes 分钟
 ;h hr hrs hour hours 小时;day days 天;week weeks;month months;year years yr yrs;dollar dollars usd;euro euros eur
 ;yuan cny rmb 元;yen jpy;rupee rupees inr;cad;aud;chf;hkd;sgd;krw;cent cents
-;degree degrees deg 度;radian radians rad;percent pct;am;pm
+;degree degrees deg 度;celsius c;fahrenheit f;radian radians rad;percent pct;am;pm
 ;n newton newtons;j joule joules;w watt watts;v volt volts;kw kilowatt kilowatts;kwh;hz hertz;kj kilojoule kilojoules
 ;cal calories;kcal
 ;mol mole moles;ohm ohms Ω;/ per;square sq;cubic cu"""
@@ -209,33 +211,14 @@ def _tokens(text: str) -> list[str]:
     for match in _TOKEN.finditer(text):
         found, kind = match.group(match.lastgroup), match.lastgroup
         if kind == "text":
-            found = _word_tokens(match.group("words"), is_first=not tokens)
-        elif kind == "letters" and found not in _ALIASES and found != "or":
-            is_word = found.islower() and len(found) > 1 and tokens and tokens[-1].startswith('"')
-            found = ['"' + found] if is_word and found not in _SENTENCE else _letter_tokens(found)
+            tokens += _word_tokens(match.group("words"), is_first=not tokens)
+        elif kind == "letters" and found not in _ALIASES:
+            tokens += _letter_tokens(found, follows_word=bool(tokens) and tokens[-1].startswith('"'))
         elif kind == "han":
-            found = _han_tokens(found, is_first=not tokens)
-        elif kind == "space" or found in _IGNORED:
-            continue
-        else:
-            found = [_ALIASES.get(found, found)]
-        for token in found:
-            _append(tokens, token)
+            tokens += _han_tokens(found, is_first=not tokens)
+        elif kind != "space" and found not in _IGNORED:
+            tokens.append(_ALIASES.get(found, found))
     return tokens
-
-
-def _append(tokens: list[str], token: str) -> None:
-    """Add a token, or join it with the one before: 18 / hour, where `hour` divides nothing, km / h, ° C."""
-    before, last = ["", "", *tokens[-2:]][-2:]
-    if token in _UNIT_LETTERS and (last if last != "/" else before).startswith('"'):
-        token = '"' + token
-    elif last == "/" and token.startswith('"') and not before.startswith('"'):
-        tokens.pop()
-        token = '"/ ' + token[1:]
-    elif last == r"\degree" and token in ("C", "F"):
-        tokens.pop()
-        token = '"degrees ' + {"C": "celsius", "F": "fahrenheit"}[token]
-    tokens.append(token)
 
 
 def _word_tokens(words: str, is_first: bool) -> list[str]:
@@ -250,10 +233,10 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
         return _tokens(value)
     if lower in ("is", "are", "equals"):
         return ["="]
-    if lower in _ALIASES or lower == "or":
-        return [_ALIASES.get(lower, lower)]
+    if lower in _ALIASES:
+        return [_ALIASES[lower]]
     if joined := re.fullmatch("(.+?)(?: (and|or))+", lower):
-        return [*_word_tokens(joined[1], is_first), _ALIASES.get(joined[2], "or")]
+        return [*_word_tokens(joined[1], is_first), _ALIASES[joined[2]]]
     if not is_first and re.match("[一-鿿]", words):
         return _han_tokens(words, is_first)
     if len(words) == 1 and words.isalpha():
@@ -262,8 +245,7 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
         return _tokens(words)
     if words not in _UNITS and "\\" + words in FUNCTIONS:
         return ["\\" + words]
-    scale, _, rest = lower.partition(" ")
-    return ['"' + scale, *(['"' + rest] if rest else [])] if scale in _SCALES else ['"' + lower]
+    return ['"' + word for word in lower.split()]
 
 
 def _is_hedged(words: list[str]) -> bool:
@@ -271,25 +253,24 @@ def _is_hedged(words: list[str]) -> bool:
     return not _HEDGES.isdisjoint(words) or any(map(_PARTS.fullmatch, words))
 
 
-def _letter_tokens(letters: str) -> list[str]:
+def _letter_tokens(letters: str, follows_word: bool) -> list[str]:
     if letters in _SENTENCE:
         raise _Unparsed
-    lower = letters.lower()
-    if len(letters) > 1 and lower in _UNITS and not (letters.isupper() and len(letters) == 2):
-        return ['"' + lower]
-    if "\\" + letters in FUNCTIONS:
-        return ["\\" + letters]
-    return ['"' + lower] if len(letters) >= 4 else list(letters)
+    is_function = "\\" + letters in FUNCTIONS
+    is_unit = letters.lower() in _UNITS and not (letters.isupper() and len(letters) == 2)
+    is_word = is_unit or (follows_word and letters.islower()) or (len(letters) >= 4 and not is_function)
+    if is_word and len(letters) > 1:
+        return ['"' + letters.lower()]
+    return ["\\" + letters] if is_function else list(letters)
 
 
 def _han_tokens(words: str, is_first: bool) -> list[str]:
     """Chinese after a value: a power of ten, a unit; anywhere else it is a sentence."""
     if is_first or not _HAN_HEDGES.isdisjoint(words):
         raise _Unparsed
-    n_scales = next((at for at, word in enumerate(words) if word not in _SCALES), len(words))
-    n_scales *= words not in _UNITS  # 千克
-    unit = re.sub("^(平方|立方)(?=.)", r"\1 ", words[n_scales:])
-    return ['"' + scale for scale in words[:n_scales]] + (['"' + unit] if unit else [])
+    scales = re.match(f"[{''.join(_SCALES)}]*" if words not in _UNITS else "", words).group()  # 千克 is one word
+    unit = re.sub("^(平方|立方)(?=.)", r"\1 ", words[len(scales) :])
+    return ['"' + word for word in (*scales, unit) if word]
 
 
 # ---------------------------------------------------------------- grammar
@@ -302,7 +283,6 @@ def _han_tokens(words: str, is_first: bool) -> list[str]:
 #   ("list", items) ("set", items) ("ratio", items) ("time", items) ("range", items) ("matrix", rows)
 
 SCALARS = {*"num const sym call add mul pow binom neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
-VARIABLES = {"sym", "call"}
 INFINITY = ("inf",)
 REALS = ("bracket", "(", (("neg", INFINITY), INFINITY), ")")
 _BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -326,8 +306,8 @@ class _Parser:
     """Recursive descent; each method reads one level of precedence, the loosest first."""
 
     def __init__(self, tokens: list[str]):
-        self.rest = iter(tokens)
-        self.previous, self.token = "", next(self.rest, "")
+        self.rest = iter([*tokens, "", ""])
+        self.previous, self.token, self.following = "", next(self.rest), next(self.rest)
         self.depth = 0
         self.open_bars = 0
         self.in_set = self.has_or = False
@@ -335,7 +315,7 @@ class _Parser:
     def next(self) -> str:
         if not self.token:
             raise _Unparsed
-        self.previous, self.token = self.token, next(self.rest, "")
+        self.previous, self.token, self.following = self.token, self.following, next(self.rest, "")
         return self.previous
 
     def take(self, *tokens: str) -> bool:
@@ -346,14 +326,6 @@ class _Parser:
         if not self.take(*tokens):
             raise _Unparsed
         return self.previous
-
-    def nested(self, read: Callable[[], tuple]) -> tuple:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Unparsed
-        value = read()
-        self.depth -= 1
-        return value
 
     def separated(self, read: Callable[[], tuple], *separators: str) -> list[tuple]:
         parts = [read()]
@@ -370,13 +342,14 @@ class _Parser:
         return items[0] if len(items) == 1 else ("list", tuple(items))
 
     def items(self) -> list[tuple]:
-        items = [one for item in self.separated(self.relation, ",", "or") for one in _both_signs(item)]
+        """A statement with plus-minus is two statements."""
+        items = self.separated(self.relation, ",", "or")
+        items = [one for item in items for one in dict.fromkeys(_with_sign(item, sign) for sign in ("pm", "mp"))]
         if len(items) > MAX_ITEMS:
             raise _Unparsed
-        items = items if self.has_or else _compounds(items)
         if len(items) == 1 and self.take(r"\choose"):
             return [("binom", items[0], self.sum())]
-        return items
+        return items if self.has_or else _compounds(items)
 
     def relation(self) -> tuple:
         parts = [self.union()]
@@ -424,12 +397,12 @@ class _Parser:
         if unit and value[0] == "sym" and value[1].isupper():  # a choice has no unit
             raise _Unparsed
         if unit.split(" ")[0] == "dozen":  # 3 dozen eggs are 3, or 36
-            return ("compound", (("unit", value, unit), _scaled(value, Fraction(12))))
+            return ("compound", (("unit", value, unit), _scaled(value, 12)))
         return ("unit", value, unit) if unit and value[0] in SCALARS else value
 
     def unit(self) -> str:
         words = []
-        while self.token.startswith('"') or (words and self.token in ("/", "*", "^")):
+        while self.token.startswith('"') or self.divides_unit() or (words and self.token in {*"/*^"} | _UNIT_LETTERS):
             token = self.next()
             words += [token, self.subscript()] if token == "^" else re.findall(r"[^\W\d_]+|[^\s\"]", token)
         if _is_hedged(words) and words[1:] not in (["squared"], ["cubed"]):
@@ -438,6 +411,10 @@ class _Parser:
         unit = re.sub(r"^(?:square (\w+)|(\w+) squared)", r"\1\2 ^ 2", unit)
         return re.sub(r"^(?:cubic (\w+)|(\w+) cubed)", r"\1\2 ^ 3", unit)
 
+    def divides_unit(self) -> bool:
+        """Whether a slash stands before a word: 18 / hour, where `hour` divides nothing."""
+        return self.token == "/" and self.following.startswith('"')
+
     def sum(self) -> tuple:
         terms = [self.signed(self.term)]
         while self.token in _SIGNS:
@@ -445,23 +422,32 @@ class _Parser:
         return ("add", *terms) if len(terms) > 1 else terms[0]
 
     def signed(self, read: Callable[[], tuple]) -> tuple:
-        if self.token not in _SIGNS:
-            return read()
-        sign = _SIGNS[self.next()]
-        value = self.nested(lambda: self.signed(read))
-        return value if sign == "pos" else (sign, value)
+        signs = []
+        while self.token in _SIGNS and len(signs) < MAX_DEPTH:
+            signs.append(_SIGNS[self.next()])
+        value = read()
+        for sign in reversed(signs):
+            value = value if sign == "pos" else (sign, value)
+        return value
 
     def term(self) -> tuple:
         factors = [self.power()]
         while True:
             if self.take("*"):
                 factors.append(self.signed(self.power))
-            elif self.take("/"):
+            elif not self.divides_unit() and self.take("/"):
                 factors.append(("inv", self.signed(self.power)))
             elif self.starts_factor():
                 follows_number = _is_number(self.previous) and self.token == r"\frac"
-                factor = self.power()
-                factors[-1:] = _side_by_side(factors[-1], factor, follows_number)
+                match factors[-1], self.power():
+                    case ("sym", "C"), ("bracket", "(", (n, k), ")"):
+                        factors[-1] = ("binom", n, k)
+                    case ("num", n), ("mul", ("num", a), ("inv", ("num", b))) as fraction if (
+                        follows_number and n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
+                    ):
+                        factors[-1] = ("add", factors[-1], fraction)
+                    case _, factor:
+                        factors.append(factor)
             else:
                 return ("mul", *factors) if len(factors) > 1 else factors[0]
 
@@ -480,32 +466,40 @@ class _Parser:
             if self.token in _POSTFIXES:
                 value = (_POSTFIXES[self.next()], value)
             elif self.token[1:] in _SCALES and not _is_letter(self.previous):
-                value = _scaled(value, Fraction(10) ** _SCALES[self.next()[1:]])
+                value = _scaled(value, 10 ** _SCALES[self.next()[1:]])
             elif self.take("^"):
-                value = _power(value, self.argument())
+                exponent = self.argument()
+                n = value[1][2:] if value[0] == "sym" and value[1].startswith("C_") else ""
+                is_binomial = n.isdecimal() and exponent[0] == "num" and exponent[1] <= int(n)  # C_5^2
+                value = ("binom", number(n), exponent) if is_binomial else ("pow", value, exponent)
         return value
 
     def argument(self) -> tuple:
         """What `^` and `_` take: a group in braces, or one atom with its sign and, in 2^3^2, its own power."""
-        value = self.signed(self.atom)
-        return ("pow", value, self.nested(self.argument)) if self.take("^") else value
+        powers = [self.signed(self.atom)]
+        while self.take("^") and len(powers) < MAX_DEPTH:
+            powers.append(self.signed(self.atom))
+        return functools.reduce(lambda exponent, base: ("pow", base, exponent), reversed(powers))
 
     def atom(self) -> tuple:
-        return self.nested(self.read_atom)
-
-    def read_atom(self) -> tuple:
+        self.depth += 1
         token = self.next()
-        if _is_number(token):
-            return ("base", token, self.base()) if self.take("_") else number(token)
-        if token.startswith('"'):
-            return self.words(token)
-        if _is_letter(token):
-            return self.symbol(token)
-        if token in FUNCTIONS:
-            return self.function(FUNCTIONS[token])
-        if token not in _READERS:
+        if self.depth > MAX_DEPTH:
             raise _Unparsed
-        return _READERS[token](self)
+        if _is_number(token):
+            value = ("base", token, self.base()) if self.take("_") else number(token)
+        elif token.startswith('"'):
+            value = self.words(token)
+        elif _is_letter(token):
+            value = self.symbol(token)
+        elif token in FUNCTIONS:
+            value = self.function(FUNCTIONS[token])
+        elif token in _READERS:
+            value = _READERS[token](self)
+        else:
+            raise _Unparsed
+        self.depth -= 1
+        return value
 
     def symbol(self, name: str) -> tuple:
         """A variable with its subscript and primes; f(x) is a call, where other letters multiply the bracket."""
@@ -546,39 +540,30 @@ class _Parser:
         self.expect("|")
         return ("abs", value)
 
-    def round_or_square(self) -> tuple:
-        """A group, or a tuple or interval where there is a comma or the ends differ."""
+    def bracket(self) -> tuple:
+        """A group, or a tuple, interval or set where there is a comma or the ends differ."""
         opening, items = self.previous, self.items()
-        closing = self.expect(")", "]")
-        if len(items) == 1 and opening + closing in ("()", "[]"):
-            is_base = items[0][0] == "num" and self.take("_")
+        closing = self.expect(*({"{": "}"}.get(opening, ")]")))
+        if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
+            is_base = opening != "{" and items[0][0] == "num" and self.take("_")
             return ("base", str(items[0][1]), self.base()) if is_base else items[0]
-        return ("bracket", opening, tuple(items), closing)
-
-    def braces(self) -> tuple:
-        items = self.items()
-        self.expect("}")
-        return items[0] if len(items) == 1 else ("set", tuple(items))
+        return ("set", tuple(items)) if opening == "{" else ("bracket", opening, tuple(items), closing)
 
     def set(self) -> tuple:
         r"""The items, or the condition of \{x \in \mathbb{R} : x > 3\}."""
         outer, self.in_set = self.in_set, True
         items = [] if self.token == r"\}" else self.items()
-        has_condition = len(items) == 1 and self.take("|", ":")
-        conditions = self.items() if has_condition else []
+        conditions = self.items() if len(items) == 1 and self.take("|", ":") else []
         self.in_set = outer
         self.expect(r"\}")
-        if not has_condition:
+        if not conditions:
             return ("set", tuple(items))
         subject = items[0][1] if items[0][2:] == (r"\in", REALS) else items[0]
-        are_joined = (
-            len(conditions) == 1
-            or self.has_or
-            or all(condition[2:3] in (("\\ne",), ("\\in",)) for condition in conditions)
-        )
-        if not is_name(subject) or not all(subject in condition for condition in conditions) or not are_joined:
+        are_joined = self.has_or or all(condition[2:3] in (("\\ne",), ("\\in",)) for condition in conditions)
+        is_one = len(conditions) == 1
+        if not is_name(subject) or not all(subject in condition for condition in conditions) or not are_joined | is_one:
             raise _Unparsed
-        return ("list", tuple(conditions)) if len(conditions) > 1 else conditions[0]
+        return conditions[0] if is_one else ("list", tuple(conditions))
 
     def overlined(self) -> tuple:
         """The length AB; z is another number under a bar."""
@@ -594,24 +579,19 @@ class _Parser:
             self.expect("]")
         return ("pow", self.atom(), ("inv", degree))
 
-    def fraction(self) -> tuple:
-        return ("mul", self.atom(), ("inv", self.atom()))
-
     def function(self, name: str) -> tuple:
+        r"""Without brackets of the factors up to the next sign, bracket or function: \sin 2x \cos x."""
         base = self.argument() if name == "ln" and self.take("_") else None
         exponent = self.argument() if self.take("^") else None
-        x = self.atom() if self.token in ("(", "{") else self.function_argument()
+        is_group = self.token in ("(", "{")
+        factors = [self.atom() if is_group else self.signed(self.power)]
+        while not is_group and self.starts_factor() and self.token not in {*FUNCTIONS, *"([|"}:
+            factors.append(self.power())
+        x = ("mul", *factors) if len(factors) > 1 else factors[0]
         if exponent == ("neg", number("1")) and name in ("sin", "cos", "tan"):
             return ("a" + name, x)
         value = ("mul", (name, x), ("inv", (name, base))) if base else (name, x)
         return ("pow", value, exponent) if exponent else value
-
-    def function_argument(self) -> tuple:
-        r"""Without brackets, the factors up to the next sign, bracket or function: \sin 2x \cos x."""
-        factors = [self.signed(self.power)]
-        while self.starts_factor() and self.token not in FUNCTIONS and self.token not in ("(", "[", "|"):
-            factors.append(self.power())
-        return ("mul", *factors) if len(factors) > 1 else factors[0]
 
     def matrix(self) -> tuple:
         end = self.previous.replace("begin", "end")
@@ -626,20 +606,20 @@ class _Parser:
 
 _READERS = {
     "|": _Parser.magnitude,
-    "(": _Parser.round_or_square,
-    "[": _Parser.round_or_square,
-    "{": _Parser.braces,
+    **dict.fromkeys("([{", _Parser.bracket),
     r"\{": _Parser.set,
     r"\overline": _Parser.overlined,
     r"\sqrt": _Parser.root,
     r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
-    r"\frac": _Parser.fraction,
+    r"\frac": lambda parser: ("mul", parser.atom(), ("inv", parser.atom())),
     r"\pi": lambda _: ("const", "pi"),
     r"\infty": lambda _: INFINITY,
     r"\emptyset": lambda _: ("set", ()),
     r"\mathbb": lambda parser: ("sym", "set " + parser.subscript()),
-    **{f"\\begin{{{kind}matrix}}": _Parser.matrix for kind in ["", "p", "b", "B", "v", "small"]},
-    r"\begin{array}": _Parser.matrix,
+    **{
+        f"\\begin{{{kind}}}": _Parser.matrix
+        for kind in "matrix pmatrix bmatrix Bmatrix vmatrix smallmatrix array".split()
+    },
 }
 
 
@@ -661,23 +641,8 @@ def number(text: str) -> tuple:
     return ("num", value)
 
 
-def _side_by_side(a: tuple, b: tuple, follows_number: bool) -> list[tuple]:
-    """Two factors; or a mixed number, or the binomial coefficient C(5, 2)."""
-    match a, b:
-        case ("sym", "C"), ("bracket", "(", (n, k), ")"):
-            return [("binom", n, k)]
-    return [("add", a, b)] if follows_number and _is_mixed(a, b) else [a, b]
-
-
-def _power(base: tuple, exponent: tuple) -> tuple:
-    """A power, or the binomial coefficient C_5^2."""
-    n = base[1][2:] if base[0] == "sym" and base[1].startswith("C_") else ""
-    is_binomial = n.isdecimal() and exponent[0] == "num" and exponent[1] <= int(n)
-    return ("binom", number(n), exponent) if is_binomial else ("pow", base, exponent)
-
-
 def _compounds(items: list[tuple]) -> list[tuple]:
-    """The items with each `5 feet, 6 inches`, large to small in units of one kind, as one quantity."""
+    """The items with each `5 feet, 6 inches`, large to small in units of one kind, as one sum in each of its units."""
     groups = []
     for item in items:
         units = [groups[-1][-1][2], item[2]] if groups and groups[-1][-1][0] == item[0] == "unit" else []
@@ -689,7 +654,6 @@ def _compounds(items: list[tuple]) -> list[tuple]:
 
 
 def _compound(parts: list[tuple]) -> tuple:
-    """The sum of quantities in each of their units."""
     forms = []
     for _, _, unit in parts:
         terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
@@ -698,22 +662,15 @@ def _compound(parts: list[tuple]) -> tuple:
     return ("compound", tuple(forms))
 
 
-def _scaled(value: tuple, factor: Fraction) -> tuple:
+def _scaled(value: tuple, factor: int | Fraction) -> tuple:
     """The product; of a number it is a number, no sum that is left to do."""
-    return ("num", value[1] * factor) if value[0] == "num" else ("mul", value, ("num", factor))
+    return ("num", value[1] * factor) if value[0] == "num" else ("mul", value, ("num", Fraction(factor)))
 
 
 def conversion(unit: str, other: str) -> Fraction | None:
     """Return how many of the other unit one unit is; None for units of different kinds."""
     sizes = next((sizes for sizes in _SIZES if unit in sizes and other in sizes), None)
     return Fraction(sizes[unit], sizes[other]) if sizes else None
-
-
-def _is_mixed(whole: tuple, fraction: tuple) -> bool:
-    match whole, fraction:
-        case ("num", n), ("mul", ("num", a), ("inv", ("num", b))):
-            return n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
-    return False
 
 
 def _solutions(items: list[tuple]) -> list[tuple]:
@@ -730,7 +687,7 @@ def assigned_values(items) -> tuple | None:
     return tuple(item[3] for item in items) if is_assigned else None
 
 
-def is_name(node: tuple) -> bool:
+def is_name(node: tuple | None) -> bool:
     """Return whether this is a variable, f(x), a tuple or ratio of names, or capitals side by side as in AB."""
     match node:
         case ("sym", _) | ("call", *_):
@@ -742,23 +699,14 @@ def is_name(node: tuple) -> bool:
     return False
 
 
-def _both_signs(item: tuple) -> list[tuple]:
-    """A statement with plus-minus is two statements."""
-    return [_with_sign(item, sign) for sign in ("pm", "mp")] if contains(item, {"pm", "mp"}) else [item]
-
-
 def _with_sign(node, plus: str):
+    """A tree that takes one sign of every plus-minus."""
     if not isinstance(node, tuple):
         return node
     parts = tuple(_with_sign(part, plus) for part in node)
     if parts and parts[0] in ("pm", "mp"):
         return parts[1] if parts[0] == plus else ("neg", parts[1])
     return parts
-
-
-def contains(node, kinds: set[str]) -> bool:
-    """Return whether a node of one of these kinds is anywhere in a tree or a tuple of trees."""
-    return isinstance(node, tuple) and (not kinds.isdisjoint(node[:1]) or any(contains(part, kinds) for part in node))
 
 
 def variables(node) -> set[tuple]:

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import mpmath
 
-from nanor1.latex import FUNCTIONS, VARIABLES, contains
+from nanor1.latex import FUNCTIONS, variables
 
 MAX_BITS = 4096  # of a numerator or denominator
 MAX_MAGNITUDE = 166  # binary exponent, about 1e50, of an irrational value; rounding puts tan(pi/2) near 1e100
@@ -29,7 +29,7 @@ def samples(a: tuple, b: tuple) -> list[tuple]:
 
     A value is a Fraction for as long as it is rational, else a number of mpmath.
     """
-    n_points = 4 if contains((a, b), VARIABLES) else 1
+    n_points = 4 if variables((a, b)) else 1
     found = []
     for point in range(n_points):
         try:
@@ -59,7 +59,7 @@ def _value(node: tuple, point: int):
         return parts[0]
     if kind == "const":
         return {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}[parts[0]]
-    if kind in VARIABLES:  # between 1/5 and 2; positive for every name at point 0, of both signs at the others
+    if kind in ("sym", "call"):  # between 1/5 and 2; positive for every name at point 0, of both signs at the others
         dice = random.Random(f"{point} {''.join(map(str, parts))}")
         size = Fraction(dice.randrange(200, 2000), 1009)
         return -size if point and dice.random() < 0.5 else size
