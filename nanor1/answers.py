@@ -23,7 +23,7 @@ from nanor1 import latex
 
 MAX_TAIL_CHARS = 50_000  # of a response, from its end, that are searched for an answer
 MAX_BOXES = 16
-MAX_PHRASES = 6  # that say "the answer is", or lines behind ####
+MAX_MARKERS = 8  # that say "the answer is", or ####
 MAX_SENTENCE_CHARS = 500
 
 _Span = tuple[int, int]  # where a value starts and ends in a sentence
@@ -47,33 +47,19 @@ def extract_answer(text: str) -> str | None:
     if boxed:
         return _below_a_box(boxed, visible[end:])
     _, opened, block = visible.rpartition("</answer>")[0].rpartition("<answer>")
-    if opened:
-        return _in_a_block(block.strip())
-    return _after_hashes(visible) or _after_a_phrase(visible) or _fall_back(visible)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return the contents of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 5`, or None.
-
-    Boxes joined only by "and", "or" or commas come back as one list. A box cut off before its brace closes is ignored,
-    and so is one without a letter or digit.
-
-    >>> last_boxed(r"\boxed{1}, so \boxed{2} and \boxed{3}")
-    '2, 3'
-    """
-    return _last_boxes(text)[0]
+    return _in_a_block(block.strip()) if opened else _after_a_marker(visible) or _fall_back(visible)
 
 
 def unmarked(text: str) -> str:
     """Return an answer out of its box or from behind ####, in one spelling."""
     if "\\boxed" in text or "\\fbox" in text:
-        text = last_boxed(text[-MAX_TAIL_CHARS:]) or text
+        text = _last_boxes(text[-MAX_TAIL_CHARS:])[0] or text
     return latex.clean(text.rpartition("####")[2].strip())
 
 
 def _any(phrases: str) -> str:
     """The pattern of any of the words or phrases between the commas; Chinese ones may stand beside other words."""
-    return rf"(?<![A-Za-z])(?:{'|'.join(phrases.split(', '))})(?![A-Za-z])"
+    return "(?<![A-Za-z])(?:" + re.sub(r",\s+", "|", phrases) + ")(?![A-Za-z])"
 
 
 _pattern = functools.partial(re.compile, flags=re.IGNORECASE)
@@ -89,14 +75,13 @@ _BETWEEN_BOXES = re.compile(
 # GSM8K's <<9*2=18>>, special tokens, the end of a proof
 _RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>|\$?\\(?:blacksquare|qed)\b\$?|[■∎]")
 _PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
-_HASHES = re.compile(rf"#{{4,}}([^\n]{{0,{MAX_SENTENCE_CHARS}}})")
 _LINE_BELOW_A_BOX = _pattern(
     r"[\s*_>]*(?:#{4,}|(?:the )?(?:final |correct )?(?:answer|option)(?: is)?[\s*_]*[:：]|(?:the )?correct option is"
     r"|[【\[]?答案[】\]]?[:：是为\s]*|故?选[:：]?)(.*)"
 )
-_PHRASE = re.compile(
-    # the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
-    r"(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
+_MARKER = re.compile(
+    # ####; the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
+    r"#{4,}|(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
     rf"(?:{_any('is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)')}|[:=：→—–]|(?=[$\\])|\n)"
     r"[\s*_\"':：]*"
     r"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:)|matches)\s+"
@@ -148,37 +133,31 @@ def _below_a_box(boxed: str, below: str) -> str:
 
 def _in_a_block(block: str) -> str | None:
     is_line = "\n" not in block and len(block) <= MAX_SENTENCE_CHARS
-    return (
-        (_leading(_prose(block)) if is_line else None) or _after_a_phrase(block) or _fall_back(block) or block or None
-    )
+    answer = _leading(_prose(block)) if is_line else None
+    return answer or _after_a_marker(block) or _fall_back(block) or block or None
 
 
-def _after_hashes(text: str) -> str | None:
-    """What stands behind GSM8K's ####; with text below it, only an answer does: else it is a heading."""
-    lines = list(_HASHES.finditer(text))[-MAX_PHRASES:]
-    for words in (_prose(line.group(1)) for line in reversed(lines)):
-        if not re.match(r"\d+[.)]\s+[A-Z]", words) and not _REMARK.search(words) and (answer := _leading(words)):
-            return answer
-    if lines and not text[lines[-1].end() :].strip():
-        return _in_a_block(lines[-1].group(1).strip())
-    return None
-
-
-def _after_a_phrase(text: str) -> str | None:
-    """The answer behind the last "the answer is" that an answer follows; else the words behind the last."""
+def _after_a_marker(text: str) -> str | None:
+    """The answer behind the last #### or "the answer is" that an answer follows; else what is said behind the last."""
     said = None
-    for phrase in reversed(list(_PHRASE.finditer(text))[-MAX_PHRASES:]):
-        rest = text[phrase.end() : phrase.end() + MAX_SENTENCE_CHARS]
-        bold = re.findall(r"\*\*([^*\n]+)\*\*", rest.split("\n")[0])
-        if len(bold) == 1 and (answer := _leading(_prose(bold[0]))):
+    for marker in reversed(list(_MARKER.finditer(text))[-MAX_MARKERS:]):
+        rest = text[marker.end() :][:MAX_SENTENCE_CHARS]
+        line = rest.split("\n")[0]
+        if marker.group()[0] == "#":  # a heading, where no answer follows at once
+            is_heading = re.match(r"\s*\d+[.)]\s+[A-Z]", line) or _REMARK.search(_prose(line))
+            answer = None if is_heading else _leading(_prose(line))
+            said = said or (_in_a_block(line.strip()) if not text[marker.end() + len(line) :].strip() else None)
+        else:
+            bold = re.findall(r"\*\*([^*\n]+)\*\*", line)
+            sentence = next(iter(_sentences(rest)), "")
+            answer = _leading(_prose(bold[0])) if len(bold) == 1 else None
+            if not answer and re.search(r"\bwait\b|\bactually\b", rest, re.IGNORECASE):
+                answer = _last_stated(rest)
+            if not answer and sentence:
+                answer = _leading(sentence) or (_fall_back(rest) if "\n" in marker.group() else _find(sentence))
+                said = said or (sentence if len(sentence.split()) <= 8 else None)
+        if answer:
             return answer
-        if re.search(r"\bwait\b|\bactually\b", rest, re.IGNORECASE) and (answer := _last_stated(rest)):
-            return answer
-        sentence = next(iter(_sentences(rest)), "")
-        is_heading = "\n" in phrase.group()
-        if sentence and (answer := _leading(sentence) or (_fall_back(rest) if is_heading else _find(sentence))):
-            return answer
-        said = said or (sentence if len(sentence.split()) <= 8 else None)
     return said or None
 
 

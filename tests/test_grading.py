@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.answers import extract_answer, last_boxed
-from nanor1.grading import is_worked_out, math_equal
+from nanor1.grading import extract_answer, is_worked_out, math_equal
 from nanor1.rewards import accuracy
 from nanor1.tasks import Problem
 
@@ -1190,9 +1189,8 @@ def test_a_number_is_worked_out_and_a_sum_is_not(answer, is_number):
 
 
 def test_the_last_boxes_joined_by_words_are_one_list_and_a_cut_off_box_is_ignored():
-    assert last_boxed(r"\boxed{9}. So \boxed{1} and \boxed{2}") == "1, 2"
-    assert last_boxed(r"\boxed{\{1\}} then \boxed{2") == r"\{1\}"
-    assert last_boxed("no box") is None
+    assert extract_answer(r"\boxed{9}. So \boxed{1} and \boxed{2}") == "1, 2"
+    assert extract_answer(r"\boxed{\{1\}} then \boxed{2") == r"\{1\}"
 
 
 def test_no_answer_equals_nothing():
