@@ -4,16 +4,11 @@ It looks, after `</think>`, for `\boxed{}`, an `<answer>` block, GSM8K's `####`,
 "故选", and falls back on what the last sentence states. grading.py says whether it is the gold answer.
 
 No answer is cut out of something longer: what stands together in a sentence (9π, 2^10, (5, 18), 7:30, 3 hours 20
-minutes, more than 18, A or B) is found together. Choices, where tastes differ:
-- Below a box, a line "#### 18" or "Answer: C" has the last word; a letter may name what is in the box. An empty box is
-  none.
-- Behind four # stands an answer only if it starts with one. A "!" after a number is punctuation, but in a formula.
-- "about 18" says 18; "at least 18", "18+", "twice 9" and "5 or 18" say something else.
-- Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
-  ("because"), and what is stated before circumstances ("for 7 days").
-- What is said alike of two things ("the mean is 2 and the median is 4") is two values, of which neither is the answer.
-- Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says that the
-  answer cannot be known, states none.
+minutes, more than 18, A or B) is found together. "about 18" says 18; "at least 18", "twice 9" and "5 or 18" something
+else. Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
+("because"), and what is stated before circumstances ("for 7 days"). Of "the mean is 2 and the median is 4" neither is
+the answer. Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says
+that the answer cannot be known, states none.
 """
 
 import functools
@@ -32,9 +27,9 @@ _Span = tuple[int, int]  # where a value starts and ends in a sentence
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer of a response as it is written there, or None where there is none.
 
-    Only text after the last `</think>` counts; thinking that never closes leaves no answer. Of several boxes the last
-    is the answer, unless only "and", "or" or commas stand between them: then it is their list. Below a box a line
-    "#### 18" or "Answer: C" has the last word. Only the last `MAX_TAIL_CHARS` characters are read.
+    Thinking that never closes leaves no answer. Of several boxes the last is the answer, unless only "and", "or" or
+    commas stand between them: then it is their list; an empty box is none. Below a box a line "#### 18" or "Answer: C"
+    has the last word; a letter may name what is in the box. Only the last `MAX_TAIL_CHARS` characters are read.
 
     >>> extract_answer(r"<think>so \boxed{1}?</think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -47,7 +42,8 @@ def extract_answer(text: str) -> str | None:
     if boxed:
         return _below_a_box(boxed, visible[end:])
     _, opened, block = visible.rpartition("</answer>")[0].rpartition("<answer>")
-    return _in_a_block(block.strip()) if opened else _after_a_marker(visible) or _fall_back(visible)
+    text = block.strip() if opened else visible
+    return _after_a_marker(text) or _fall_back(text) or (text if opened else None) or None
 
 
 def unmarked(text: str) -> str:
@@ -131,12 +127,6 @@ def _below_a_box(boxed: str, below: str) -> str:
     return boxed
 
 
-def _in_a_block(block: str) -> str | None:
-    is_line = "\n" not in block and len(block) <= MAX_SENTENCE_CHARS
-    answer = _leading(_prose(block)) if is_line else None
-    return answer or _after_a_marker(block) or _fall_back(block) or block or None
-
-
 def _after_a_marker(text: str) -> str | None:
     """The answer behind the last #### or "the answer is" that an answer follows; else what is said behind the last."""
     said = None
@@ -146,7 +136,7 @@ def _after_a_marker(text: str) -> str | None:
         if marker.group()[0] == "#":  # a heading, where no answer follows at once
             is_heading = re.match(r"\s*\d+[.)]\s+[A-Z]", line) or _REMARK.search(_prose(line))
             answer = None if is_heading else _leading(_prose(line))
-            said = said or (_in_a_block(line.strip()) if not text[marker.end() + len(line) :].strip() else None)
+            said = said or (_fall_back(line.strip()) if not text[marker.end() + len(line) :].strip() else None)
         else:
             bold = re.findall(r"\*\*([^*\n]+)\*\*", line)
             sentence = next(iter(_sentences(rest)), "")
@@ -285,70 +275,51 @@ _ASIDE_IN_BRACKETS = re.compile(
 )  # 18 (eggs), 18 (3 x 6)
 _LIGHT = _pattern(  # adds nothing to the value that follows
     "(?:(?:"
-    + _any(
-        "approximately, approx, about, around, roughly, simply, just, exactly, therefore, then, now, the, an?, total"
-        ", of, equals?, to, given by, number, value, option, choice, x, 约, 大约, 共, 为, 是"
-    )
+    + _any("""approximately, approx, about, around, roughly, simply, just, exactly, therefore, then, now, the, an?, of,
+        total, equals?, to, given by, number, value, option, choice, x, 约, 大约, 共, 为, 是""")
     + r")?[\s.:=~≈]*)*"
 )
-_NEGATION = _pattern(  # what follows is not the answer
-    _any(
-        "not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, eliminat[a-z]+, exclud[a-z]+"
-        ", rather than, instead of, 不是, 并非, 而非, 不选, 排除"
-    )
-    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$"
+_NEGATION = _pattern(  # what follows is not the answer, or as in Step 2 and May 5 only a name
+    _any("""not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, eliminat[a-z]+,
+        exclud[a-z]+, rather than, instead of, 不是, 并非, 而非, 不选, 排除""")
+    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$|"
+    + _any("step, part, case, equation, example, problem, question, solution, method, section, chapter, figure, 第")
+    + r"\s*$|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
 )
 _REJECTED = _pattern(
-    r"\s*(?:"
-    + _any("(?:is|are|was|were) (?:not|incorrect|wrong|false)")
-    + r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
-)
-_NUMBERED = _pattern(  # Step 2, May 5
-    _any("step, part, case, equation, example, problem, question, solution, method, section, chapter, figure, 第")
-    + r"\s*$|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
+    rf"\s*(?:{_any('(?:is|are|was|were) (?:not|incorrect|wrong|false)')}"
+    r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
 )
 _ASIDE = _pattern(  # a reason or a comparison follows
     "(?<!and )"
-    + _any(
-        r"since, because, given that, compared, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中"
-        r", including, not counting, consisting of, made up of, namely, (?:down|up) from, vs"
-        r", 当且仅当, 此时, (?<=,\s)当"
-    )
+    + _any(r"""since, because, given that, compared, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中,
+        including, not counting, consisting of, made up of, namely, (?:down|up) from, vs, 当且仅当, 此时, (?<=,\s)当""")
     + r"|: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)"  # 12 fruits: 5 apples and 7 pears
     + r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
 )
 _CONCLUSION = _pattern(  # the answer follows, as it does behind a clause at the start: If he pays 5, ...
-    _any(
-        "so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?"
-        ", round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,"
-    )
+    _any("""so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?,
+        round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,""")
     + rf"|^{_any('if, since, as, when, after, because, given, assuming, between, in, for')}[^,]*,"
 )
 _CIRCUMSTANCES = _pattern(  # what follows says when, where, how often, of what; not how many
     "(?:"
-    + _any(
-        "(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until"
-        ", on(?: day)?, over, by, between, among, into, than, using, (?<!left )with"
-        ", after(?: [a-z]+ing)?, to [a-z]+(?: [^ ,]+){0,5}"
-        ", of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of"
-    )
+    + _any("""(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until,
+        on(?: day)?, over, by, between, among, into, than, using, (?<!left )with, after(?: [a-z]+ing)?,
+        to [a-z]+(?: [^ ,]+){0,5}, of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of""")
     + rf"|[\d.)$](?: \w+){{0,2}} of)(?: {_any('the[a-z]*, those, an?, all, each, every, her, his, its, year')})*\s*$"
 )
 _PRICE = _pattern(_any("at, from, than, of, with, vs") + r"\.?(?: the| an?)?\s*$")
 _QUALIFIER = _pattern(  # another value is meant than the one that follows
-    _any(
-        "(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?"
-        ", (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to"
-        ", minimum"
-        ", (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}"
-    )
+    _any("""(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?,
+        (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to,
+        minimum, (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}""")
     + r"(?: or equal to)?\s*$"
 )
 _QUALIFIED = _pattern(  # or than the one that stands in front
     rf"\s*(?:\+|{_any('(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]')}"
     r"|[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),"
-    r"|(?:more|less|fewer) than [\d$]"
-    r"|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d"
+    r"|(?:more|less|fewer) than [\d$]|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d"
     rf"|[^.]*{_any('otherwise, depending on')})"
 )
 _HEDGED = _pattern(_any("otherwise") + r"|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
@@ -384,7 +355,8 @@ def _leading(words: str) -> str | None:
 
 def _find(sentence: str, only_leading: bool = False) -> str | None:
     """The value or choice that a sentence states; with `only_leading` the one that it starts with, if any."""
-    found = [span for span in _joined(sentence, _values(sentence)) if not _is_rejected(sentence, *span)]
+    found = _joined(sentence, _values(sentence))
+    found = [(a, b) for a, b in found if not _before(_NEGATION, sentence, a) and not _REJECTED.match(sentence, b)]
     if only_leading:
         found = [span for span in found[:1] if _LIGHT.fullmatch(sentence, 0, span[0])]
     else:
@@ -392,12 +364,6 @@ def _find(sentence: str, only_leading: bool = False) -> str | None:
     if found and _HEDGED.search(sentence):
         return sentence
     return _written(sentence, *found[-1]) if found else None
-
-
-def _is_rejected(sentence: str, start: int, end: int) -> bool:
-    """Whether it is said not to be the answer, or is only the number of a step."""
-    is_before = _before(_NEGATION, sentence, start) or _before(_NUMBERED, sentence, start)
-    return bool(is_before or _REJECTED.match(sentence, end))
 
 
 def _before(pattern: re.Pattern, sentence: str, at: int) -> re.Match | None:
@@ -443,21 +409,18 @@ def _are_alike(sentence: str, first: _Span, second: _Span) -> bool:
 def _written(sentence: str, start: int, end: int) -> str:
     """The value there as it is written, with its unit or "more than"; of a calculation the result: 7 of 10 - 3 = 7."""
     qualifier, qualified = _before(_QUALIFIER, sentence, start), _QUALIFIED.match(sentence, end)
-    start, end = qualifier.start() if qualifier else start, qualified.end() if qualified else _with_unit(sentence, end)
-    stated = re.sub(
-        _FORMULA, lambda found: _undelimited(found.group()), latex.trim(sentence[start:end]), flags=re.DOTALL
-    )
+    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?(]+)").match(sentence, end)
+    has_unit = unit and _is_measure(unit.group(1))
+    start = qualifier.start() if qualifier else start
+    end = qualified.end() if qualified else unit.end() if has_unit else end
+    stated = latex.trim(sentence[start:end])
+    stated = re.sub(_FORMULA, lambda found: _undelimited(found.group()), stated, flags=re.DOTALL)
     stated = latex.trim(_ARROW.split(stated)[-1].lstrip("= "))
     left, _, right = stated.rpartition("=")
     has_names = re.search(r"(?<![^\W\d_])[^\W\d_](?![^\W\d_])|\\", re.sub(r"(?<=\d) ?[xX] ?(?=[\d$])", "*", left))
     is_worked_out = (re.search(r"\d", right) and not has_names) or (_is_value(right) and not _is_value(stated))
     stated = right.strip() if is_worked_out and not _n_open(left) else stated
     return re.sub(r"^\(([A-J])\)$|(?<=\d)-[A-Za-z]{2}.*", r"\1", stated)
-
-
-def _with_unit(sentence: str, end: int) -> int:
-    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?(]+)").match(sentence, end)
-    return unit.end() if unit and _is_measure(unit.group(1)) else end
 
 
 # ---------------------------------------------------------------- the values in a sentence
@@ -473,7 +436,7 @@ _MATH = re.compile(
 _BARE_WORD = re.compile(rf"(?<![\\A-Za-z{{])(?!(?:{_FUNCTION}|pi|or|and)\b)[^\W\d_]{{2,}}")
 _WORDS_FIRST = re.compile(rf"[^\d\\$(\[{{=]*?{_BARE_WORD.pattern}(?![^\W\d_])(?!\s*[-=+*/^(_])")
 _FACTORS = "(?:L(?=O[MLDmld])|[MD])(?:O[MLD]|M)*(?:O[mld]|m)?"
-_RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters of _tokens: one value
+_RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters in _values: one value
 _JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
 _SIGN_BETWEEN = re.compile(  # 2 cups + 3
     r"\s*(?:times|plus|minus|choose|to the|percent of|(?:divided|multiplied) by|[^\d.,;:()]{0,30}[-+*/×÷=])\s*"
@@ -482,19 +445,11 @@ _SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, be
 
 
 def _values(sentence: str) -> list[_Span]:
-    """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice."""
-    spans, kinds = _tokens(sentence)
-    for pattern in (_RUN, "[Hh]", "[Bb]"):
-        if runs := list(re.finditer(pattern, kinds)):
-            return [(spans[run.start()][0], _end(sentence, spans[run.end() - 1])) for run in runs]
-    return []
+    """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice.
 
-
-def _tokens(sentence: str) -> tuple[list[_Span], str]:
-    """The spans of words and formulas, brackets whole; and a letter for the kind of each, small where it ends a clause.
-
-    M mathematics, O an operator, L a letter, B one that may be a choice, C a choice in brackets, W a word,
-    D dollars or a whole formula, H as in "a 5-day trip".
+    They are found as runs of letters that stand for kinds of words and formulas, brackets whole; small at a clause's
+    end. M mathematics, O an operator, L a letter, B one that may be a choice, C a choice in brackets, W a word, D
+    dollars or a whole formula, H as in "a 5-day trip".
     """
     spans, are_closed = [], _n_open(sentence) <= 0
     for start, end in (piece.span() for piece in _PIECE.finditer(sentence)):
@@ -503,7 +458,11 @@ def _tokens(sentence: str) -> tuple[list[_Span], str]:
         else:
             spans.append((start, end))
     kinds = "".join(_kind(sentence, span, i + 1 == len(spans)) for i, span in enumerate(spans))
-    return spans, re.sub("(?<=M)[LB](?=[Mm])", "O", kinds)  # 3 x 4
+    kinds = re.sub("(?<=M)[LB](?=[Mm])", "O", kinds)  # 3 x 4
+    for pattern in (_RUN, "[Hh]", "[Bb]"):
+        if runs := list(re.finditer(pattern, kinds)):
+            return [(spans[run.start()][0], _end(sentence, spans[run.end() - 1])) for run in runs]
+    return []
 
 
 def _n_open(text: str) -> int:
@@ -543,10 +502,12 @@ def _kind(sentence: str, span: _Span, is_last: bool) -> str:
 
 
 def _joined(sentence: str, found: list[_Span]) -> list[_Span]:
-    """Values that are said as one: 5 or 18; 2, 3 and 5; 3 hours 20 minutes."""
+    """Values that are said as one: 5 or 18; 2, 3 and 5; 3 hours 20 minutes; not again: 60 cm (0.6 m), 1/36, or 2.8%."""
     joined, last = [], None
     for span in found:
-        if last and _is_said_again(sentence[last[1] : span[0]], sentence[slice(*span)]):
+        between = sentence[last[1] : span[0]] if last else ""
+        is_in_brackets = sentence[span[0]] == "(" and re.fullmatch(r"\s+[^\W\d]+\.? ", between)
+        if is_in_brackets or re.fullmatch(r",? or (?:about|approximately|roughly) ", between):
             continue
         if last and _belongs_to(sentence, joined[-1][0], last, span):
             joined[-1] = joined[-1][0], span[1]
@@ -554,12 +515,6 @@ def _joined(sentence: str, found: list[_Span]) -> list[_Span]:
             joined.append(span)
         last = span
     return joined
-
-
-def _is_said_again(between: str, value: str) -> bool:
-    """Whether it is the value before, as in 60 centimeters (0.6 m), or 1/36, or about 2.78%."""
-    is_in_brackets = value[0] == "(" and re.fullmatch(r"\s+[^\W\d]+\.? ", between)
-    return bool(is_in_brackets or re.fullmatch(r",? or (?:about|approximately|roughly) ", between))
 
 
 def _belongs_to(sentence: str, first: int, last: _Span, span: _Span) -> bool:
