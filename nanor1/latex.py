@@ -34,16 +34,18 @@ _BEFORE = {  # what Unicode makes compatible with plain digits and letters
     "_?([₀-₉]+)": r"_{\1}",
     "[¼-¾⅐-⅞]": r" \g<0>",
 }
-_STYLE = re.compile(  # what only changes the looks, with a colour's name; the contents stay
+_SPELLINGS = {
+    # two backslashes end a row of a matrix; before a command they are one, escaped once too often
+    r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)": r"\\",
+    # what only changes the looks, with a colour's name; the contents stay
     r"\\(?:(?:text)?color(?:box)?|fcolorbox *\{[^{}]*\}) *(?:\[\w+\])? *\{[^{}]*\}|\\[hv]?phantom *\{[^{}]*\}"
     r"|\\(?:boldsymbol|bm|bold|pmb|u(?:nder)?line|emph|ensuremath|mathstrut|(?:text|display|script)style"
-    r"|tiny|(?:normal|footnote|script)size|small|large|Large|LARGE|huge|Huge"
-    r"|bf|rm|it|sf|tt|(?:bf|it|rm|sf|tt)(?:series|shape|family))(?![A-Za-z])"
-)
-_THOUSANDS = re.compile(  # in groups of three, by any space that is no \quad; before a slash, 2 100/200 is mixed
-    r"(?<![\w.])(?<!\d )\d{1,3}(?:(?:\\[,: ] *|\\thinspace *|~|\{\\,\}| (?!\d{3} ?/))\d{3})+(?!\d| \d)"
-)
-_SPELLINGS = {
+    r"|tiny|(?:normal|footnote|script)size|small|large|Large|LARGE|huge|Huge|left|right|[bB]igg?[lr]?|limits|angle"
+    r"|triangle|hline|overrightarrow|vec|bf|rm|it|sf|tt|(?:bf|it|rm|sf|tt)(?:series|shape|family))(?![A-Za-z])": "",
+    # thousands, by any space that is no \quad; before a slash, 2 100/200 is mixed
+    r"(?<![\w.])(?<!\d )\d{1,3}(?:(?:\\[,: ] *|\\thinspace *|~|\{\\,\}| (?!\d{3} ?/))\d{3})+(?!\d| \d)": (
+        lambda match: re.sub(r"\D", "", match.group())
+    ),
     r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})": "",
     r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad|thinspace)|~": " ",
     r"^\s*[A-Za-z]{4,}(?: [A-Za-z]{2,})?: ": "",  # Area: 5
@@ -54,7 +56,7 @@ _SPELLINGS = {
     r"(?:\\mathbf ?\{R\}|(?<![A-Za-z])R)(?= ?\\(?:setminus|backslash))": r"\\mathbb{R}",
     r"\\mathbb\{R\} ?[_^] ?(?:\{ ?\+ ?\}|\+)": r"(0, \\infty)",
     r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
-    r"(?<=[)\]]) ?- ?(?=(?:\\left ?)?\\\{)": r"\\setminus",
+    r"(?<=[)\]]) ?- ?(?=\\\{)": r"\\setminus",
     r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
     r"C ?\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?": r"\\binom{\2}{\1}",
     r"\b(\d+) ?(?:C|choose) ?(\d+)\b": r"\\binom{\1}{\2}",
@@ -90,10 +92,6 @@ def clean(text: str) -> str:
     if len(text) > 4 * MAX_CHARS:
         return text
     text = unicodedata.normalize("NFKC", respell(text, _BEFORE)).translate(_UNICODE)
-    text = _STYLE.sub("", text)
-    if "\\begin" not in text:  # there, two backslashes end a row; elsewhere they are one, escaped once too often
-        text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
-    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match.group()), text)
     text = respell(text, _SPELLINGS)
     if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
         text = re.sub(r"(?<!\\)\$", r"\\$", text)
@@ -147,8 +145,6 @@ _ALIASES = _table(
     r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
 )
 _WORDS = r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?)"
-_IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \angle \triangle \hline".split())
-_IGNORED |= set(r"\overrightarrow \vec \mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \text \textbf".split())
 _GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
 _GREEK |= set(r"\rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Omega".split())
 FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
@@ -166,19 +162,16 @@ _HEDGES |= set("plus minus negative root twice double triple half halves third t
 _HEDGES |= set("squared cubed factorial could might may can cannot wrong incorrect".split())
 _PARTS = re.compile(".*(?:four|fif|six|eigh|even|nin|ten|twelf|een|tie|red|sand|ion)ths?")
 _HAN_HEDGES = set("以多左右余或至约上下倍和与不非")
-_UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres 厘米;mm millimeter millimeters 毫米
-;km kilometer kilometers kilometre kilometres 千米 公里;m meter meters metre metres 米;in inch inches;ft foot feet
-;yd yard yards;mi mile miles;kg kilogram kilograms 千克 公斤;g gram grams 克;mg milligram milligrams
-;lb lbs pound pounds gbp;oz ounce ounces;ml milliliter milliliters millilitre millilitres 毫升
-;l liter liters litre litres 升;gal gallon gallons;s sec secs second seconds 秒;min mins minute minutes 分钟
-;h hr hrs hour hours 小时;day days 天;week weeks;month months;year years yr yrs;dollar dollars usd;euro euros eur
-;yuan cny rmb 元;yen jpy;rupee rupees inr;cad;aud;chf;hkd;sgd;krw;cent cents
-;degree degrees deg 度;celsius c;fahrenheit f;radian radians rad;percent pct;am;pm
-;n newton newtons;j joule joules;w watt watts;v volt volts;kw kilowatt kilowatts;kwh;hz hertz;kj kilojoule kilojoules
-;cal calories;kcal
-;mol mole moles;ohm ohms Ω;/ per;square sq;cubic cu"""
+_UNIT_SPELLINGS = """cm centimeter centimetre 厘米;mm millimeter millimetre 毫米;km kilometer kilometre 千米 公里
+;m meter metre 米;in inch inches;ft foot feet;yd yard;mi mile;kg kilogram 千克 公斤;g gram 克;mg milligram
+;lb lbs pound gbp;oz ounce;ml milliliter millilitre 毫升;l liter litre 升;gal gallon;s sec second 秒;min minute 分钟
+;h hr hrs hour 小时;day 天;week;month;year yr yrs;dollar usd;euro eur;yuan cny rmb 元;yen jpy;rupee inr;cad;aud;chf;hkd
+;sgd;krw;cent;degree deg 度;celsius c;fahrenheit f;radian rad;percent pct;am;pm;n newton;j joule;w watt;v volt
+;kw kilowatt;kwh;hz hertz;kj kilojoule;cal calorie;kcal;mol mole;ohm Ω"""
 _UNITS = {word: group.split()[0] for group in _UNIT_SPELLINGS.split(";") for word in group.split()}
-_UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "平方": "square", "立方": "cubic"}
+_UNITS |= {word + "s": unit for word, unit in _UNITS.items() if len(word) > 2}
+_UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "per": "/"}
+_UNITS |= dict.fromkeys(["square", "sq", "平方"], "square") | dict.fromkeys(["cubic", "cu", "立方"], "cubic")
 _UNIT_LETTERS = set("mgshlLNJWVΩ")
 _SYSTEMS = """mm 1 cm 10 m 1000 km 1000000;in 1 ft 12 yd 36 mi 63360;s 1 min 60 h 3600 day 86400 week 604800
 ;month 1 year 12;mg 1 g 1000 kg 1000000;oz 1 lb 16;ml 1 l 1000;cent 1 dollar 100;cent 1 euro 100"""
@@ -216,7 +209,7 @@ def _tokens(text: str) -> list[str]:
             tokens += _letter_tokens(found, follows_word=bool(tokens) and tokens[-1].startswith('"'))
         elif kind == "han":
             tokens += _han_tokens(found, is_first=not tokens)
-        elif kind != "space" and found not in _IGNORED:
+        elif kind != "space" and not re.fullmatch(_WORDS, found):
             tokens.append(_ALIASES.get(found, found))
     return tokens
 
@@ -297,9 +290,11 @@ def parse(text: str, grouped: bool = True) -> tuple | None:
     if grouped and not re.search(r"[(\[]|\\\{", text):
         text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match.group().replace(",", ""), text)
     try:
-        return _Parser(_tokens(text)).answer()
+        parser = _Parser(_tokens(text))
+        items = _solutions(parser.items())
     except (_Unparsed, ValueError):
         return None
+    return None if parser.token else items[0] if len(items) == 1 else ("list", tuple(items))
 
 
 class _Parser:
@@ -334,12 +329,6 @@ class _Parser:
             self.has_or |= self.previous == "or"
             parts.append(read())
         return parts
-
-    def answer(self) -> tuple:
-        items = _solutions(self.items())
-        if self.token:
-            raise _Unparsed
-        return items[0] if len(items) == 1 else ("list", tuple(items))
 
     def items(self) -> list[tuple]:
         """A statement with plus-minus is two statements."""
@@ -541,27 +530,25 @@ class _Parser:
         return ("abs", value)
 
     def bracket(self) -> tuple:
-        """A group, or a tuple, interval or set where there is a comma or the ends differ."""
-        opening, items = self.previous, self.items()
-        closing = self.expect(*({"{": "}"}.get(opening, ")]")))
+        r"""A group; a tuple, interval or set where there is a comma or the ends differ; of \{x : x > 3\} x > 3."""
+        opening, outer = self.previous, self.in_set
+        self.in_set = opening == r"\{"
+        items = [] if self.token == r"\}" else self.items()
+        conditions = self.items() if self.in_set and len(items) == 1 and self.take("|", ":") else []
+        self.in_set = outer
+        closing = self.expect(*_CLOSING[opening])
+        if conditions:
+            return self.condition(items[0], conditions)
         if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
             is_base = opening != "{" and items[0][0] == "num" and self.take("_")
             return ("base", str(items[0][1]), self.base()) if is_base else items[0]
-        return ("set", tuple(items)) if opening == "{" else ("bracket", opening, tuple(items), closing)
+        return ("set", tuple(items)) if "{" in opening else ("bracket", opening, tuple(items), closing)
 
-    def set(self) -> tuple:
-        r"""The items, or the condition of \{x \in \mathbb{R} : x > 3\}."""
-        outer, self.in_set = self.in_set, True
-        items = [] if self.token == r"\}" else self.items()
-        conditions = self.items() if len(items) == 1 and self.take("|", ":") else []
-        self.in_set = outer
-        self.expect(r"\}")
-        if not conditions:
-            return ("set", tuple(items))
-        subject = items[0][1] if items[0][2:] == (r"\in", REALS) else items[0]
-        are_joined = self.has_or or all(condition[2:3] in (("\\ne",), ("\\in",)) for condition in conditions)
+    def condition(self, name: tuple, conditions: list[tuple]) -> tuple:
+        name = name[1] if name[2:] == (r"\in", REALS) else name
         is_one = len(conditions) == 1
-        if not is_name(subject) or not all(subject in condition for condition in conditions) or not are_joined | is_one:
+        are_joined = is_one or self.has_or or all(item[2:3] in ((r"\ne",), (r"\in",)) for item in conditions)
+        if not is_name(name) or not are_joined or not all(name in item for item in conditions):
             raise _Unparsed
         return conditions[0] if is_one else ("list", tuple(conditions))
 
@@ -604,10 +591,10 @@ class _Parser:
         return ("matrix", tuple(tuple(row) for row in rows if row))
 
 
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"]}
 _READERS = {
     "|": _Parser.magnitude,
-    **dict.fromkeys("([{", _Parser.bracket),
-    r"\{": _Parser.set,
+    **dict.fromkeys(_CLOSING, _Parser.bracket),
     r"\overline": _Parser.overlined,
     r"\sqrt": _Parser.root,
     r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
