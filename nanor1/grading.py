@@ -4,26 +4,21 @@ r"""Is this answer that answer? Compare two answers as mathematics.
 of `numeric`. What they cannot read is compared as a string. `extract_answer` (answers.py) finds the answer in a text.
 
 Choices, where tastes differ:
-- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both, as they are within 5%.
-  0.\overline{3}, 0.\dot{3} and 0.333..., a block at least three times, repeat.
-- A percentage p% is p/100; it equals p as well, since a unit may be left out.
-- A unit or currency missing on one side is forgiven, also the `per hour` of money; two different known ones are not,
-  but lengths, times, weights, volumes and money convert: 100 cm is 1 m. Plain `60 m` is a product, or else metres.
-- `3 hours 20 minutes` is one quantity; without a unit it is 200 or 10/3. `1.2 million` is 1,200,000, 2 dozen
-  are 24, or 2; k and M are variables. Digits in groups of three, by spaces of any width, are one number.
+- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both, as they are within 5%, and
+  0.\overline{3} and 0.333... repeat. Unevaluated arithmetic counts: `2 \cdot 3` equals 6.
+- p% equals p/100, and p as well, since a unit may be left out on one side, also the `per hour` of money; two different
+  known ones are unequal, but lengths, times, weights, volumes and money convert. Plain `60 m` is a product, or metres.
+- `3 hours 20 minutes` is one quantity; without a unit it is 200 or 10/3. 2 dozen are 24, or 2; k and M are variables.
 - Words before a value that end in a colon or a verb such as "is" or "makes" add nothing, unless they hedge ("at least",
   "not", "half of"); hedged values (18+, "18 or more") equal no number.
 - `x = 5` equals `5`, and `x \in [0, 1]` equals `[0, 1]`, where one side is only a name. A number may be said of two
   names or more as well, `m + n = 45`, or of |z| or cos A; not of the unknowns x, y, z, nor is 9 said of n in `3n = 9`.
-- `x \ne 0` is the reals without 0, which is a union of intervals.
 - Sets and lists without brackets have no order; tuples, intervals and matrices have. `[0, 1)` is not `(0, 1)`.
 - Ratios are reduced, but 12:30 and 6:15, two digits at the end, may be times, and `2 to 4` a range.
 - A choice with its text or value, `(B) 17` or `B: heat flows`, equals B, and 17 too. Two of them need the same letter,
   and the same value where both give one. `A = 5` is no choice.
-- Text is compared without case or a leading article, a choice without case. `\log` is the natural logarithm, `i` and
-  `e` are constants, `C(5, 2)` and `C_5^2` binomial coefficients.
+- Text is compared without case or a leading article. `\log` is the natural logarithm, `i` and `e` are constants.
 - The one asymmetry: a gold with a base, `12_5`, is met by `12` (not by `7`); a gold `12` is not met by `12_5`.
-- Unevaluated arithmetic counts: `2 \cdot 3` equals 6. A task that forbids this has to look at the answer's form.
 """
 
 import functools
@@ -50,7 +45,7 @@ def math_equal(answer: str | None, gold: str) -> bool:
     r"""Return whether an answer means the same as the gold answer; never raises, and False for an empty answer.
 
     Either may be bare, between dollars, in a `\boxed{}` or at the end of a solution that boxes it or ends in `####`.
-    The module's docstring lists what counts as the same. Symmetric but for bases: a gold `12_5` is met by `12`.
+    The module's docstring lists what counts as the same.
 
     >>> math_equal(r"\frac{\sqrt{8}}{2}", "sqrt(2)"), math_equal("[0, 1)", "(0, 1)")
     (True, False)
@@ -74,7 +69,8 @@ def math_equal(answer: str | None, gold: str) -> bool:
 def is_worked_out(answer: str) -> bool:
     """Return whether an answer is no sum that is left to do: 18, $18 and 2 1/2 are none, 47 + 85 and 36/2 are."""
     sides = labelled(unmarked(answer))[1].split(r"\approx")
-    return all(_is_worked_out(latex.parse(latex.spell_units(side))) for side in sides if not _is_name(side))
+    nodes = [latex.parse(latex.spell_units(side)) for side in sides]
+    return all(latex.is_name(node) or _is_worked_out(node) for node in nodes)
 
 
 def _is_worked_out(node: tuple | None) -> bool:
@@ -90,13 +86,9 @@ def _is_worked_out(node: tuple | None) -> bool:
     return node is None or node[0] == "num" or node[0] not in latex.SCALARS
 
 
-def _is_name(text: str) -> bool:
-    return latex.is_name(latex.parse(text))
-
-
 def _exact_and_rounded(text: str) -> list[str]:
     r"""The two sides of `\frac{1}{3} \approx 0.33`; else, or where they are not within 5%, the last."""
-    sides = [side for side in text.split(r"\approx") if side.strip() and not _is_name(side)]
+    sides = [side for side in text.split(r"\approx") if side.strip() and not latex.is_name(latex.parse(side))]
     nodes = [latex.parse(side) for side in sides]
     values = samples(*map(_meaning, nodes)) if len(nodes) == 2 and all(nodes) else []
     are_close = values and all(abs(real(a) - real(b)) <= 0.05 * abs(real(a)) for a, b in values)
@@ -283,17 +275,17 @@ def _has(node: tuple, x) -> bool:
             return _has(whole, x)
         case ("relation", *_) if {*node[2::2]} <= _ORDERS.keys() and [*map(_end, node[1::2])].count(None) == 1:
             values = [_value(side, x) for side in node[1::2]]
-            return all(map(_is_ordered, values, node[2::2], values[1:]))
+            are_close = map(is_close, values, values[1:])
+            rows = zip(values, node[2::2], values[1:], are_close, strict=False)
+            return all(
+                sign in (r"\le", r"\ge") if close else _ORDERS[sign](low, high) for low, sign, high, close in rows
+            )
         case ("without", whole, ("set", points)):
             return _has(whole, x) and all(_has(("relation", ("sym", "x"), r"\ne", point), x) for point in points)
         case ("union", parts) | ("list", (("relation", *_), *_) as parts) if len(latex.variables(parts)) <= 1:
             n_holding = sum(_has(part, x) for part in parts)  # pieces that are said side by side do not overlap
             return n_holding == (len(parts) if any(part[2:3] == (r"\ne",) for part in parts) else 1)
     raise ValueError(f"{node[0]} is no set of real numbers")
-
-
-def _is_ordered(a, sign: str, b) -> bool:
-    return sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
 
 
 def _value(node: tuple, x):

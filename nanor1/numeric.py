@@ -65,7 +65,9 @@ def _value(node: tuple, point: int):
         return -size if point and dice.random() < 0.5 else size
     if kind not in _OPERATIONS:
         raise ValueError(f"{kind} has no value")
-    return _bounded(_OPERATIONS[kind](*[_value(part, point) for part in parts]))
+    values = [_value(part, point) for part in parts]
+    are_exact = all(isinstance(value, Fraction) for value in values)
+    return _bounded(_OPERATIONS[kind](*(values if are_exact else map(real, values))))
 
 
 def _bounded(value):
@@ -82,18 +84,10 @@ def _n_bits(value: Fraction) -> int:
     return max(part.bit_length() for part in value.as_integer_ratio())
 
 
-def _folded(operate):
-    def step(a, b):
-        are_rational = isinstance(a, Fraction) and isinstance(b, Fraction)
-        return _bounded(operate(a, b) if are_rational else operate(real(a), real(b)))
-
-    return lambda *values: functools.reduce(step, values)
-
-
 def _power(base, exponent):
     """Exact where rational; the odd root of a negative rational is the real one."""
-    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
-        return real(base) ** _bounded(real(exponent))
+    if not isinstance(base, Fraction):
+        return base**exponent
     if abs(exponent) * _n_bits(base) > MAX_BITS:
         raise OverflowError
     times, degree = exponent.as_integer_ratio()
@@ -116,13 +110,17 @@ def _factorial(value):
 def _binomial(n, k):
     """n (n - 1) ... (n - k + 1) / k! for a whole k, which is exact; else by the gamma function."""
     if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 450:
-        return _OPERATIONS["mul"](Fraction(1), *[(n - i) / (i + 1) for i in range(int(k))])
-    return real(_factorial(n)) / real(_factorial(k)) / real(_factorial(real(n) - real(k)))
+        return _product(Fraction(1), *[(n - i) / (i + 1) for i in range(int(k))])
+    return real(_factorial(n)) / real(_factorial(k)) / real(_factorial(n - k))
+
+
+def _product(*factors):
+    return functools.reduce(lambda a, b: _bounded(a * b), factors)
 
 
 _OPERATIONS = {
-    "add": _folded(operator.add),
-    "mul": _folded(operator.mul),
+    "add": lambda *terms: functools.reduce(lambda a, b: _bounded(a + b), terms),
+    "mul": _product,
     "pow": _power,
     "neg": operator.neg,
     "inv": lambda x: 1 / x,
