@@ -51,6 +51,8 @@ _SPELLINGS = {
     r"^\s*[A-Za-z]{4,}(?: [A-Za-z]{2,})?: ": "",  # Area: 5
     r"^[^\W\dfghFGPQ](?:_\{?\w+\}?)? ?\(([a-z])\) ?=(?!=)": r"f(\1) =",  # p(x) = 2x
     r"\{:\}": ":",
+    r"\\overline ?\{ ?([A-Z] ?[A-Z]) ?\}": r"\1",  # the length AB; z is another number under a bar
+    r"\\\\ *(?=\\end)": "",
     r"(?<!^[A-J])、|、(?=[A-J])": ", ",
     r"\\(?:mathbb|Bbb) ?(?:\{ ?([A-Z]) ?\}|([A-Z]))": r"\\mathbb{\1\2}",
     r"(?:\\mathbf ?\{R\}|(?<![A-Za-z])R)(?= ?\\(?:setminus|backslash))": r"\\mathbb{R}",
@@ -552,18 +554,8 @@ class _Parser:
             raise _Unparsed
         return conditions[0] if is_one else ("list", tuple(conditions))
 
-    def overlined(self) -> tuple:
-        """The length AB; z is another number under a bar."""
-        value = self.atom()
-        if not is_name(value):
-            raise _Unparsed
-        return ("sym", "bar " + value[1]) if value[0] == "sym" else value
-
     def root(self) -> tuple:
-        degree = number("2")
-        if self.take("["):
-            degree = self.sum()
-            self.expect("]")
+        degree = self.atom() if self.token == "[" else number("2")
         return ("pow", self.atom(), ("inv", degree))
 
     def function(self, name: str) -> tuple:
@@ -582,20 +574,16 @@ class _Parser:
 
     def matrix(self) -> tuple:
         end = self.previous.replace("begin", "end")
-        rows = [[]]
-        while not self.take(end):
-            if self.take("\\\\"):
-                rows.append([])
-            elif not self.take("&"):
-                rows[-1].append(self.quantity())
-        return ("matrix", tuple(tuple(row) for row in rows if row))
+        rows = self.separated(lambda: tuple(self.separated(self.quantity, "&")), "\\\\")
+        self.expect(end)
+        return ("matrix", tuple(rows))
 
 
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"]}
 _READERS = {
     "|": _Parser.magnitude,
     **dict.fromkeys(_CLOSING, _Parser.bracket),
-    r"\overline": _Parser.overlined,
+    r"\overline": lambda parser: ("sym", "bar " + parser.subscript()),
     r"\sqrt": _Parser.root,
     r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
     r"\frac": lambda parser: ("mul", parser.atom(), ("inv", parser.atom())),
