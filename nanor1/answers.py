@@ -71,10 +71,7 @@ _BETWEEN_BOXES = re.compile(
 # GSM8K's <<9*2=18>>, special tokens, the end of a proof
 _RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>|\$?\\(?:blacksquare|qed)\b\$?|[■∎]")
 _PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
-_LINE_BELOW_A_BOX = _pattern(
-    r"[\s*_>]*(?:#{4,}|(?:the )?(?:final |correct )?(?:answer|option)(?: is)?[\s*_]*[:：]|(?:the )?correct option is"
-    r"|[【\[]?答案[】\]]?[:：是为\s]*|故?选[:：]?)(.*)"
-)
+_BEFORE_A_MARKER = _pattern(r"[\s*_>【\[故]*(?:the )?(?:final |correct )?")
 _MARKER = re.compile(
     # ####; the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
     r"#{4,}|(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
@@ -118,8 +115,8 @@ def _box_contents(text: str, at: int) -> tuple[int, str | None]:
 
 def _below_a_box(boxed: str, below: str) -> str:
     for line in reversed(below.splitlines()[-20:]):
-        marked = _LINE_BELOW_A_BOX.match(line[:MAX_SENTENCE_CHARS])
-        answer = _leading(_prose(marked.group(1))) if marked else None
+        marker = _MARKER.match(line, _BEFORE_A_MARKER.match(line).end())
+        answer = _leading(_prose(line[marker.end() :][:MAX_SENTENCE_CHARS])) if marker else None
         if answer and re.fullmatch("[A-J]", answer) and len(re.sub(r"\\text\w*|\W", "", boxed)) > 1:
             return f"({answer}) {boxed}"  # the letter of what is in the box
         if answer:
@@ -426,15 +423,21 @@ def _written(sentence: str, start: int, end: int) -> str:
 # ---------------------------------------------------------------- the values in a sentence
 
 _PIECE = re.compile(rf"{_FORMULA}|\S+", re.DOTALL)
-_OPERATORS = set("+ - − – = < > ≤ ≥ × * · ÷ / ^ ± ≈ ∪ ∈ : → & \\\\".split())
 _FUNCTION = "sin|cos|tan|log|ln|exp|sqrt"
-_MATH = re.compile(
-    r"[-+−–±=<>≤≥]?[(\[{|]*[-+−–±~≈]?(?:[$€£¥₹]\s?[-−]?)?"
-    rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|])"
-    r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b))"
-)
 _BARE_WORD = re.compile(rf"(?<![\\A-Za-z{{])(?!(?:{_FUNCTION}|pi|or|and)\b)[^\W\d_]{{2,}}")
 _WORDS_FIRST = re.compile(rf"[^\d\\$(\[{{=]*?{_BARE_WORD.pattern}(?![^\W\d_])(?!\s*[-=+*/^(_])")
+_KINDS = {  # of words and formulas, brackets whole: the first that fits
+    r"[-+−–=<>≤≥×*·÷/^±≈∪∈:→&]|\\\\": "O",  # an operator
+    r"(?:\$\$?|\\[(\[])\W*[A-Za-df-hj-z]\W*": "L",  # a letter, but e and i are values
+    rf"{_FORMULA}|[$€£¥]\d.*": "D",
+    r"\([A-J]\)": "C",  # a choice in brackets
+    r"[A-Za-zα-ω]": "B",  # a letter that may be a choice
+    r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}.*": "H",  # as in "a 5-day trip"
+    rf"\([\d.]+ ?\\?%\)|[(\[{{].*?{_BARE_WORD.pattern}.*": "W",  # a word, or said again: 17/50 (34%)
+    r"[-+−–±=<>≤≥]?[(\[{|]*[-+−–±~≈]?(?:[$€£¥₹]\s?[-−]?)?"  # mathematics
+    rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|]).*"
+    r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b)).*": "M",
+}
 _FACTORS = "(?:L(?=O[MLDmld])|[MD])(?:O[MLD]|M)*(?:O[mld]|m)?"
 _RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters in _values: one value
 _JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
@@ -447,9 +450,7 @@ _SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, be
 def _values(sentence: str) -> list[_Span]:
     """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice.
 
-    They are found as runs of letters that stand for kinds of words and formulas, brackets whole; small at a clause's
-    end. M mathematics, O an operator, L a letter, B one that may be a choice, C a choice in brackets, W a word, D
-    dollars or a whole formula, H as in "a 5-day trip".
+    They are found as runs of letters that stand for `_KINDS` of words and formulas, small at a clause's end.
     """
     spans, are_closed = [], _n_open(sentence) <= 0
     for start, end in (piece.span() for piece in _PIECE.finditer(sentence)):
@@ -478,26 +479,13 @@ def _end(sentence: str, span: _Span) -> int:
 
 
 def _kind(sentence: str, span: _Span, is_last: bool) -> str:
-    start, end = span[0], _end(sentence, span)
-    core = sentence[start:end]
-    stops = end < span[1]
-    if core in _OPERATORS:
-        kind = "O"
-    elif re.fullmatch(_FORMULA, core, re.DOTALL) or re.match(r"[$€£¥]\d", core):
-        kind = "L" if re.fullmatch(r"\W*[A-Za-df-hj-z]\W*", core) else "D"  # e and i are values
-    elif re.fullmatch(r"\([A-J]\)", core):
-        kind = "C"
-    elif re.fullmatch(r"[A-Za-zα-ω]", core):
+    end = _end(sentence, span)
+    core, stops = sentence[span[0] : end], end < span[1]
+    kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, core, re.DOTALL)), "W")
+    if kind == "B":
         is_article = core in "AI" and not (stops or is_last or re.match(r"\s+(?:is|or|and)\b", sentence[end:]))
-        kind = "B" if core in "ABCDEFGHIJ" and not is_article and not re.match(r"\s*[=<>+*/^]", sentence[end:]) else "L"
-    elif re.match(r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}", core):
-        kind = "H"
-    elif re.fullmatch(r"\([\d.]+ ?\\?%\)", core):  # said again: 17/50 (34%)
-        kind = "W"
-    elif _MATH.match(core) and not (core[0] in "([{" and _BARE_WORD.search(core)):
-        kind = "M"
-    else:
-        kind = "W"
+        is_name = core not in "ABCDEFGHIJ" or is_article or re.match(r"\s*[=<>+*/^]", sentence[end:])
+        kind = "L" if is_name else "B"
     return kind.lower() if stops else kind
 
 
