@@ -272,16 +272,15 @@ _ASIDE_IN_BRACKETS = re.compile(
 )  # 18 (eggs), 18 (3 x 6)
 _LIGHT = _pattern(  # adds nothing to the value that follows
     "(?:(?:"
-    + _any("""approximately, approx, about, around, roughly, simply, just, exactly, therefore, then, now, the, an?, of,
-        total, equals?, to, given by, number, value, option, choice, x, 约, 大约, 共, 为, 是""")
+    + _any("approximately, about, around, just, exactly, the, an?, total, of, equals?, to, x, 约, 大约, 共, 为, 是")
     + r")?[\s.:=~≈]*)*"
 )
 _NEGATION = _pattern(  # what follows is not the answer, or as in Step 2 and May 5 only a name
-    _any("""not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, eliminat[a-z]+,
-        exclud[a-z]+, rather than, instead of, 不是, 并非, 而非, 不选, 排除""")
-    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$|"
-    + _any("step, part, case, equation, example, problem, question, solution, method, section, chapter, figure, 第")
-    + r"\s*$|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
+    _any("""not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, (?:eliminat|exclud)[a-z]+,
+        rather than, instead of, 不是, 并非, 不选, 排除""")
+    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$"
+    rf"|{_any('step, part, case, example, problem, question, solution, method, section, figure, 第')}\s*$"
+    r"|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
 )
 _REJECTED = _pattern(
     rf"\s*(?:{_any('(?:is|are|was|were) (?:not|incorrect|wrong|false)')}"
@@ -289,10 +288,10 @@ _REJECTED = _pattern(
 )
 _ASIDE = _pattern(  # a reason or a comparison follows
     "(?<!and )"
-    + _any(r"""since, because, given that, compared, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中,
-        including, not counting, consisting of, made up of, namely, (?:down|up) from, vs, 当且仅当, 此时, (?<=,\s)当""")
+    + _any(r"""since, because, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中, including, not counting,
+        consisting of, made up of, namely, (?:down|up) from, vs, 此时, (?<=,\s)当""")
     + r"|: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)"  # 12 fruits: 5 apples and 7 pears
-    + r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
+    r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
 )
 _CONCLUSION = _pattern(  # the answer follows, as it does behind a clause at the start: If he pays 5, ...
     _any("""so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?,
