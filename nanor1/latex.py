@@ -156,12 +156,12 @@ _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
 _POSTFIXES = _table(r"! fact;% percent;\degree deg")
 _SENTENCE = set("is are was the of we if not as so by this that with which since because when where".split())
 # Words in front of a value say no more than "=" where they end in one of these and hold none of the hedges.
-_VERBS = set("is are was were be equal make made has have had get earn need cost pay paid save spend sell".split())
-_VERBS |= set("take total give receive".split())
-_HEDGES = set("or nor and but not no never without except either neither if at than least most less".split())
-_HEDGES |= set("about around over above under below between from up approximately approx almost nearly roughly".split())
-_HEDGES |= set("plus minus negative root twice double triple half halves third thirds quarter quarters".split())
-_HEDGES |= set("squared cubed factorial could might may can cannot wrong incorrect".split())
+_VERBS = set("is are was were be equal make have has had get earn need cost pay paid save spend sell take give".split())
+_HEDGES = set(
+    """or nor and but not no never without except either neither if at than least most less about around over
+    above under below between from up approximately almost nearly roughly plus minus negative root twice double triple
+    half halves third thirds quarter quarters squared cubed factorial could might may can cannot wrong""".split()
+)
 _PARTS = re.compile(".*(?:four|fif|six|eigh|even|nin|ten|twelf|een|tie|red|sand|ion)ths?")
 _HAN_HEDGES = set("以多左右余或至约上下倍和与不非")
 _UNIT_SPELLINGS = """cm centimeter centimetre 厘米;mm millimeter millimetre 毫米;km kilometer kilometre 千米 公里
