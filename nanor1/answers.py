@@ -168,12 +168,12 @@ _REMARK = _pattern(  # a sentence that states no answer: a check, a note, a wish
 
 def _fall_back(text: str) -> str | None:
     """A response without a marker: all of it if it is an answer, else the choice it starts with or its last value."""
-    if len(text) <= 200 and "\n" not in text.strip():
-        whole = _prose(text)
-        if _is_value(whole) or (len(whole.split()) == 1 and latex.is_prose(unmarked(whole))):
-            return latex.trim(_undelimited(whole))
-    choice = _LEADING_CHOICES.match(_prose(text[:200]))
-    if choice and not choice.group("more") and (answer := _leading(_prose(text[:200].strip().split("\n")[0]))):
+    first = _prose(text[:200].strip().split("\n")[0])
+    is_whole = _is_value(first) or (len(first.split()) == 1 and latex.is_prose(unmarked(first)))
+    if is_whole and "\n" not in text.strip():
+        return latex.trim(_undelimited(first))
+    choice = _LEADING_CHOICES.match(first)
+    if choice and not choice.group("more") and (answer := _leading(first)):
         return answer
     text = text[-4 * MAX_SENTENCE_CHARS :]
     text = _OFFER.split(text)[0].rstrip("-*_# \n") or text
@@ -375,13 +375,13 @@ def _main(sentence: str, found: list[_Span]) -> list[_Span]:
             found = after
             break
     main, computed = [], []
-    for start, end in found:
-        value = sentence[start:end]
-        is_money = re.match(r"[$€£¥][^$]*$", value) and not _before(_PRICE, sentence, start)
-        is_main = is_money or not _before(_CIRCUMSTANCES, sentence, start)
-        main += [(start, end)] * bool(is_main)
-        is_computed = "=" in sentence[:start].rstrip()[-1:] + value
-        computed += [(start, end)] * (is_computed and bool(is_main or _form(value) != "assignment"))  # not "at x = 2"
+    for span in found:
+        before, value = sentence[: span[0]].rstrip(), sentence[slice(*span)]
+        is_money = re.match(r"[$€£¥][^$]*$", value) and not _before(_PRICE, sentence, span[0])
+        if is_main := is_money or not _before(_CIRCUMSTANCES, sentence, span[0]):
+            main.append(span)
+        if "=" in before[-1:] + value and (is_main or _form(value) != "assignment"):  # not "at x = 2"
+            computed.append(span)
     stated = computed or main or found
     if len(stated) > 1 and _are_alike(sentence, *stated[-2:]):
         return [(stated[-2][0], stated[-1][1])]
@@ -393,8 +393,8 @@ def _are_alike(sentence: str, first: _Span, second: _Span) -> bool:
     between = sentence[first[1] : second[0]]
     if not re.search(r"\b(?:and|while|but)\b|[,;]", between) or _SUMMED.search(between):
         return False
-    before = [re.search(r"([\u3400-\u9fff]|(?<![^\W\d_])[A-Za-z]+)\W*$", sentence[:at]) for at in (first[0], second[0])]
-    words = [word[1] if word else "" for word in before]
+    ends = [re.search(r"([\u3400-\u9fff]|(?<![^\W\d_])[A-Za-z]+)\W*$", sentence[:at]) for at in (first[0], second[0])]
+    words = [end[1] if end else "" for end in ends]
     is_one_verb = words[0] == words[1] != "" and not re.fullmatch("at|in|on|to|from|by|of|after|with", words[0])
     is_for_each = all(re.match(r"[^.,\d]*? for\b", sentence[at:]) for at in (first[1], second[1]))
     are_names = all(word[:1].isupper() for word in words) and re.fullmatch(r"\s*[,;]?(?: and)? [A-Z]\w+ ", between)
@@ -442,6 +442,7 @@ _RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters in _values: one value
 _JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
 _SIGN_BETWEEN = re.compile(  # 2 cups + 3
     r"\s*(?:times|plus|minus|choose|to the|percent of|(?:divided|multiplied) by|[^\d.,;:()]{0,30}[-+*/×÷=])\s*"
+    r"|.*\s\(?[b-h]\)\s*"
 )
 _SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]") + "|[=:]")
 
@@ -508,13 +509,10 @@ def _belongs_to(sentence: str, first: int, last: _Span, span: _Span) -> bool:
     """Whether a value is part of the one that starts at `first` and ends with the part `last`."""
     between = sentence[last[1] : span[0]]
     unit = re.fullmatch(r"\s*([^\s,.;:]+),?\s+(?:and\s+)?", between)
-    is_range = between == " to " and not re.search(r"\b(?:from|by|up|down|add|adding)\W*$", sentence[:first])
-    if (
-        is_range
-        or re.search(r"\s\(?[b-h]\)\s*$", between)
-        or _SIGN_BETWEEN.fullmatch(between)
-        or (unit and (_is_measure(unit[1]) or re.fullmatch(_CJK + "{1,2}", unit[1])))
-    ):
+    if unit and (_is_measure(unit[1]) or re.fullmatch(_CJK + "{1,2}", unit[1])):
+        return True
+    is_change = re.search(r"\b(?:from|by|up|down|add|adding)\W*$", sentence[:first])
+    if _SIGN_BETWEEN.fullmatch(between) or (between == " to " and not is_change):
         return True
     forms = {_form(sentence[slice(*last)]), _form(sentence[slice(*span)])}
     if len(forms) > 1 or forms == {"statement"}:  # a result and a further one

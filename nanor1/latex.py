@@ -497,10 +497,8 @@ class _Parser:
         while self.token in ("_", "'"):
             name += self.next()
             name += self.subscript() if name.endswith("_") else ""
-        if name[0] in "fghFGPQ" and self.take("("):
-            items = self.items()
-            self.expect(")")
-            return ("call", name, tuple(items))
+        if name[0] in "fghFGPQ" and self.token == "(":
+            return ("call", name, self.atom())
         return ("const", name) if name in ("i", "e") else ("sym", name)
 
     def subscript(self) -> str:
