@@ -60,7 +60,9 @@ _SPELLINGS = {
     r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
     r"(?<=[)\]]) ?- ?(?=\\\{)": r"\\setminus",
     r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
-    r"C ?\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?": r"\\binom{\2}{\1}",
+    r"\\mathrm ?\{ ?C ?\}": "C",
+    r"C ?(?:\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?|_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?)": r"\\binom{\2\3}{\1\4}",
+    r"(?<![A-Za-z\\])C ?\(([^(),]+),([^(),]+)\)": r"\\binom{\1}{\2}",
     r"\b(\d+) ?(?:C|choose) ?(\d+)\b": r"\\binom{\1}{\2}",
     r"^(?:\\text\{ ?)?[Aa]ll real(?: number)?s?(?= except|\}|$)": r"(-\\infty, \\infty)",
     r"(?<=\)) except(?: for)?(?: ?\})? ?(.+?)\}?$": r"\\setminus\\{\1\\}",
@@ -156,7 +158,10 @@ _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
 _POSTFIXES = _table(r"! fact;% percent;\degree deg")
 _SENTENCE = set("is are was the of we if not as so by this that with which since because when where".split())
 # Words in front of a value say no more than "=" where they end in one of these and hold none of the hedges.
-_VERBS = set("is are was were be equal make have has had get earn need cost pay paid save spend sell take give".split())
+_VERBS = "is|are|was|were|be|equal|make|have|has|had|get|earn|need|cost|pay|paid|save|spend|sell|take|give"
+_SAID = re.compile(
+    rf"(?!.*n['’]t)([^-\d\\$(.]*?)(?:\b(?:{_VERBS})s?|:)[\s:]*+((?![^\W\d_]).*)", re.DOTALL | re.IGNORECASE
+)
 _HEDGES = set(
     """or nor and but not no never without except either neither if at than least most less about around over
     above under below between from up approximately almost nearly roughly plus minus negative root twice double triple
@@ -221,17 +226,12 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
     is_unit = not is_first and re.match(r" +[A-Z]$|\s*[mgshLlNJWV] ?/ ?[A-Za-z]", words)  # 60\text{ K}, 60\text{ m/s}
     words = words.strip()
     lower = words.casefold().strip(" ,")
-    said, value = re.fullmatch(r"([^-\d\\$(.]*)(.*)", words, re.DOTALL).groups()
-    *subject, verb = re.findall(r"[^\W\d_]+|:", said.casefold()) or [""]
-    adds_nothing = verb == ":" or not _VERBS.isdisjoint((verb, verb.removesuffix("s")))
-    if is_first and adds_nothing and not _is_hedged(subject) and not re.search("n['’]t", said):
-        return _tokens(value)
-    if lower in ("is", "are", "equals"):
-        return ["="]
-    if lower in _ALIASES:
-        return [_ALIASES[lower]]
-    if joined := re.fullmatch("(.+?)(?: (and|or))+", lower):
-        return [*_word_tokens(joined[1], is_first), _ALIASES[joined[2]]]
+    said = _SAID.fullmatch(words) if is_first else None
+    if said and not _is_hedged(re.findall(r"[^\W\d_]+", said[1].casefold())):
+        return _tokens(said[2])
+    if joined := re.fullmatch("(?:(.+?) )??(?:(and|or|to|is|are|equals) ?)+", lower):
+        sign = _ALIASES.get(joined[2], "=")
+        return [*_word_tokens(joined[1], is_first), sign] if joined[1] else [sign]
     if not is_first and re.match("[一-鿿]", words):
         return _han_tokens(words, is_first)
     if len(words) == 1 and words.isalpha():
@@ -431,8 +431,6 @@ class _Parser:
             elif self.starts_factor():
                 follows_number = _is_number(self.previous) and self.token == r"\frac"
                 match factors[-1], self.power():
-                    case ("sym", "C"), ("bracket", "(", (n, k), ")"):
-                        factors[-1] = ("binom", n, k)
                     case ("num", n), ("mul", ("num", a), ("inv", ("num", b))) as fraction if (
                         follows_number and n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
                     ):
@@ -459,10 +457,7 @@ class _Parser:
             elif self.token[1:] in _SCALES and not _is_letter(self.previous):
                 value = _scaled(value, 10 ** _SCALES[self.next()[1:]])
             elif self.take("^"):
-                exponent = self.argument()
-                n = value[1][2:] if value[0] == "sym" and value[1].startswith("C_") else ""
-                is_binomial = n.isdecimal() and exponent[0] == "num" and exponent[1] <= int(n)  # C_5^2
-                value = ("binom", number(n), exponent) if is_binomial else ("pow", value, exponent)
+                value = ("pow", value, self.argument())
         return value
 
     def argument(self) -> tuple:
