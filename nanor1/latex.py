@@ -58,6 +58,8 @@ _SPELLINGS = {
     r"(?:\\mathbf ?\{R\}|(?<![A-Za-z])R)(?= ?\\(?:setminus|backslash))": r"\\mathbb{R}",
     r"\\mathbb\{R\} ?[_^] ?(?:\{ ?\+ ?\}|\+)": r"(0, \\infty)",
     r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
+    # of a set of all x where something is so, what is so
+    r"\\\{ ?([a-zA-Z])(?: ?\\in ?\(-\\infty, \\infty\))? ?(?:\\mid|\||:) ?((?:(?!\\[{}]).)*)\\\}": r"\2",
     r"(?<=[)\]]) ?- ?(?=\\\{)": r"\\setminus",
     r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
     r"\\mathrm ?\{ ?C ?\}": "C",
@@ -81,9 +83,13 @@ _SPELLINGS = {
     r"\b(sq|cu)\. ?(?=[a-z])": r"\1 ",
     r"(\d ?[ckm]?m)([23])\b": r"\1^\2",
     r"(?<=\w )an? (?=(?:second|minute|hour|day|week|month|year)\b)": "per ",
+    r"\\[dtc](?=frac|binom)": r"\\",
     r"(frac|binom) ?(\d) ?(?=[\d{])": r"\1{\2}",  # LaTeX gives \frac12 one digit each
     r"((?:frac|binom)\{\d\})(\d)": r"\1{\2}",
     r"\b(\d+) (\d+) ?/ ?(\d+)\b": r"\1\\frac{\2}{\3}",
+    r"(?<![\w.^])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}": lambda match: (  # a mixed number
+        match.expand(r"{\1+\\frac{\2}{\3}}") if int(match[2]) < int(match[3]) else match.group()
+    ),
     r"(\d)[\u0304\u0305\u0307]|\\(?:overset|stackrel) ?\{ ?(?:\.|\\cdot) ?\} ?\{?(\d)\}?": r"\\dot{\1\2}",
     r"(\.\d{0,20}?)(\d{1,12}?)\2{2,20}(?:\.{3}|\\[lc]?dots)": r"\1\\overline{\2}",  # 0.333...
     r"(\.\d+)\.{3}": r"\1\\ldots ",
@@ -142,10 +148,10 @@ def spell_units(text: str) -> str:
 # ---------------------------------------------------------------- tokens
 
 _ALIASES = _table(
-    r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
+    r"\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
     r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
     r";** ^;\land ,;\lor or;or or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
-    r";\dbinom \binom;\tbinom \binom;\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
+    r";\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
     r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
 )
 _WORDS = r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?)"
@@ -307,7 +313,7 @@ class _Parser:
         self.previous, self.token, self.following = "", next(self.rest), next(self.rest)
         self.depth = 0
         self.open_bars = 0
-        self.in_set = self.has_or = False
+        self.has_or = False
 
     def next(self) -> str:
         if not self.token:
@@ -359,7 +365,7 @@ class _Parser:
     def ratio(self) -> tuple:
         """Parts that may be reduced; not so in `12:30`, which may be a time, nor in `3 to 4`, which may be a range."""
         parts, kind = [self.compound()], "time"
-        while not self.in_set and self.take(":", "to"):
+        while self.take(":", "to"):
             kind = "range" if self.previous == "to" else kind
             kind = "ratio" if kind == "time" and not re.fullmatch(r"\d\d", self.token) else kind
             parts.append(self.compound())
@@ -429,14 +435,7 @@ class _Parser:
             elif not self.divides_unit() and self.take("/"):
                 factors.append(("inv", self.signed(self.power)))
             elif self.starts_factor():
-                follows_number = _is_number(self.previous) and self.token == r"\frac"
-                match factors[-1], self.power():
-                    case ("num", n), ("mul", ("num", a), ("inv", ("num", b))) as fraction if (
-                        follows_number and n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
-                    ):
-                        factors[-1] = ("add", factors[-1], fraction)
-                    case _, factor:
-                        factors.append(factor)
+                factors.append(self.power())
             else:
                 return ("mul", *factors) if len(factors) > 1 else factors[0]
 
@@ -445,7 +444,7 @@ class _Parser:
         if _is_number(self.token):
             return not _is_number(self.previous) and not _is_letter(self.previous)
         if self.token == "|":
-            return self.open_bars == 0 and not self.in_set
+            return self.open_bars == 0
         starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
         return self.token in starts or self.token in FUNCTIONS or _is_letter(self.token)
 
@@ -525,27 +524,14 @@ class _Parser:
         return ("abs", value)
 
     def bracket(self) -> tuple:
-        r"""A group; a tuple, interval or set where there is a comma or the ends differ; of \{x : x > 3\} x > 3."""
-        opening, outer = self.previous, self.in_set
-        self.in_set = opening == r"\{"
+        r"""A group; a tuple, interval or set where there is a comma or the ends differ."""
+        opening = self.previous
         items = [] if self.token == r"\}" else self.items()
-        conditions = self.items() if self.in_set and len(items) == 1 and self.take("|", ":") else []
-        self.in_set = outer
         closing = self.expect(*_CLOSING[opening])
-        if conditions:
-            return self.condition(items[0], conditions)
         if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
             is_base = opening != "{" and items[0][0] == "num" and self.take("_")
             return ("base", str(items[0][1]), self.base()) if is_base else items[0]
         return ("set", tuple(items)) if "{" in opening else ("bracket", opening, tuple(items), closing)
-
-    def condition(self, name: tuple, conditions: list[tuple]) -> tuple:
-        name = name[1] if name[2:] == (r"\in", REALS) else name
-        is_one = len(conditions) == 1
-        are_joined = is_one or self.has_or or all(item[2:3] in ((r"\ne",), (r"\in",)) for item in conditions)
-        if not is_name(name) or not are_joined or not all(name in item for item in conditions):
-            raise _Unparsed
-        return conditions[0] if is_one else ("list", tuple(conditions))
 
     def root(self) -> tuple:
         degree = self.atom() if self.token == "[" else number("2")
