@@ -60,6 +60,11 @@ _SPELLINGS = {
     r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
     # of a set of all x where something is so, what is so
     r"\\\{ ?([a-zA-Z])(?: ?\\in ?\(-\\infty, \\infty\))? ?(?:\\mid|\||:) ?((?:(?!\\[{}]).)*)\\\}": r"\2",
+    r"\\[lr]?vert(?![a-z])": "|",
+    r"\|([^|]*[\w)}\]]) ?\|": r"\\abs{\1}",
+    r"\|([^|]*[\w)}\]]) ?\|": r"\\abs{\1}",  # around another
+    r"\\(sin|cos|tan) ?\^ ?\{ ?- ?1 ?\}": r"\\arc\1",
+    r"(?:^|\{)((?:[^{}\\]|\\(?!choose)|\{[^{}]*\})*+)\\choose((?:[^{}]|\{[^{}]*\})*)(?:\}|$)": r"\\binom{\1}{\2}",
     r"(?<=[)\]]) ?- ?(?=\\\{)": r"\\setminus",
     r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
     r"\\mathrm ?\{ ?C ?\}": "C",
@@ -149,7 +154,7 @@ def spell_units(text: str) -> str:
 
 _ALIASES = _table(
     r"\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
-    r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
+    r";!= \ne;\lt <;\gt >;\approx =;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
     r";** ^;\land ,;\lor or;or or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
     r";\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
     r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
@@ -312,7 +317,6 @@ class _Parser:
         self.rest = iter([*tokens, "", ""])
         self.previous, self.token, self.following = "", next(self.rest), next(self.rest)
         self.depth = 0
-        self.open_bars = 0
         self.has_or = False
 
     def next(self) -> str:
@@ -344,8 +348,6 @@ class _Parser:
         items = [one for item in items for one in dict.fromkeys(_with_sign(item, sign) for sign in ("pm", "mp"))]
         if len(items) > MAX_ITEMS:
             raise _Unparsed
-        if len(items) == 1 and self.take(r"\choose"):
-            return [("binom", items[0], self.sum())]
         return items if self.has_or else _compounds(items)
 
     def relation(self) -> tuple:
@@ -443,9 +445,7 @@ class _Parser:
         """Whether a factor follows without a sign of multiplication; no number follows a number or a letter."""
         if _is_number(self.token):
             return not _is_number(self.previous) and not _is_letter(self.previous)
-        if self.token == "|":
-            return self.open_bars == 0
-        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
+        starts = ("(", "{", "[", r"\abs", r"\frac", r"\sqrt", r"\pi", r"\binom")
         return self.token in starts or self.token in FUNCTIONS or _is_letter(self.token)
 
     def power(self) -> tuple:
@@ -516,13 +516,6 @@ class _Parser:
             raise _Unparsed
         return ("sym", text[1:])
 
-    def magnitude(self) -> tuple:
-        self.open_bars += 1
-        value = self.sum()
-        self.open_bars -= 1
-        self.expect("|")
-        return ("abs", value)
-
     def bracket(self) -> tuple:
         r"""A group; a tuple, interval or set where there is a comma or the ends differ."""
         opening = self.previous
@@ -543,11 +536,9 @@ class _Parser:
         exponent = self.argument() if self.take("^") else None
         is_group = self.token in ("(", "{")
         factors = [self.atom() if is_group else self.signed(self.power)]
-        while not is_group and self.starts_factor() and self.token not in {*FUNCTIONS, *"([|"}:
+        while not is_group and self.starts_factor() and self.token not in {*FUNCTIONS, *"(["}:
             factors.append(self.power())
         x = ("mul", *factors) if len(factors) > 1 else factors[0]
-        if exponent == ("neg", number("1")) and name in ("sin", "cos", "tan"):
-            return ("a" + name, x)
         value = ("mul", (name, x), ("inv", (name, base))) if base else (name, x)
         return ("pow", value, exponent) if exponent else value
 
@@ -560,10 +551,10 @@ class _Parser:
 
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"]}
 _READERS = {
-    "|": _Parser.magnitude,
     **dict.fromkeys(_CLOSING, _Parser.bracket),
     r"\overline": lambda parser: ("sym", "bar " + parser.subscript()),
     r"\sqrt": _Parser.root,
+    r"\abs": lambda parser: ("abs", parser.atom()),
     r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
     r"\frac": lambda parser: ("mul", parser.atom(), ("inv", parser.atom())),
     r"\pi": lambda _: ("const", "pi"),
