@@ -38,6 +38,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,100}")
 _CHOICES = re.compile(r"[\s({]*[A-J](?:(?:[\s,(){}]|and)*[A-J])+[\s)}]*")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _ORDERS = {"<": operator.lt, ">": operator.gt, r"\le": operator.lt, r"\ge": operator.gt, r"\ne": operator.ne}
+_SETS = {"bracket", "union", "without", "list", "relation"}  # that may hold numbers
 _INFINITE = real(Fraction(2**5000))  # beyond what numeric.py counts to
 
 
@@ -129,7 +130,7 @@ def _same(a: tuple, b: tuple) -> bool:
         return _same_quantity(a, b)
     if _same_structure(a, b) or _same_structure(b, a):
         return True
-    if kinds != ("bracket", "bracket") and _same_numbers(a, b):
+    if kinds != ("bracket", "bracket") and {*kinds} <= _SETS and _same_numbers(a, b):
         return True
     meanings = _meaning(a), _meaning(b)
     return meanings != (a, b) and not _are_unlike_equations(a, b) and _same(*meanings)
@@ -275,17 +276,17 @@ def _has(node: tuple, x) -> bool:
             return _has(whole, x)
         case ("relation", *_) if {*node[2::2]} <= _ORDERS.keys() and [*map(_end, node[1::2])].count(None) == 1:
             values = [_value(side, x) for side in node[1::2]]
-            are_close = map(is_close, values, values[1:])
-            rows = zip(values, node[2::2], values[1:], are_close, strict=False)
-            return all(
-                sign in (r"\le", r"\ge") if close else _ORDERS[sign](low, high) for low, sign, high, close in rows
-            )
+            return all(map(_are_ordered, values, node[2::2], values[1:]))
         case ("without", whole, ("set", points)):
             return _has(whole, x) and all(_has(("relation", ("sym", "x"), r"\ne", point), x) for point in points)
         case ("union", parts) | ("list", (("relation", *_), *_) as parts) if len(latex.variables(parts)) <= 1:
             n_holding = sum(_has(part, x) for part in parts)  # pieces that are said side by side do not overlap
             return n_holding == (len(parts) if any(part[2:3] == (r"\ne",) for part in parts) else 1)
     raise ValueError(f"{node[0]} is no set of real numbers")
+
+
+def _are_ordered(a, sign: str, b) -> bool:
+    return sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
 
 
 def _value(node: tuple, x):
