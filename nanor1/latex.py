@@ -422,9 +422,11 @@ class _Parser:
 
     def signed(self, read: Callable[[], tuple]) -> tuple:
         signs = []
-        while self.token in _SIGNS and len(signs) < MAX_DEPTH:
+        while self.token in _SIGNS:
             signs.append(_SIGNS[self.next()])
+        self.depth += len(signs)
         value = read()
+        self.depth -= len(signs)
         for sign in reversed(signs):
             value = value if sign == "pos" else (sign, value)
         return value
@@ -462,8 +464,10 @@ class _Parser:
     def argument(self) -> tuple:
         """What `^` and `_` take: a group in braces, or one atom with its sign and, in 2^3^2, its own power."""
         powers = [self.signed(self.atom)]
-        while self.take("^") and len(powers) < MAX_DEPTH:
+        while self.take("^"):
+            self.depth += 1
             powers.append(self.signed(self.atom))
+        self.depth -= len(powers) - 1
         return functools.reduce(lambda exponent, base: ("pow", base, exponent), reversed(powers))
 
     def atom(self) -> tuple:
