@@ -275,8 +275,11 @@ def _has(node: tuple, x) -> bool:
         case ("relation", name, r"\in", whole) if latex.is_name(name):
             return _has(whole, x)
         case ("relation", *_) if {*node[2::2]} <= _ORDERS.keys() and [*map(_end, node[1::2])].count(None) == 1:
-            values = [_value(side, x) for side in node[1::2]]
-            return all(map(_are_ordered, values, node[2::2], values[1:]))
+            name = next(side for side in node[1::2] if _end(side) is None)
+            is_magnitude = name[0] == "abs"
+            if latex.is_name(name[1] if is_magnitude else name):
+                values = [_end(side) if side != name else abs(x) if is_magnitude else x for side in node[1::2]]
+                return all(map(_are_ordered, values, node[2::2], values[1:]))
         case ("without", whole, ("set", points)):
             return _has(whole, x) and all(_has(("relation", ("sym", "x"), r"\ne", point), x) for point in points)
         case ("union", parts) | ("list", (("relation", *_), *_) as parts) if len(latex.variables(parts)) <= 1:
@@ -287,14 +290,6 @@ def _has(node: tuple, x) -> bool:
 
 def _are_ordered(a, sign: str, b) -> bool:
     return sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
-
-
-def _value(node: tuple, x):
-    is_magnitude = node[0] == "abs" and latex.is_name(node[1])
-    value = abs(x) if is_magnitude else x if latex.is_name(node) else _end(node)
-    if value is None:
-        raise ValueError("neither a name nor a number")
-    return value
 
 
 @functools.lru_cache(1000)

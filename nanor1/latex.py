@@ -599,16 +599,16 @@ def _compounds(items: list[tuple]) -> list[tuple]:
             groups[-1].append(item)
         else:
             groups.append([item])
-    return [_compound(group) if len(group) > 1 else group[0] for group in groups]
+    return [
+        ("compound", tuple(_summed(group, part[2]) for part in group)) if len(group) > 1 else group[0]
+        for group in groups
+    ]
 
 
-def _compound(parts: list[tuple]) -> tuple:
-    forms = []
-    for _, _, unit in parts:
-        terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
-        are_numbers = all(term[0] == "num" for term in terms)
-        forms.append(("unit", ("num", sum(term[1] for term in terms)) if are_numbers else ("add", *terms), unit))
-    return ("compound", tuple(forms))
+def _summed(parts: list[tuple], unit: str) -> tuple:
+    terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
+    are_numbers = all(term[0] == "num" for term in terms)
+    return ("unit", ("num", sum(term[1] for term in terms)) if are_numbers else ("add", *terms), unit)
 
 
 def _scaled(value: tuple, factor: int | Fraction) -> tuple:
@@ -667,10 +667,7 @@ def variables(node) -> set[tuple]:
 
 
 def are_unlike(unit: str, other: str) -> bool:
-    """Return whether two units, or the first words of `km / h`, are in the table of spellings and differ.
-
-    A rate's `per hour` may be left out for money.
-    """
+    """Return whether two known units differ; the `per hour` of money may be left out."""
     rate, other_rate = unit.split(" / "), other.split(" / ")
     if rate[0] in _MONEY and 1 in (len(rate), len(other_rate)):
         unit, other = rate[0], other_rate[0]
