@@ -53,12 +53,12 @@ def unmarked(text: str) -> str:
     return latex.clean(text.rpartition("####")[2].strip())
 
 
-def _any(phrases: str) -> str:
-    """The pattern of any of the words or phrases between the commas; Chinese ones may stand beside other words."""
-    return "(?<![A-Za-z])(?:" + re.sub(r",\s+", "|", phrases) + ")(?![A-Za-z])"
+def _pattern(text: str) -> re.Pattern:
+    """Compile a pattern without its line breaks; ‹a, b› is either of the words, apart from other letters."""
+    text = re.sub("‹.*?›", lambda words: re.sub(r",\s+", "|", words.group()), text, flags=re.DOTALL)
+    text = text.replace("‹", "(?<![A-Za-z])(?:").replace("›", ")(?![A-Za-z])")
+    return re.compile(re.sub(r"\n\s*", "", text), re.IGNORECASE)
 
-
-_pattern = functools.partial(re.compile, flags=re.IGNORECASE)
 
 # ---------------------------------------------------------------- marked answers
 
@@ -72,15 +72,13 @@ _BETWEEN_BOXES = re.compile(
 _RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>|\$?\\(?:blacksquare|qed)\b\$?|[■∎]")
 _PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
 _BEFORE_A_MARKER = _pattern(r"[\s*_>【\[故]*(?:the )?(?:final |correct )?")
-_MARKER = re.compile(
+_MARKER = _pattern(
     # ####; the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
     r"#{4,}|(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
-    rf"(?:{_any('is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)')}|[:=：→—–]|(?=[$\\])|\n)"
-    r"[\s*_\"':：]*"
+    r"(?:‹is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)›|[:=：→—–]|(?=[$\\])|\n)[\s*_\"':：]*"
     r"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:)|matches)\s+"
     rf"(?:option\s+|choice\s+)?(?={_LETTER})"
-    rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])",
-    re.IGNORECASE,
+    rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])"
 )
 
 
@@ -150,19 +148,17 @@ def _after_a_marker(text: str) -> str | None:
 
 # ---------------------------------------------------------------- a response without a marker
 
-_OFFER = re.compile(r"^.*" + _any("let me know, would you like, feel free"), re.IGNORECASE | re.MULTILINE)
-_CUT_OFF = re.compile(
-    _any("the, an?, of, to, and, we, is, are, has, for, by, with, from, than") + r"$|(?:\s[-+/×=]|\()$"
-)
+_OFFER = _pattern("(?m)^.*‹let me know, would you like, feel free›")
+_CUT_OFF = _pattern(r"‹the, (?-i:an?), of, to, and, we, is, are, has, for, by, with, from, than›$|(?:\s[-+/×=]|\()$")
 _REFUSAL = _pattern(
     r"\b(?:cannot|can['’]t|unable to|impossible to) (?:be (?:known|found|[a-z]+ed)|determine|solve|answer|tell|say)\b"
     "|not enough (?:information|data)|无法|没有说明|请补充"
 )
 _REMARK = _pattern(  # a sentence that states no answer: a check, a note, a wish, a part of it, a question
-    r"^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )"
-    + rf"|^\W*{_any('tip, note, sources?, 点睛, 点评')}|{_any('hope (?:this|that|it)')}"
-    + rf"|^{_any('of (?:these|those|them|which), (?:this|which) (?:matches|satisfies|agrees|makes sense)')}"
-    + rf"|^{_any('is, are, do, does, did, can, could, what, how, why, which, who')}.*\?$"
+    r"""^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )
+    |^\W*‹tip, note, sources?, 点睛, 点评›|‹hope (?:this|that|it)›
+    |^‹of (?:these|those|them|which), (?:this|which) (?:matches|satisfies|agrees|makes sense)›
+    |^‹is, are, do, does, did, can, could, what, how, why, which, who›.*\?$"""
 )
 
 
@@ -271,55 +267,50 @@ _ASIDE_IN_BRACKETS = re.compile(
     r"\s+\((?!or\b)[^()]*(?:[^\W\d_]{3}|[\u3400-\u9fff]|\d *[x×*] *\d|[=$%])[^()]*\)$"
 )  # 18 (eggs), 18 (3 x 6)
 _LIGHT = _pattern(  # adds nothing to the value that follows
-    "(?:(?:"
-    + _any("approximately, about, around, just, exactly, the, an?, total, of, equals?, to, x, 约, 大约, 共, 为, 是")
-    + r")?[\s.:=~≈]*)*"
+    r"(?:‹approximately, about, around, just, the, an?, total, of, equals?, to, x, 约, 大约, 共, 为, 是›?[\s.:=~≈]*)*"
 )
 _NEGATION = _pattern(  # what follows is not the answer, or as in Step 2 and May 5 only a name
-    _any("""not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, (?:eliminat|exclud)[a-z]+,
-        rather than, instead of, 不是, 并非, 不选, 排除""")
-    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$"
-    rf"|{_any('step, part, case, example, problem, question, solution, method, section, figure, 第')}\s*$"
-    r"|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
+    r"""‹not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, (?:eliminat|exclud)[a-z]+,
+    rather than, instead of, 不是, 并非, 不选, 排除›
+    (?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$
+    |‹step, part, case, example, problem, question, solution, method, section, figure, 第›\s*$
+    |\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"""
 )
 _REJECTED = _pattern(
-    rf"\s*(?:{_any('(?:is|are|was|were) (?:not|incorrect|wrong|false)')}"
+    r"\s*(?:‹(?:is|are|was|were) (?:not|incorrect|wrong|false)›"
     r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
 )
-_ASIDE = _pattern(  # a reason or a comparison follows
-    "(?<!and )"
-    + _any(r"""since, because, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中, including, not counting,
-        consisting of, made up of, namely, (?:down|up) from, vs, 此时, (?<=,\s)当""")
-    + r"|: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)"  # 12 fruits: 5 apples and 7 pears
-    r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
+_ASIDE = _pattern(  # a reason or a comparison follows, or as in 12 fruits: 5 apples and 7 pears the parts
+    r"""(?<!and )‹since, because, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中, including,
+    not counting, consisting of, made up of, namely, (?:down|up) from, vs, 此时, (?<=,\s)当›
+    |: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)
+    |(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"""
 )
 _CONCLUSION = _pattern(  # the answer follows, as it does behind a clause at the start: If he pays 5, ...
-    _any("""so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?,
-        round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,""")
-    + rf"|^{_any('if, since, as, when, after, because, given, assuming, between, in, for')}[^,]*,"
+    r"""‹so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?,
+    round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,›
+    |^‹if, since, as, when, after, because, given, assuming, between, in, for›[^,]*,"""
 )
 _CIRCUMSTANCES = _pattern(  # what follows says when, where, how often, of what; not how many
-    "(?:"
-    + _any("""(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until,
-        on(?: day)?, over, by, between, among, into, than, using, (?<!left )with, after(?: [a-z]+ing)?,
-        to [a-z]+(?: [^ ,]+){0,5}, of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of""")
-    + rf"|[\d.)$](?: \w+){{0,2}} of)(?: {_any('the[a-z]*, those, an?, all, each, every, her, his, its, year')})*\s*$"
+    r"""(?:‹(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until,
+    on(?: day)?, over, by, between, among, into, than, using, (?<!left )with, after(?: [a-z]+ing)?,
+    to [a-z]+(?: [^ ,]+){0,5}, of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of›
+    |[\d.)$](?: \w+){0,2} of)(?: ‹the[a-z]*, those, an?, all, each, every, her, his, its, year›)*\s*$"""
 )
-_PRICE = _pattern(_any("at, from, than, of, with, vs") + r"\.?(?: the| an?)?\s*$")
+_PRICE = _pattern(r"‹at, from, than, of, with, vs›\.?(?: the| an?)?\s*$")
 _QUALIFIER = _pattern(  # another value is meant than the one that follows
-    _any("""(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?,
-        (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to,
-        minimum, (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}""")
-    + r"(?: or equal to)?\s*$"
+    r"""‹(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?,
+    (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to, minimum,
+    (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}›(?: or equal to)?\s*$"""
 )
 _QUALIFIED = _pattern(  # or than the one that stands in front
-    rf"\s*(?:\+|{_any('(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]')}"
-    r"|[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),"
-    r"|(?:more|less|fewer) than [\d$]|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d"
-    rf"|[^.]*{_any('otherwise, depending on')})"
+    r"""\s*(?:\+|‹(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]›
+    |[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),
+    |(?:more|less|fewer) than [\d$]|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d
+    |[^.]*‹otherwise, depending on›)"""
 )
-_HEDGED = _pattern(_any("otherwise") + r"|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
-_SUMMED = _pattern(_any("total, sum, so, altogether, all, then, leaving, which, that, 共"))
+_HEDGED = _pattern(r"‹otherwise›|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
+_SUMMED = _pattern("‹total, sum, so, altogether, all, then, leaving, which, that, 共›")
 _ARROW = re.compile(r"\\(?:[Ll]ong)?[Rr]ightarrow|\\implies|\\therefore|[⇒→∴]")
 
 
@@ -444,7 +435,7 @@ _SIGN_BETWEEN = re.compile(  # 2 cups + 3
     r"\s*(?:times|plus|minus|choose|to the|percent of|(?:divided|multiplied) by|[^\d.,;:()]{0,30}[-+*/×÷=])\s*"
     r"|.*\s\(?[b-h]\)\s*"
 )
-_SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]") + "|[=:]")
+_SAID = _pattern("‹is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]›|[=:]")
 
 
 def _values(sentence: str) -> list[_Span]:
