@@ -84,15 +84,14 @@ _MARKER = _pattern(
 
 def _last_boxes(text: str) -> tuple[str | None, int]:
     """The contents of the last boxes, and where the last of them ends."""
-    contents, after, last_end = [], None, 0
+    contents, start, last_end = [], len(text), 0
     for box in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         end, inside = _box_contents(text, box.end())
-        if not inside or (after is not None and end > after):  # cut off, empty, or around the box just read
+        if not inside or end > start:  # cut off, empty, or around the box just read
             continue
-        if after is not None and not _BETWEEN_BOXES.fullmatch(text, end, after):
+        if contents and not _BETWEEN_BOXES.fullmatch(text, end, start):
             break
-        last_end = last_end or end
-        after = box.start()
+        start, last_end = box.start(), last_end or end
         contents.insert(0, inside)
     return ", ".join(contents) or None, last_end
 
