@@ -92,7 +92,7 @@ _SPELLINGS = {
     r"(frac|binom) ?(\d) ?(?=[\d{])": r"\1{\2}",  # LaTeX gives \frac12 one digit each
     r"((?:frac|binom)\{\d\})(\d)": r"\1{\2}",
     r"\b(\d+) (\d+) ?/ ?(\d+)\b": r"\1\\frac{\2}{\3}",
-    r"(?<![\w.^])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}": lambda match: (  # a mixed number
+    r"(?<![\w.^])(\d{1,3}(?:,\d{3})+|\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}": lambda match: (  # a mixed number
         match.expand(r"{\1+\\frac{\2}{\3}}") if int(match[2]) < int(match[3]) else match.group()
     ),
     r"(\d)[\u0304\u0305\u0307]|\\(?:overset|stackrel) ?\{ ?(?:\.|\\cdot) ?\} ?\{?(\d)\}?": r"\\dot{\1\2}",
@@ -173,11 +173,9 @@ _VERBS = "is|are|was|were|be|equal|make|have|has|had|get|earn|need|cost|pay|paid
 _SAID = re.compile(
     rf"(?!.*n['’]t)([^-\d\\$(.]*?)(?:\b(?:{_VERBS})s?|:)[\s:]*+((?![^\W\d_]).*)", re.DOTALL | re.IGNORECASE
 )
-_HEDGES = set(
-    """or nor and but not no never without except either neither if at than least most less about around over
+_HEDGES = """or nor and but not no never without except either neither if at than least most less about around over
     above under below between from up approximately almost nearly roughly plus minus negative root twice double triple
     half halves third thirds quarter quarters squared cubed factorial could might may can cannot wrong""".split()
-)
 _PARTS = re.compile(".*(?:four|fif|six|eigh|even|nin|ten|twelf|een|tie|red|sand|ion)ths?")
 _HAN_HEDGES = set("以多左右余或至约上下倍和与不非")
 _UNIT_SPELLINGS = """cm centimeter centimetre 厘米;mm millimeter millimetre 毫米;km kilometer kilometre 千米 公里
@@ -256,7 +254,7 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
 
 def _is_hedged(words: list[str]) -> bool:
     """Whether a value beside these words is another one, or not certain: `or more`, `thirds`."""
-    return not _HEDGES.isdisjoint(words) or any(map(_PARTS.fullmatch, words))
+    return not set(words).isdisjoint(_HEDGES) or any(map(_PARTS.fullmatch, words))
 
 
 def _letter_tokens(letters: str, follows_word: bool) -> list[str]:
