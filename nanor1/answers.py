@@ -128,9 +128,11 @@ def _after_a_marker(text: str) -> str | None:
         rest = text[marker.end() :][:MAX_SENTENCE_CHARS]
         line = rest.split("\n")[0]
         if marker.group()[0] == "#":  # a heading, where no answer follows at once
-            is_heading = re.match(r"\s*\d+[.)]\s+[A-Z]", line) or _REMARK.search(_prose(line))
-            answer = None if is_heading else _leading(_prose(line))
-            said = said or (_fall_back(line.strip()) if not text[marker.end() + len(line) :].strip() else None)
+            words = _prose(line)
+            is_heading = re.match(r"\d+[.)]\s+[A-Z]", words) or _REMARK.search(words)
+            answer = None if is_heading else _leading(words)
+            if not answer and not text[marker.end() + len(line) :].strip():
+                said = said or _fall_back(line.strip())
         else:
             bold = re.findall(r"\*\*([^*\n]+)\*\*", line)
             sentence = next(iter(_sentences(rest)), "")
@@ -427,6 +429,7 @@ _KINDS = {  # of words and formulas, brackets whole: the first that fits
     rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|]).*"
     r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b)).*": "M",
 }
+_KINDS = {re.compile(pattern, re.DOTALL): kind for pattern, kind in _KINDS.items()}
 _FACTORS = "(?:L(?=O[MLDmld])|[MD])(?:O[MLD]|M)*(?:O[mld]|m)?"
 _RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters in _values: one value
 _JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
@@ -471,7 +474,7 @@ def _end(sentence: str, span: _Span) -> int:
 def _kind(sentence: str, span: _Span, is_last: bool) -> str:
     end = _end(sentence, span)
     core, stops = sentence[span[0] : end], end < span[1]
-    kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, core, re.DOTALL)), "W")
+    kind = next((kind for pattern, kind in _KINDS.items() if pattern.fullmatch(core)), "W")
     if kind == "B":
         is_article = core in "AI" and not (stops or is_last or re.match(r"\s+(?:is|or|and)\b", sentence[end:]))
         is_name = core not in "ABCDEFGHIJ" or is_article or re.match(r"\s*[=<>+*/^]", sentence[end:])
