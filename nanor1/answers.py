@@ -4,16 +4,11 @@ It looks, after `</think>`, for `\boxed{}`, an `<answer>` block, GSM8K's `####`,
 "故选", and falls back on what the last sentence states. grading.py says whether it is the gold answer.
 
 No answer is cut out of something longer: what stands together in a sentence (9π, 2^10, (5, 18), 7:30, 3 hours 20
-minutes, more than 18, A or B) is found together. Choices, where tastes differ:
-- Below a box, a line "#### 18" or "Answer: C" has the last word; a letter may name what is in the box. An empty box is
-  none.
-- Behind four # stands an answer only if it starts with one. A "!" after a number is punctuation, but in a formula.
-- "about 18" says 18; "at least 18", "18+", "twice 9" and "5 or 18" say something else.
-- Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
-  ("because"), and what is stated before circumstances ("for 7 days").
-- What is said alike of two things ("the mean is 2 and the median is 4") is two values, of which neither is the answer.
-- Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says that the
-  answer cannot be known, states none.
+minutes, more than 18, A or B) is found together. "about 18" says 18; "at least 18", "twice 9" and "5 or 18" something
+else. Of a sentence without a marker a result counts ("= 18") before other numbers, a conclusion ("so") before reasons
+("because"), and what is stated before circumstances ("for 7 days"). Of "the mean is 2 and the median is 4" neither is
+the answer. Questions, offers, checks and code behind the answer do not count. A last sentence that breaks off, or says
+that the answer cannot be known, states none.
 """
 
 import functools
@@ -23,7 +18,7 @@ from nanor1 import latex
 
 MAX_TAIL_CHARS = 50_000  # of a response, from its end, that are searched for an answer
 MAX_BOXES = 16
-MAX_PHRASES = 6  # that say "the answer is", or lines behind ####
+MAX_MARKERS = 8  # that say "the answer is", or ####
 MAX_SENTENCE_CHARS = 500
 
 _Span = tuple[int, int]  # where a value starts and ends in a sentence
@@ -32,9 +27,9 @@ _Span = tuple[int, int]  # where a value starts and ends in a sentence
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer of a response as it is written there, or None where there is none.
 
-    Only text after the last `</think>` counts; thinking that never closes leaves no answer. Of several boxes the last
-    is the answer, unless only "and", "or" or commas stand between them: then it is their list. Below a box a line
-    "#### 18" or "Answer: C" has the last word. Only the last `MAX_TAIL_CHARS` characters are read.
+    Thinking that never closes leaves no answer. Of several boxes the last is the answer, unless only "and", "or" or
+    commas stand between them: then it is their list; an empty box is none. Below a box a line "#### 18" or "Answer: C"
+    has the last word; a letter may name what is in the box. Only the last `MAX_TAIL_CHARS` characters are read.
 
     >>> extract_answer(r"<think>so \boxed{1}?</think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -47,36 +42,23 @@ def extract_answer(text: str) -> str | None:
     if boxed:
         return _below_a_box(boxed, visible[end:])
     _, opened, block = visible.rpartition("</answer>")[0].rpartition("<answer>")
-    if opened:
-        return _in_a_block(block.strip())
-    return _after_hashes(visible) or _after_a_phrase(visible) or _fall_back(visible)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return the contents of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 5`, or None.
-
-    Boxes joined only by "and", "or" or commas come back as one list. A box cut off before its brace closes is ignored,
-    and so is one without a letter or digit.
-
-    >>> last_boxed(r"\boxed{1}, so \boxed{2} and \boxed{3}")
-    '2, 3'
-    """
-    return _last_boxes(text)[0]
+    text = block.strip() if opened else visible
+    return _after_a_marker(text) or _fall_back(text) or (text if opened else None) or None
 
 
 def unmarked(text: str) -> str:
     """Return an answer out of its box or from behind ####, in one spelling."""
     if "\\boxed" in text or "\\fbox" in text:
-        text = last_boxed(text[-MAX_TAIL_CHARS:]) or text
+        text = _last_boxes(text[-MAX_TAIL_CHARS:])[0] or text
     return latex.clean(text.rpartition("####")[2].strip())
 
 
-def _any(phrases: str) -> str:
-    """The pattern of any of the words or phrases between the commas; Chinese ones may stand beside other words."""
-    return rf"(?<![A-Za-z])(?:{'|'.join(phrases.split(', '))})(?![A-Za-z])"
+def _pattern(text: str) -> re.Pattern:
+    """Compile a pattern without its line breaks; ‹a, b› is either of the words, apart from other letters."""
+    text = re.sub("‹.*?›", lambda words: re.sub(r",\s+", "|", words.group()), text, flags=re.DOTALL)
+    text = text.replace("‹", "(?<![A-Za-z])(?:").replace("›", ")(?![A-Za-z])")
+    return re.compile(re.sub(r"\n\s*", "", text), re.IGNORECASE)
 
-
-_pattern = functools.partial(re.compile, flags=re.IGNORECASE)
 
 # ---------------------------------------------------------------- marked answers
 
@@ -89,34 +71,27 @@ _BETWEEN_BOXES = re.compile(
 # GSM8K's <<9*2=18>>, special tokens, the end of a proof
 _RESIDUE = re.compile(r"<<[^<>\n]{0,100}>>|<\|[^|>\n]{0,30}\|>|</s>|\$?\\(?:blacksquare|qed)\b\$?|[■∎]")
 _PLACEHOLDER = re.compile(r"(?:\\[cl]?dots|\\square|\\text|\W|_|(?:your |final )?answer(?: here)?)*", re.IGNORECASE)
-_HASHES = re.compile(rf"#{{4,}}([^\n]{{0,{MAX_SENTENCE_CHARS}}})")
-_LINE_BELOW_A_BOX = _pattern(
-    r"[\s*_>]*(?:#{4,}|(?:the )?(?:final |correct )?(?:answer|option)(?: is)?[\s*_]*[:：]|(?:the )?correct option is"
-    r"|[【\[]?答案[】\]]?[:：是为\s]*|故?选[:：]?)(.*)"
-)
-_PHRASE = re.compile(
-    # the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
-    r"(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
-    rf"(?:{_any('is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)')}|[:=：→—–]|(?=[$\\])|\n)"
-    r"[\s*_\"':：]*"
+_BEFORE_A_MARKER = _pattern(r"[\s*_>【\[故]*(?:the )?(?:final |correct )?")
+_MARKER = _pattern(
+    # ####; the answer is, answer: and the like, or "answer" as a heading; what is said of this answer is another thing
+    r"#{4,}|(?<![/\w])(?<!this )(?<!that )answer[\s*_\"']*"
+    r"(?:‹is, are, of, equals, becomes, (?:would|will|should|must) (?:be|equal)›|[:=：→—–]|(?=[$\\])|\n)[\s*_\"':：]*"
     r"|\b(?:choose|pick|select|go with|opt for|(?:choice|option)(?: is|:)|matches)\s+"
     rf"(?:option\s+|choice\s+)?(?={_LETTER})"
-    rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])",
-    re.IGNORECASE,
+    rf"|答案[*_]*(?:[】\]:：=为是选应]|\s)+|答[:：]|选(?:项|择)?[是为:：\s]*(?=[*({{\[]*[A-J])"
 )
 
 
 def _last_boxes(text: str) -> tuple[str | None, int]:
     """The contents of the last boxes, and where the last of them ends."""
-    contents, after, last_end = [], None, 0
+    contents, start, last_end = [], len(text), 0
     for box in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         end, inside = _box_contents(text, box.end())
-        if not inside or (after is not None and end > after):  # cut off, empty, or around the box just read
+        if not inside or end > start:  # cut off, empty, or around the box just read
             continue
-        if after is not None and not _BETWEEN_BOXES.fullmatch(text, end, after):
+        if contents and not _BETWEEN_BOXES.fullmatch(text, end, start):
             break
-        last_end = last_end or end
-        after = box.start()
+        start, last_end = box.start(), last_end or end
         contents.insert(0, inside)
     return ", ".join(contents) or None, last_end
 
@@ -137,8 +112,8 @@ def _box_contents(text: str, at: int) -> tuple[int, str | None]:
 
 def _below_a_box(boxed: str, below: str) -> str:
     for line in reversed(below.splitlines()[-20:]):
-        marked = _LINE_BELOW_A_BOX.match(line[:MAX_SENTENCE_CHARS])
-        answer = _leading(_prose(marked.group(1))) if marked else None
+        marker = _MARKER.match(line, _BEFORE_A_MARKER.match(line).end())
+        answer = _leading(_prose(line[marker.end() :][:MAX_SENTENCE_CHARS])) if marker else None
         if answer and re.fullmatch("[A-J]", answer) and len(re.sub(r"\\text\w*|\W", "", boxed)) > 1:
             return f"({answer}) {boxed}"  # the letter of what is in the box
         if answer:
@@ -146,68 +121,56 @@ def _below_a_box(boxed: str, below: str) -> str:
     return boxed
 
 
-def _in_a_block(block: str) -> str | None:
-    is_line = "\n" not in block and len(block) <= MAX_SENTENCE_CHARS
-    return (
-        (_leading(_prose(block)) if is_line else None) or _after_a_phrase(block) or _fall_back(block) or block or None
-    )
-
-
-def _after_hashes(text: str) -> str | None:
-    """What stands behind GSM8K's ####; with text below it, only an answer does: else it is a heading."""
-    lines = list(_HASHES.finditer(text))[-MAX_PHRASES:]
-    for words in (_prose(line.group(1)) for line in reversed(lines)):
-        if not re.match(r"\d+[.)]\s+[A-Z]", words) and not _REMARK.search(words) and (answer := _leading(words)):
-            return answer
-    if lines and not text[lines[-1].end() :].strip():
-        return _in_a_block(lines[-1].group(1).strip())
-    return None
-
-
-def _after_a_phrase(text: str) -> str | None:
-    """The answer behind the last "the answer is" that an answer follows; else the words behind the last."""
+def _after_a_marker(text: str) -> str | None:
+    """The answer behind the last #### or "the answer is" that an answer follows; else what is said behind the last."""
     said = None
-    for phrase in reversed(list(_PHRASE.finditer(text))[-MAX_PHRASES:]):
-        rest = text[phrase.end() : phrase.end() + MAX_SENTENCE_CHARS]
-        bold = re.findall(r"\*\*([^*\n]+)\*\*", rest.split("\n")[0])
-        if len(bold) == 1 and (answer := _leading(_prose(bold[0]))):
+    for marker in reversed(list(_MARKER.finditer(text))[-MAX_MARKERS:]):
+        rest = text[marker.end() :][:MAX_SENTENCE_CHARS]
+        line = rest.split("\n")[0]
+        if marker.group()[0] == "#":  # a heading, where no answer follows at once
+            words = _prose(line)
+            is_heading = re.match(r"\d+[.)]\s+[A-Z]", words) or _REMARK.search(words)
+            answer = None if is_heading else _leading(words)
+            if not answer and not text[marker.end() + len(line) :].strip():
+                said = said or _fall_back(line.strip())
+        else:
+            bold = re.findall(r"\*\*([^*\n]+)\*\*", line)
+            sentence = next(iter(_sentences(rest)), "")
+            answer = _leading(_prose(bold[0])) if len(bold) == 1 else None
+            if not answer and re.search(r"\bwait\b|\bactually\b", rest, re.IGNORECASE):
+                answer = _last_stated(rest)
+            if not answer and sentence:
+                answer = _leading(sentence) or (_fall_back(rest) if "\n" in marker.group() else _find(sentence))
+                said = said or (sentence if len(sentence.split()) <= 8 else None)
+        if answer:
             return answer
-        if re.search(r"\bwait\b|\bactually\b", rest, re.IGNORECASE) and (answer := _last_stated(rest)):
-            return answer
-        sentence = next(iter(_sentences(rest)), "")
-        is_heading = "\n" in phrase.group()
-        if sentence and (answer := _leading(sentence) or (_fall_back(rest) if is_heading else _find(sentence))):
-            return answer
-        said = said or (sentence if len(sentence.split()) <= 8 else None)
     return said or None
 
 
 # ---------------------------------------------------------------- a response without a marker
 
-_OFFER = re.compile(r"^.*" + _any("let me know, would you like, feel free"), re.IGNORECASE | re.MULTILINE)
-_CUT_OFF = re.compile(
-    _any("the, an?, of, to, and, we, is, are, has, for, by, with, from, than") + r"$|(?:\s[-+/×=]|\()$"
-)
+_OFFER = _pattern("(?m)^.*‹let me know, would you like, feel free›")
+_CUT_OFF = _pattern(r"‹the, (?-i:an?), of, to, and, we, is, are, has, for, by, with, from, than›$|(?:\s[-+/×=]|\()$")
 _REFUSAL = _pattern(
     r"\b(?:cannot|can['’]t|unable to|impossible to) (?:be (?:known|found|[a-z]+ed)|determine|solve|answer|tell|say)\b"
     "|not enough (?:information|data)|无法|没有说明|请补充"
 )
 _REMARK = _pattern(  # a sentence that states no answer: a check, a note, a wish, a part of it, a question
-    r"^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )"
-    + rf"|^\W*{_any('tip, note, sources?, 点睛, 点评')}|{_any('hope (?:this|that|it)')}"
-    + rf"|^{_any('of (?:these|those|them|which), (?:this|which) (?:matches|satisfies|agrees|makes sense)')}"
-    + rf"|^{_any('is, are, do, does, did, can, could, what, how, why, which, who')}.*\?$"
+    r"""^\W*(?:we can |let['’]?s |let us |let me |to )?(?:verif|check|double|confirm|indeed|compared? )
+    |^\W*‹tip, note, sources?, 点睛, 点评›|‹hope (?:this|that|it)›
+    |^‹of (?:these|those|them|which), (?:this|which) (?:matches|satisfies|agrees|makes sense)›
+    |^‹is, are, do, does, did, can, could, what, how, why, which, who›.*\?$"""
 )
 
 
 def _fall_back(text: str) -> str | None:
     """A response without a marker: all of it if it is an answer, else the choice it starts with or its last value."""
-    if len(text) <= 200 and "\n" not in text.strip():
-        whole = _prose(text)
-        if _is_value(whole) or (len(whole.split()) == 1 and latex.is_prose(unmarked(whole))):
-            return latex.trim(_undelimited(whole))
-    choice = _LEADING_CHOICES.match(_prose(text[:200]))
-    if choice and not choice.group("more") and (answer := _leading(_prose(text[:200].strip().split("\n")[0]))):
+    first = _prose(text[:200].strip().split("\n")[0])
+    is_whole = _is_value(first) or (len(first.split()) == 1 and latex.is_prose(unmarked(first)))
+    if is_whole and "\n" not in text.strip():
+        return latex.trim(_undelimited(first))
+    choice = _LEADING_CHOICES.match(first)
+    if choice and not choice.group("more") and (answer := _leading(first)):
         return answer
     text = text[-4 * MAX_SENTENCE_CHARS :]
     text = _OFFER.split(text)[0].rstrip("-*_# \n") or text
@@ -305,75 +268,50 @@ _ASIDE_IN_BRACKETS = re.compile(
     r"\s+\((?!or\b)[^()]*(?:[^\W\d_]{3}|[\u3400-\u9fff]|\d *[x×*] *\d|[=$%])[^()]*\)$"
 )  # 18 (eggs), 18 (3 x 6)
 _LIGHT = _pattern(  # adds nothing to the value that follows
-    "(?:(?:"
-    + _any(
-        "approximately, approx, about, around, roughly, simply, just, exactly, therefore, then, now, the, an?, total"
-        ", of, equals?, to, given by, number, value, option, choice, x, 约, 大约, 共, 为, 是"
-    )
-    + r")?[\s.:=~≈]*)*"
+    r"(?:‹approximately, about, around, just, the, an?, total, of, equals?, to, x, 约, 大约, 共, 为, 是›?[\s.:=~≈]*)*"
 )
-_NEGATION = _pattern(  # what follows is not the answer
-    _any(
-        "not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, eliminat[a-z]+, exclud[a-z]+"
-        ", rather than, instead of, 不是, 并非, 而非, 不选, 排除"
-    )
-    + r"(?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$"
+_NEGATION = _pattern(  # what follows is not the answer, or as in Step 2 and May 5 only a name
+    r"""‹not, [a-z]+n['’]t, cannot, never, anything but, no longer, rul(?:es?|ed|ing) out, (?:eliminat|exclud)[a-z]+,
+    rather than, instead of, 不是, 并非, 不选, 排除›
+    (?: (?:be|have|equal|get|need|cost|take))?[\s,:]*(?:the |option |choice |just |equal to )*$
+    |‹step, part, case, example, problem, question, solution, method, section, figure, 第›\s*$
+    |\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"""
 )
 _REJECTED = _pattern(
-    r"\s*(?:"
-    + _any("(?:is|are|was|were) (?:not|incorrect|wrong|false)")
-    + r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
+    r"\s*(?:‹(?:is|are|was|were) (?:not|incorrect|wrong|false)›"
+    r"|(?:[二两三四]?项|选项|都|均|\s)*(?:不正确|错)|\(?[^()]*舍去)"
 )
-_NUMBERED = _pattern(  # Step 2, May 5
-    _any("step, part, case, equation, example, problem, question, solution, method, section, chapter, figure, 第")
-    + r"\s*$|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)[a-z]*\.? $"
-)
-_ASIDE = _pattern(  # a reason or a comparison follows
-    "(?<!and )"
-    + _any(
-        r"since, because, given that, compared, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中"
-        r", including, not counting, consisting of, made up of, namely, (?:down|up) from, vs"
-        r", 当且仅当, 此时, (?<=,\s)当"
-    )
-    + r"|: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)"  # 12 fruits: 5 apples and 7 pears
-    + r"|(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"
+_ASIDE = _pattern(  # a reason or a comparison follows, or as in 12 fruits: 5 apples and 7 pears the parts
+    r"""(?<!and )‹since, because, indeed, where, of which, (?<=,\s)who(?:se)?, 因为, 由于, 其中, including,
+    not counting, consisting of, made up of, namely, (?:down|up) from, vs, 此时, (?<=,\s)当›
+    |: (?=[^=\d]*\d[\d.]*[^=\d]*(?:,|\band\b|\bat\b)[^=\d]*\d)
+    |(?<=,) (?=\S+ (?:of whom|of which|more than|fewer than|less than))"""
 )
 _CONCLUSION = _pattern(  # the answer follows, as it does behind a clause at the start: If he pays 5, ...
-    _any(
-        "so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?"
-        ", round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,"
-    )
-    + rf"|^{_any('if, since, as, when, after, because, given, assuming, between, in, for')}[^,]*,"
+    r"""‹so, thus, hence, therefore, leav(?:es|ing), mean(?:s|ing), for a total, becomes, gives?, yields?,
+    round(?:s|ed)?(?: up| down)? to, simplif(?:ies|y) to, 所以, 因此, 故, 当[^,]*,›
+    |^‹if, since, as, when, after, because, given, assuming, between, in, for›[^,]*,"""
 )
 _CIRCUMSTANCES = _pattern(  # what follows says when, where, how often, of what; not how many
-    "(?:"
-    + _any(
-        "(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until"
-        ", on(?: day)?, over, by, between, among, into, than, using, (?<!left )with"
-        ", after(?: [a-z]+ing)?, to [a-z]+(?: [^ ,]+){0,5}"
-        ", of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of"
-    )
-    + rf"|[\d.)$](?: \w+){{0,2}} of)(?: {_any('the[a-z]*, those, an?, all, each, every, her, his, its, year')})*\s*$"
+    r"""(?:‹(?<!results )(?<!resulting )in, for, at, when, from, per, every, before, within, during, until,
+    on(?: day)?, over, by, between, among, into, than, using, (?<!left )with, after(?: [a-z]+ing)?,
+    to [a-z]+(?: [^ ,]+){0,5}, of(?= (?:the|these|those|all|her|his|their|its) ), (?:each|out) of›
+    |[\d.)$](?: \w+){0,2} of)(?: ‹the[a-z]*, those, an?, all, each, every, her, his, its, year›)*\s*$"""
 )
-_PRICE = _pattern(_any("at, from, than, of, with, vs") + r"\.?(?: the| an?)?\s*$")
+_PRICE = _pattern(r"‹at, from, than, of, with, vs›\.?(?: the| an?)?\s*$")
 _QUALIFIER = _pattern(  # another value is meant than the one that follows
-    _any(
-        "(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?"
-        ", (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to"
-        ", minimum"
-        ", (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}"
-    )
-    + r"(?: or equal to)?\s*$"
+    r"""‹(?:[a-z]+ )?than, at (?:least|most), over, under, above, below, exceed[a-z]*, twice, double, half(?: of)?,
+    (?:root|thirds?|quarters?|fifths?|tenths?|multiple|power) of, divisible by, (?:raised|minutes|close) to, minimum,
+    (?<!round )(?<!rounds )(?<!rounded )up to, 超过, [大小多少]于, 至[少多][^0-9 ,]{0,4}›(?: or equal to)?\s*$"""
 )
 _QUALIFIED = _pattern(  # or than the one that stands in front
-    rf"\s*(?:\+|{_any('(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]')}"
-    r"|[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),"
-    r"|(?:more|less|fewer) than [\d$]"
-    r"|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d"
-    rf"|[^.]*{_any('otherwise, depending on')})"
+    r"""\s*(?:\+|‹(?:or|and) (?:more|less|fewer|greater|higher|above|below|up), at (?:least|most), 以[上下]›
+    |[多余来成]|的倍数|plus$|choose\b|\(?mod\b|squared\b|cubed\b|to the (?:power|\d)|,? (?:wait|no),
+    |(?:more|less|fewer) than [\d$]|\(?,?\s?(?:or|maybe|possibly|perhaps) (?:possibly |maybe |perhaps )?[-$]?\d
+    |[^.]*‹otherwise, depending on›)"""
 )
-_HEDGED = _pattern(_any("otherwise") + r"|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
-_SUMMED = _pattern(_any("total, sum, so, altogether, all, then, leaving, which, that, 共"))
+_HEDGED = _pattern(r"‹otherwise›|\bif\b[^\d]{0,60}\d[^.]{0,60}\bif\b")
+_SUMMED = _pattern("‹total, sum, so, altogether, all, then, leaving, which, that, 共›")
 _ARROW = re.compile(r"\\(?:[Ll]ong)?[Rr]ightarrow|\\implies|\\therefore|[⇒→∴]")
 
 
@@ -405,7 +343,8 @@ def _leading(words: str) -> str | None:
 
 def _find(sentence: str, only_leading: bool = False) -> str | None:
     """The value or choice that a sentence states; with `only_leading` the one that it starts with, if any."""
-    found = [span for span in _joined(sentence, _values(sentence)) if not _is_rejected(sentence, *span)]
+    found = _joined(sentence, _values(sentence))
+    found = [(a, b) for a, b in found if not _before(_NEGATION, sentence, a) and not _REJECTED.match(sentence, b)]
     if only_leading:
         found = [span for span in found[:1] if _LIGHT.fullmatch(sentence, 0, span[0])]
     else:
@@ -413,12 +352,6 @@ def _find(sentence: str, only_leading: bool = False) -> str | None:
     if found and _HEDGED.search(sentence):
         return sentence
     return _written(sentence, *found[-1]) if found else None
-
-
-def _is_rejected(sentence: str, start: int, end: int) -> bool:
-    """Whether it is said not to be the answer, or is only the number of a step."""
-    is_before = _before(_NEGATION, sentence, start) or _before(_NUMBERED, sentence, start)
-    return bool(is_before or _REJECTED.match(sentence, end))
 
 
 def _before(pattern: re.Pattern, sentence: str, at: int) -> re.Match | None:
@@ -434,13 +367,13 @@ def _main(sentence: str, found: list[_Span]) -> list[_Span]:
             found = after
             break
     main, computed = [], []
-    for start, end in found:
-        value = sentence[start:end]
-        is_money = re.match(r"[$€£¥][^$]*$", value) and not _before(_PRICE, sentence, start)
-        is_main = is_money or not _before(_CIRCUMSTANCES, sentence, start)
-        main += [(start, end)] * bool(is_main)
-        is_computed = "=" in sentence[:start].rstrip()[-1:] + value
-        computed += [(start, end)] * (is_computed and bool(is_main or _form(value) != "assignment"))  # not "at x = 2"
+    for span in found:
+        before, value = sentence[: span[0]].rstrip(), sentence[slice(*span)]
+        is_money = re.match(r"[$€£¥][^$]*$", value) and not _before(_PRICE, sentence, span[0])
+        if is_main := is_money or not _before(_CIRCUMSTANCES, sentence, span[0]):
+            main.append(span)
+        if "=" in before[-1:] + value and (is_main or _form(value) != "assignment"):  # not "at x = 2"
+            computed.append(span)
     stated = computed or main or found
     if len(stated) > 1 and _are_alike(sentence, *stated[-2:]):
         return [(stated[-2][0], stated[-1][1])]
@@ -452,8 +385,8 @@ def _are_alike(sentence: str, first: _Span, second: _Span) -> bool:
     between = sentence[first[1] : second[0]]
     if not re.search(r"\b(?:and|while|but)\b|[,;]", between) or _SUMMED.search(between):
         return False
-    before = [re.search(r"([\u3400-\u9fff]|(?<![^\W\d_])[A-Za-z]+)\W*$", sentence[:at]) for at in (first[0], second[0])]
-    words = [word[1] if word else "" for word in before]
+    ends = [re.search(r"([\u3400-\u9fff]|(?<![^\W\d_])[A-Za-z]+)\W*$", sentence[:at]) for at in (first[0], second[0])]
+    words = [end[1] if end else "" for end in ends]
     is_one_verb = words[0] == words[1] != "" and not re.fullmatch("at|in|on|to|from|by|of|after|with", words[0])
     is_for_each = all(re.match(r"[^.,\d]*? for\b", sentence[at:]) for at in (first[1], second[1]))
     are_names = all(word[:1].isupper() for word in words) and re.fullmatch(r"\s*[,;]?(?: and)? [A-Z]\w+ ", between)
@@ -464,10 +397,12 @@ def _are_alike(sentence: str, first: _Span, second: _Span) -> bool:
 def _written(sentence: str, start: int, end: int) -> str:
     """The value there as it is written, with its unit or "more than"; of a calculation the result: 7 of 10 - 3 = 7."""
     qualifier, qualified = _before(_QUALIFIER, sentence, start), _QUALIFIED.match(sentence, end)
-    start, end = qualifier.start() if qualifier else start, qualified.end() if qualified else _with_unit(sentence, end)
-    stated = re.sub(
-        _FORMULA, lambda found: _undelimited(found.group()), latex.trim(sentence[start:end]), flags=re.DOTALL
-    )
+    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?(]+)").match(sentence, end)
+    has_unit = unit and _is_measure(unit.group(1))
+    start = qualifier.start() if qualifier else start
+    end = qualified.end() if qualified else unit.end() if has_unit else end
+    stated = latex.trim(sentence[start:end])
+    stated = re.sub(_FORMULA, lambda found: _undelimited(found.group()), stated, flags=re.DOTALL)
     stated = latex.trim(_ARROW.split(stated)[-1].lstrip("= "))
     left, _, right = stated.rpartition("=")
     has_names = re.search(r"(?<![^\W\d_])[^\W\d_](?![^\W\d_])|\\", re.sub(r"(?<=\d) ?[xX] ?(?=[\d$])", "*", left))
@@ -476,46 +411,39 @@ def _written(sentence: str, start: int, end: int) -> str:
     return re.sub(r"^\(([A-J])\)$|(?<=\d)-[A-Za-z]{2}.*", r"\1", stated)
 
 
-def _with_unit(sentence: str, end: int) -> int:
-    unit = re.compile(r"\s*([百千]?[万亿]|[^\s,.;:!?(]+)").match(sentence, end)
-    return unit.end() if unit and _is_measure(unit.group(1)) else end
-
-
 # ---------------------------------------------------------------- the values in a sentence
 
 _PIECE = re.compile(rf"{_FORMULA}|\S+", re.DOTALL)
-_OPERATORS = set("+ - − – = < > ≤ ≥ × * · ÷ / ^ ± ≈ ∪ ∈ : → & \\\\".split())
 _FUNCTION = "sin|cos|tan|log|ln|exp|sqrt"
-_MATH = re.compile(
-    r"[-+−–±=<>≤≥]?[(\[{|]*[-+−–±~≈]?(?:[$€£¥₹]\s?[-−]?)?"
-    rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|])"
-    r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b))"
-)
 _BARE_WORD = re.compile(rf"(?<![\\A-Za-z{{])(?!(?:{_FUNCTION}|pi|or|and)\b)[^\W\d_]{{2,}}")
 _WORDS_FIRST = re.compile(rf"[^\d\\$(\[{{=]*?{_BARE_WORD.pattern}(?![^\W\d_])(?!\s*[-=+*/^(_])")
+_KINDS = {  # of words and formulas, brackets whole: the first that fits
+    r"[-+−–=<>≤≥×*·÷/^±≈∪∈:→&]|\\\\": "O",  # an operator
+    r"(?:\$\$?|\\[(\[])\W*[A-Za-df-hj-z]\W*": "L",  # a letter, but e and i are values
+    rf"{_FORMULA}|[$€£¥]\d.*": "D",
+    r"\([A-J]\)": "C",  # a choice in brackets
+    r"[A-Za-zα-ω]": "B",  # a letter that may be a choice
+    r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}.*": "H",  # as in "a 5-day trip"
+    rf"\([\d.]+ ?\\?%\)|[(\[{{].*?{_BARE_WORD.pattern}.*": "W",  # a word, or said again: 17/50 (34%)
+    r"[-+−–±=<>≤≥]?[(\[{|]*[-+−–±~≈]?(?:[$€£¥₹]\s?[-−]?)?"  # mathematics
+    rf"(?:\d|\.\d|[√π∞∅%°$]|(?:{_FUNCTION}|infinity)(?![a-z])|\\[A-Za-z(\[{{$%|]).*"
+    r"|[-+−±]?[(\[{|]*[-−]?[A-Za-zα-ωΑ-Ω](?:[\^_=<>+*/(!|≤≥]|[-−](?:\d|\w\b)).*": "M",
+}
+_KINDS = {re.compile(pattern, re.DOTALL): kind for pattern, kind in _KINDS.items()}
 _FACTORS = "(?:L(?=O[MLDmld])|[MD])(?:O[MLD]|M)*(?:O[mld]|m)?"
-_RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters of _tokens: one value
+_RUN = f"^O{_FACTORS}|{_FACTORS}|[mdCc]"  # of the letters in _values: one value
 _JOINED = re.compile(r"(?:\s*[^\s,.;]+)?[\s,]*(?:\b(?P<or>and/or|or)\b|\band\b|[&/]|或者?|和|与|以及)\s*")
 _SIGN_BETWEEN = re.compile(  # 2 cups + 3
     r"\s*(?:times|plus|minus|choose|to the|percent of|(?:divided|multiplied) by|[^\d.,;:()]{0,30}[-+*/×÷=])\s*"
+    r"|.*\s\(?[b-h]\)\s*"
 )
-_SAID = _pattern(_any("is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]") + "|[=:]")
+_SAID = _pattern("‹is, are, was, were, be, has, have, had, gets?, needs?, between, both, of, [是为有]›|[=:]")
 
 
 def _values(sentence: str) -> list[_Span]:
-    """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice."""
-    spans, kinds = _tokens(sentence)
-    for pattern in (_RUN, "[Hh]", "[Bb]"):
-        if runs := list(re.finditer(pattern, kinds)):
-            return [(spans[run.start()][0], _end(sentence, spans[run.end() - 1])) for run in runs]
-    return []
+    """The spans of mathematics; without any, the 5 of "a 5-day trip", or a letter that may be a choice.
 
-
-def _tokens(sentence: str) -> tuple[list[_Span], str]:
-    """The spans of words and formulas, brackets whole; and a letter for the kind of each, small where it ends a clause.
-
-    M mathematics, O an operator, L a letter, B one that may be a choice, C a choice in brackets, W a word,
-    D dollars or a whole formula, H as in "a 5-day trip".
+    They are found as runs of letters that stand for `_KINDS` of words and formulas, small at a clause's end.
     """
     spans, are_closed = [], _n_open(sentence) <= 0
     for start, end in (piece.span() for piece in _PIECE.finditer(sentence)):
@@ -524,7 +452,11 @@ def _tokens(sentence: str) -> tuple[list[_Span], str]:
         else:
             spans.append((start, end))
     kinds = "".join(_kind(sentence, span, i + 1 == len(spans)) for i, span in enumerate(spans))
-    return spans, re.sub("(?<=M)[LB](?=[Mm])", "O", kinds)  # 3 x 4
+    kinds = re.sub("(?<=M)[LB](?=[Mm])", "O", kinds)  # 3 x 4
+    for pattern in (_RUN, "[Hh]", "[Bb]"):
+        if runs := list(re.finditer(pattern, kinds)):
+            return [(spans[run.start()][0], _end(sentence, spans[run.end() - 1])) for run in runs]
+    return []
 
 
 def _n_open(text: str) -> int:
@@ -540,34 +472,23 @@ def _end(sentence: str, span: _Span) -> int:
 
 
 def _kind(sentence: str, span: _Span, is_last: bool) -> str:
-    start, end = span[0], _end(sentence, span)
-    core = sentence[start:end]
-    stops = end < span[1]
-    if core in _OPERATORS:
-        kind = "O"
-    elif re.fullmatch(_FORMULA, core, re.DOTALL) or re.match(r"[$€£¥]\d", core):
-        kind = "L" if re.fullmatch(r"\W*[A-Za-df-hj-z]\W*", core) else "D"  # e and i are values
-    elif re.fullmatch(r"\([A-J]\)", core):
-        kind = "C"
-    elif re.fullmatch(r"[A-Za-zα-ω]", core):
+    end = _end(sentence, span)
+    core, stops = sentence[span[0] : end], end < span[1]
+    kind = next((kind for pattern, kind in _KINDS.items() if pattern.fullmatch(core)), "W")
+    if kind == "B":
         is_article = core in "AI" and not (stops or is_last or re.match(r"\s+(?:is|or|and)\b", sentence[end:]))
-        kind = "B" if core in "ABCDEFGHIJ" and not is_article and not re.match(r"\s*[=<>+*/^]", sentence[end:]) else "L"
-    elif re.match(r"[$€£¥]?[\d.,]*\d-[A-Za-z]{2}", core):
-        kind = "H"
-    elif re.fullmatch(r"\([\d.]+ ?\\?%\)", core):  # said again: 17/50 (34%)
-        kind = "W"
-    elif _MATH.match(core) and not (core[0] in "([{" and _BARE_WORD.search(core)):
-        kind = "M"
-    else:
-        kind = "W"
+        is_name = core not in "ABCDEFGHIJ" or is_article or re.match(r"\s*[=<>+*/^]", sentence[end:])
+        kind = "L" if is_name else "B"
     return kind.lower() if stops else kind
 
 
 def _joined(sentence: str, found: list[_Span]) -> list[_Span]:
-    """Values that are said as one: 5 or 18; 2, 3 and 5; 3 hours 20 minutes."""
+    """Values that are said as one: 5 or 18; 2, 3 and 5; 3 hours 20 minutes; not again: 60 cm (0.6 m), 1/36, or 2.8%."""
     joined, last = [], None
     for span in found:
-        if last and _is_said_again(sentence[last[1] : span[0]], sentence[slice(*span)]):
+        between = sentence[last[1] : span[0]] if last else ""
+        is_in_brackets = sentence[span[0]] == "(" and re.fullmatch(r"\s+[^\W\d]+\.? ", between)
+        if is_in_brackets or re.fullmatch(r",? or (?:about|approximately|roughly) ", between):
             continue
         if last and _belongs_to(sentence, joined[-1][0], last, span):
             joined[-1] = joined[-1][0], span[1]
@@ -577,23 +498,14 @@ def _joined(sentence: str, found: list[_Span]) -> list[_Span]:
     return joined
 
 
-def _is_said_again(between: str, value: str) -> bool:
-    """Whether it is the value before, as in 60 centimeters (0.6 m), or 1/36, or about 2.78%."""
-    is_in_brackets = value[0] == "(" and re.fullmatch(r"\s+[^\W\d]+\.? ", between)
-    return bool(is_in_brackets or re.fullmatch(r",? or (?:about|approximately|roughly) ", between))
-
-
 def _belongs_to(sentence: str, first: int, last: _Span, span: _Span) -> bool:
     """Whether a value is part of the one that starts at `first` and ends with the part `last`."""
     between = sentence[last[1] : span[0]]
     unit = re.fullmatch(r"\s*([^\s,.;:]+),?\s+(?:and\s+)?", between)
-    is_range = between == " to " and not re.search(r"\b(?:from|by|up|down|add|adding)\W*$", sentence[:first])
-    if (
-        is_range
-        or re.search(r"\s\(?[b-h]\)\s*$", between)
-        or _SIGN_BETWEEN.fullmatch(between)
-        or (unit and (_is_measure(unit[1]) or re.fullmatch(_CJK + "{1,2}", unit[1])))
-    ):
+    if unit and (_is_measure(unit[1]) or re.fullmatch(_CJK + "{1,2}", unit[1])):
+        return True
+    is_change = re.search(r"\b(?:from|by|up|down|add|adding)\W*$", sentence[:first])
+    if _SIGN_BETWEEN.fullmatch(between) or (between == " to " and not is_change):
         return True
     forms = {_form(sentence[slice(*last)]), _form(sentence[slice(*span)])}
     if len(forms) > 1 or forms == {"statement"}:  # a result and a further one
@@ -628,4 +540,4 @@ def _is_measure(word: str) -> bool:
     node = latex.parse(unmarked("1 " + word)) if len(word) <= 20 and word not in ("in", "per") else None
     if node is None or node[0] == "unit":
         return node is not None and latex.is_known_unit(node[2])
-    return node[0] != "relation" and not latex.contains(node, latex.VARIABLES)
+    return node[0] != "relation" and not latex.variables(node)

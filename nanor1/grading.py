@@ -4,30 +4,29 @@ r"""Is this answer that answer? Compare two answers as mathematics.
 of `numeric`. What they cannot read is compared as a string. `extract_answer` (answers.py) finds the answer in a text.
 
 Choices, where tastes differ:
-- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both, as they are within 5%.
-  0.\overline{3}, 0.\dot{3} and 0.333..., a block at least three times, repeat.
-- A percentage p% is p/100; it equals p as well, since a unit may be left out.
-- A unit or currency missing on one side is forgiven, also the `per hour` of money; two different known ones are not,
-  but lengths, times, weights, volumes and money convert: 100 cm is 1 m. Plain `60 m` is a product, or else metres.
-- `3 hours 20 minutes` is one quantity; without a unit it is 200 or 10/3. `1.2 million` is 1,200,000, 2 dozen
-  are 24, or 2; k and M are variables. Digits in groups of three, by spaces of any width, are one number.
+- Decimals are exact: 0.33 is not 1/3, but `\frac{1}{3} \approx 0.33` equals both, as they are within 5%, and
+  0.\overline{3} and 0.333... repeat. Unevaluated arithmetic counts: `2 \cdot 3` equals 6.
+- p% equals p/100, and p as well, since a unit may be left out on one side, also the `per hour` of money; two different
+  known ones are unequal, but lengths, times, weights, volumes and money convert. Plain `60 m` is a product, or metres.
+- `3 hours 20 minutes` is one quantity; without a unit it is 200 or 10/3. 2 dozen are 24, or 2; k and M are variables.
 - Words before a value that end in a colon or a verb such as "is" or "makes" add nothing, unless they hedge ("at least",
   "not", "half of"); hedged values (18+, "18 or more") equal no number.
 - `x = 5` equals `5`, and `x \in [0, 1]` equals `[0, 1]`, where one side is only a name. A number may be said of two
   names or more as well, `m + n = 45`, or of |z| or cos A; not of the unknowns x, y, z, nor is 9 said of n in `3n = 9`.
-- `x \ne 0` is the reals without 0, which is a union of intervals.
 - Sets and lists without brackets have no order; tuples, intervals and matrices have. `[0, 1)` is not `(0, 1)`.
 - Ratios are reduced, but 12:30 and 6:15, two digits at the end, may be times, and `2 to 4` a range.
 - A choice with its text or value, `(B) 17` or `B: heat flows`, equals B, and 17 too. Two of them need the same letter,
   and the same value where both give one. `A = 5` is no choice.
-- Text is compared without case or a leading article, a choice without case. `\log` is the natural logarithm, `i` and
-  `e` are constants, `C(5, 2)` and `C_5^2` binomial coefficients.
+- Text is compared without case or a leading article. `\log` is the natural logarithm, `i` and `e` are constants.
 - The one asymmetry: a gold with a base, `12_5`, is met by `12` (not by `7`); a gold `12` is not met by `12_5`.
-- Unevaluated arithmetic counts: `2 \cdot 3` equals 6. A task that forbids this has to look at the answer's form.
 """
 
+import functools
+import itertools
 import math
+import operator
 import re
+from fractions import Fraction
 
 from nanor1 import latex
 from nanor1.answers import extract_answer, labelled, unmarked
@@ -38,13 +37,16 @@ __all__ = ["extract_answer", "is_worked_out", "math_equal"]
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
 _CHOICES = re.compile(r"[\s({]*[A-J](?:(?:[\s,(){}]|and)*[A-J])+[\s)}]*")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+_ORDERS = {"<": operator.lt, ">": operator.gt, r"\le": operator.lt, r"\ge": operator.gt, r"\ne": operator.ne}
+_SETS = {"bracket", "union", "without", "list", "relation"}  # that may hold numbers
+_INFINITE = real(Fraction(2**5000))  # beyond what numeric.py counts to
 
 
 def math_equal(answer: str | None, gold: str) -> bool:
     r"""Return whether an answer means the same as the gold answer; never raises, and False for an empty answer.
 
     Either may be bare, between dollars, in a `\boxed{}` or at the end of a solution that boxes it or ends in `####`.
-    The module's docstring lists what counts as the same. Symmetric but for bases: a gold `12_5` is met by `12`.
+    The module's docstring lists what counts as the same.
 
     >>> math_equal(r"\frac{\sqrt{8}}{2}", "sqrt(2)"), math_equal("[0, 1)", "(0, 1)")
     (True, False)
@@ -68,7 +70,8 @@ def math_equal(answer: str | None, gold: str) -> bool:
 def is_worked_out(answer: str) -> bool:
     """Return whether an answer is no sum that is left to do: 18, $18 and 2 1/2 are none, 47 + 85 and 36/2 are."""
     sides = labelled(unmarked(answer))[1].split(r"\approx")
-    return all(_is_worked_out(latex.parse(latex.spell_units(side))) for side in sides if not _is_name(side))
+    nodes = [latex.parse(latex.spell_units(side)) for side in sides]
+    return all(latex.is_name(node) or _is_worked_out(node) for node in nodes)
 
 
 def _is_worked_out(node: tuple | None) -> bool:
@@ -84,14 +87,9 @@ def _is_worked_out(node: tuple | None) -> bool:
     return node is None or node[0] == "num" or node[0] not in latex.SCALARS
 
 
-def _is_name(text: str) -> bool:
-    node = latex.parse(text)
-    return node is not None and latex.is_name(node)
-
-
 def _exact_and_rounded(text: str) -> list[str]:
     r"""The two sides of `\frac{1}{3} \approx 0.33`; else, or where they are not within 5%, the last."""
-    sides = [side for side in text.split(r"\approx") if side.strip() and not _is_name(side)]
+    sides = [side for side in text.split(r"\approx") if side.strip() and not latex.is_name(latex.parse(side))]
     nodes = [latex.parse(side) for side in sides]
     values = samples(*map(_meaning, nodes)) if len(nodes) == 2 and all(nodes) else []
     are_close = values and all(abs(real(a) - real(b)) <= 0.05 * abs(real(a)) for a, b in values)
@@ -105,94 +103,44 @@ def _same_content(answer: str, gold: str) -> bool:
     choices = [_CHOICES.fullmatch(latex.unstyled(text)) and re.findall("[A-J]", text) for text in (answer, gold)]
     if all(choices):  # A, C is AC
         return sorted(choices[0]) == sorted(choices[1])
-    if latex.is_prose(latex.plain_words(answer)) and latex.plain_words(answer) == latex.plain_words(gold):
+    words = [latex.plain_words(text) for text in (answer, gold)]
+    if latex.is_prose(words[0]) and words[0] == words[1]:
         return True
     if latex.is_prose(answer) or latex.is_prose(gold):
         return False
     are_lists = "," in answer and "," in gold and not re.search(r",\s*0\d", answer + gold)
-    readings = [(answer, gold, grouped) for grouped in ((True, False) if are_lists else (True,))]
     spelled = latex.spell_units(answer), latex.spell_units(gold)
-    readings += [(*spelled, True)] if spelled != (answer, gold) else []
     # beside a list "100,200" may be one too, "2,048" not; "60 m" is a product, or else metres
-    return any(_same_parsed(latex.parse(a, grouped), latex.parse(b, grouped)) for a, b, grouped in readings)
-
-
-def _same_parsed(answer: tuple | None, gold: tuple | None) -> bool:
-    if answer is None or gold is None:
-        return False
-    return _same(answer, gold) or (gold[0] == "base" and answer == latex.number(gold[1]))
+    readings = [(answer, gold, True)] + [(answer, gold, False)] * are_lists + [(*spelled, True)]
+    nodes = [(latex.parse(a, grouped), latex.parse(b, grouped)) for a, b, grouped in dict.fromkeys(readings)]
+    return any(
+        _same(a, b) or (b[0] == "base" and a == latex.number(b[1])) for a, b in nodes if a is not None and b is not None
+    )
 
 
 def _same(a: tuple, b: tuple) -> bool:
     """Whether two parsed answers, or parts of them, are the same."""
-    if a == b or (a[0] == b[0] == "relation" and _same_relation(a, b)):
+    kinds = a[0], b[0]
+    if a == b or (kinds == ("relation", "relation") and _same_relation(a, b)):
         return True
-    a, b = _pieces(a), _pieces(b)
-    if "compound" in (a[0], b[0]):
-        return any(_same(form, other) for form in _forms(a) for other in _forms(b))
-    if "relation" in (a[0], b[0]):
-        meanings = _meaning(a), _meaning(b)
-        return meanings != (a, b) and not _are_unlike_equations(a, b) and _same(*meanings)
-    if {a[0], b[0]} <= latex.SCALARS | {"unit"}:
+    if "compound" in kinds:
+        forms = [node[1] if node[0] == "compound" else (node,) for node in (a, b)]
+        return any(_same(form, other) for form in forms[0] for other in forms[1])
+    if set(kinds) <= latex.SCALARS | {"unit"}:
         return _same_quantity(a, b)
-    return _same_structure(a, b) or _same_structure(b, a)
-
-
-def _forms(node: tuple) -> tuple:
-    return node[1] if node[0] == "compound" else (node,)
-
-
-def _pieces(node: tuple) -> tuple:
-    r"""The union of intervals that is left of intervals without some points; other nodes as they are.
-
-    `x \ne 1, x \ne 2` are the real numbers without two.
-    """
-    match node:
-        case ("relation", name, r"\ne", point) if latex.is_name(name):
-            whole, points = [latex.REALS], [point]
-        case ("list", (("relation", name, *_), *_) as items) if latex.is_name(name):
-            points = [item[3] for item in items if item[:3] == ("relation", name, r"\ne")]
-            if len(points) + (("relation", name, r"\in", latex.REALS) in items) < len(items):
-                return node
-            whole = [latex.REALS]
-        case ("without", ("bracket", *_) | ("union", _) as left, ("set", points)):
-            whole = left[1] if left[0] == "union" else [left]
-        case _:
-            return node
-    if len(points) > 8:
-        return node
-    for point in points:
-        whole = [left for piece in whole for left in _split(piece, point)]
-    return ("union", tuple(whole)) if len(whole) > 1 else whole[0]
-
-
-def _split(piece: tuple, point: tuple) -> list[tuple]:
-    """An interval without one point: two, or one that is open at this end, or itself."""
-    if piece[0] != "bracket" or len(piece[2]) != 2:
-        return [piece]
-    _, opening, (low, high), closing = piece
-    below, above = _is_below(low, point), _is_below(point, high)
-    if below and above:
-        return [("bracket", opening, (low, point), ")"), ("bracket", "(", (point, high), closing)]
-    opening = opening if below or _is_below(point, low) else "("
-    closing = closing if above or _is_below(high, point) else ")"
-    return [("bracket", opening, (low, high), closing)]
-
-
-def _is_below(a: tuple, b: tuple) -> bool:
-    if ("neg", latex.INFINITY) == a or latex.INFINITY == b:
+    if _same_structure(a, b) or _same_structure(b, a):
         return True
-    gaps = [real(x) - real(y) for x, y in samples(a, b)]
-    return any(gap.imag == 0 and gap.real < 0 for gap in gaps)
+    if kinds != ("bracket", "bracket") and {*kinds} <= _SETS and _same_numbers(a, b):
+        return True
+    meanings = _meaning(a), _meaning(b)
+    return meanings != (a, b) and not _are_unlike_equations(a, b) and _same(*meanings)
 
 
 def _same_structure(a: tuple, b: tuple) -> bool:
     match a, b:
         case ("bracket", opening, items, closing), ("bracket", other_opening, others, other_closing):
             return (opening, closing) == (other_opening, other_closing) and _same_items(items, others)
-        case ("time", items), ("time", others):
-            return _same_items(items, others)
-        case ("range", items), ("range" | "ratio", others):
+        case (("time", items), ("time", others)) | (("range", items), ("range" | "ratio", others)):
             return _same_items(items, others)
         case ("ratio", (*items, last)), ("ratio" | "time", (*others, other_last)):
             shares = [[("mul", x, ("inv", end)) for x in xs] for xs, end in ((items, last), (others, other_last))]
@@ -200,9 +148,13 @@ def _same_structure(a: tuple, b: tuple) -> bool:
         case ("matrix", rows), ("matrix", others):
             return len(rows) == len(others) and all(map(_same_items, rows, others))
         case (("list" | "set", items), ("list" | "set", others)) | (("union", items), ("union", others)):
-            return _same_unordered(items, others)
-        case ("list", items), ("union", others):  # x < 1 or x > 4
-            return all(item[0] == "relation" for item in items) and _same_unordered(items, others)
+            left = list(others)
+            for item in items:  # each is struck out against one equal item of the others
+                found = next((at for at, other in enumerate(left) if _same(item, other)), None)
+                if found is None:
+                    return False
+                del left[found]
+            return not left
         case ("list", items), ("bracket", "(", others, ")"):  # x = 3, y = 2
             values = latex.assigned_values(items)
             return values is not None and _same_items(values, others)
@@ -215,19 +167,10 @@ def _same_items(items: tuple, others: tuple) -> bool:
     return len(items) == len(others) and all(map(_same, items, others))
 
 
-def _same_unordered(items: tuple, others: tuple) -> bool:
-    """Each item is struck out against one equal item of the others, and none is left."""
-    left = list(others)
-    for item in items:
-        found = next((at for at, other in enumerate(left) if _same(item, other)), None)
-        if found is None:
-            return False
-        del left[found]
-    return not left
-
-
 def _same_quantity(a: tuple, b: tuple) -> bool:
-    (a, unit), (b, other_unit) = _measured(a), _measured(b)
+    (a, unit), (b, other_unit) = [
+        node[1:] if node[0] == "unit" else (node, node[0] if node[0] == "percent" else "") for node in (a, b)
+    ]
     if (unit, other_unit) in (("cent", ""), ("", "cent")):  # 75 cents are 75, or 0.75
         cents, dollars = (a, b) if unit else (b, a)
         if _same_scalar(("mul", cents, latex.number("0.01")), dollars):
@@ -242,26 +185,18 @@ def _same_quantity(a: tuple, b: tuple) -> bool:
     return as_written or _same_scalar(a, b)
 
 
-def _measured(node: tuple) -> tuple[tuple, str]:
-    if node[0] == "unit":
-        return node[1], node[2]
-    return node, node[0] if node[0] == "percent" else ""
-
-
 def _same_scalar(a: tuple, b: tuple) -> bool:
     values = samples(a, b)
     return bool(values) and all(is_close(x, y) for x, y in values)
 
 
+# ---------------------------------------------------------------- relations
+
+
 def _same_relation(a: tuple, b: tuple) -> bool:
     """Whether left minus right is the same, but for a constant factor that keeps the direction."""
-    sides = (*a[1::2], *b[1::2])
-    if (
-        len(a) != 4
-        or len(b) != 4
-        or not {side[0] for side in sides} <= latex.SCALARS
-        or not latex.contains(a, latex.VARIABLES)
-    ):
+    are_scalar = len(a) == len(b) == 4 and {side[0] for side in (*a[1::2], *b[1::2])} <= latex.SCALARS
+    if not are_scalar or _is_constant(a):
         return len(a) == len(b) and a[2::2] == b[2::2] and all(map(_same, a[1::2], b[1::2]))
     if b[2] not in (a[2], _FLIPPED.get(a[2])):
         return False
@@ -277,7 +212,7 @@ def _are_unlike_equations(a: tuple, b: tuple) -> bool:
     if a[0] != b[0] or a[2] != "=" or b[2] != "=":
         return False
     subjects = [latex.variables(tuple(filter(_is_subject, relation[1::2]))) for relation in (a, b)]
-    return not latex.contains((a, b), latex.VARIABLES) or subjects[0] != subjects[1]
+    return _is_constant((a, b)) or subjects[0] != subjects[1]
 
 
 def _is_subject(node: tuple) -> bool:
@@ -291,57 +226,82 @@ def _is_subject(node: tuple) -> bool:
 
 
 def _meaning(node: tuple) -> tuple:
-    """What a relation says about its name: `x = 5` says 5, `x in S` says S, `0 < x < 1` says the interval (0, 1)."""
+    """What a relation says about its name: `x = 5` says 5, `x in S` says S; other nodes as they are."""
     if node[0] != "relation":
         return node
-    sides, signs = list(node[1::2]), list(node[2::2])
-    if all(side[0] == "sym" and side[1].isupper() for side in sides):  # A = B names two choices
+    sides, signs = node[1::2], {*node[2::2]}
+    if signs == {r"\in"} and len(sides) == 2 and latex.is_name(sides[0]):
+        return sides[1]
+    are_choices = all(side[0] == "sym" and side[1].isupper() for side in sides)  # A = B names two
+    if signs != {"="} or are_choices:
         return node
-    if set(signs) == {"="}:
-        is_turned = latex.is_name(sides[-1]) or (_is_constant(sides[0]) and not _is_constant(sides[-1]))
-        *said, value = sides[::-1] if is_turned else sides
-        if _is_constant(value):
-            is_said = value[0] in ("matrix", "bracket") or any(map(_is_subject, said)) or all(map(_is_constant, said))
-            return value if is_said else node
-        if {side[0] for side in sides} <= latex.SCALARS and all(_same_scalar(side, value) for side in said):
-            return value  # (x + 1)^2 = x^2 + 2x + 1
+    is_turned = latex.is_name(sides[-1]) or (_is_constant(sides[0]) and not _is_constant(sides[-1]))
+    *said, value = sides[::-1] if is_turned else sides
+    if _is_constant(value):
+        is_said = value[0] in ("matrix", "bracket") or any(map(_is_subject, said)) or all(map(_is_constant, said))
+    elif {side[0] for side in sides} <= latex.SCALARS and all(_same_scalar(side, value) for side in said):
+        is_said = True  # (x + 1)^2 = x^2 + 2x + 1
+    else:
         has_name = any(map(latex.is_name, said))
-        is_named = all(latex.is_name(side) or _is_constant(side) or _same(side, value) for side in said)
-        return value if has_name and is_named else node
-    if signs == [r"\in"]:
-        return sides[1] if latex.is_name(sides[0]) else node
-    return _interval(sides, signs) or node
+        is_said = has_name and all(latex.is_name(side) or _is_constant(side) or _same(side, value) for side in said)
+    return value if is_said else node
 
 
 def _is_constant(node: tuple) -> bool:
-    return not latex.contains(node, latex.VARIABLES)
+    return not latex.variables(node)
 
 
-def _interval(sides: list[tuple], signs: list[str]) -> tuple | None:
-    r"""The interval of `1 < x`, `x \le 2` or `1 < x \le 2`, for |x| perhaps a union of two; None for anything else."""
-    sides, signs = _bounds(sides, signs)
-    if len(sides) != 3 or not set(signs) <= {"<", r"\le"} or latex.contains((sides[0], sides[2]), latex.VARIABLES):
-        return None
-    low, middle, high = sides
-    is_magnitude = middle[0] == "abs" and latex.is_name(middle[1])
-    if is_magnitude and low == ("neg", latex.INFINITY):  # |x| < 2
-        low, middle, signs = ("neg", high), middle[1], [signs[1], signs[1]]
-    if latex.is_name(middle):
-        return _bracket(low, high, *signs)
-    pieces = _bracket(("neg", high), ("neg", low), *signs[::-1]), _bracket(low, high, *signs)
-    return ("union", pieces) if is_magnitude else None
+# ---------------------------------------------------------------- sets of real numbers
 
 
-def _bounds(sides: list[tuple], signs: list[str]) -> tuple[list[tuple], list[str]]:
-    """The inequality from small to large, with an infinite end where it has only one."""
-    if signs[0] in (">", r"\ge"):
-        sides, signs = sides[::-1], [_FLIPPED.get(sign, "") for sign in reversed(signs)]
-    if len(sides) > 2:
-        return sides, signs
-    if latex.contains(sides[0], latex.VARIABLES):  # x < 2
-        return [("neg", latex.INFINITY), *sides], ["<", *signs]
-    return [*sides, latex.INFINITY], [*signs, "<"]
+def _same_numbers(a: tuple, b: tuple) -> bool:
+    """Whether two sets of real numbers have in common what they hold of their ends, and between and beyond these."""
+    ends = [end for node in (a, b) for end in _ends(node)]
+    ends = sorted(end for end in {*ends, *(-end for end in ends), real(Fraction(0))} if abs(end) < _INFINITE)
+    points = [ends[0] - 1, *ends, ends[-1] + 1]
+    points += [(low + high) / 2 for low, high in itertools.pairwise(ends)]
+    try:
+        return len(ends) <= 40 and all(_has(a, point) == _has(b, point) for point in points)
+    except ValueError:
+        return False
 
 
-def _bracket(low: tuple, high: tuple, sign: str, other_sign: str) -> tuple:
-    return ("bracket", "(" if sign == "<" else "[", (low, high), ")" if other_sign == "<" else "]")
+def _has(node: tuple, x) -> bool:
+    r"""Whether x is in an interval, a union, a set without points, or what relations say: `1 < x`, `|x| \ne 1`."""
+    match node:
+        case ("bracket", opening, (low, high), closing):
+            signs = ["<" if end in "()" else r"\le" for end in (opening, closing)]
+            return _has(("relation", low, signs[0], ("sym", "x"), signs[1], high), x)
+        case ("relation", name, r"\in", whole) if latex.is_name(name):
+            return _has(whole, x)
+        case ("relation", *_) if {*node[2::2]} <= _ORDERS.keys() and [*map(_end, node[1::2])].count(None) == 1:
+            name = next(side for side in node[1::2] if _end(side) is None)
+            is_magnitude = name[0] == "abs"
+            if latex.is_name(name[1] if is_magnitude else name):
+                values = [_end(side) if side != name else abs(x) if is_magnitude else x for side in node[1::2]]
+                return all(map(_are_ordered, values, node[2::2], values[1:]))
+        case ("without", whole, ("set", points)):
+            return _has(whole, x) and all(_has(("relation", ("sym", "x"), r"\ne", point), x) for point in points)
+        case ("union", parts) | ("list", (("relation", *_), *_) as parts) if len(latex.variables(parts)) <= 1:
+            n_holding = sum(_has(part, x) for part in parts)  # pieces that are said side by side do not overlap
+            return n_holding == (len(parts) if any(part[2:3] == (r"\ne",) for part in parts) else 1)
+    raise ValueError(f"{node[0]} is no set of real numbers")
+
+
+def _are_ordered(a, sign: str, b) -> bool:
+    return sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
+
+
+@functools.lru_cache(1000)
+def _end(node: tuple):
+    """The value of a real number or an infinite end, None for anything else."""
+    if node in (latex.INFINITY, ("neg", latex.INFINITY)):
+        return _INFINITE if node == latex.INFINITY else -_INFINITE
+    values = [real(value) for value, _ in samples(node, node)] if _is_constant(node) else []
+    return values[0].real if values and values[0].imag == 0 else None
+
+
+def _ends(node) -> list:
+    if not isinstance(node, tuple):
+        return []
+    return [_end(node)] if _end(node) is not None else [end for part in node for end in _ends(part)]

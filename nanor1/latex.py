@@ -7,6 +7,7 @@ Left out: sums, integrals, limits, arithmetic on matrices, and on sets but for p
 beyond 9 in other bases; numbers in words.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -33,29 +34,42 @@ _BEFORE = {  # what Unicode makes compatible with plain digits and letters
     "_?([₀-₉]+)": r"_{\1}",
     "[¼-¾⅐-⅞]": r" \g<0>",
 }
-_STYLE = re.compile(  # what only changes the looks, with a colour's name; the contents stay
+_SPELLINGS = {
+    # two backslashes end a row of a matrix; before a command they are one, escaped once too often
+    r"(?<!\\)\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)": r"\\",
+    # what only changes the looks, with a colour's name; the contents stay
     r"\\(?:(?:text)?color(?:box)?|fcolorbox *\{[^{}]*\}) *(?:\[\w+\])? *\{[^{}]*\}|\\[hv]?phantom *\{[^{}]*\}"
     r"|\\(?:boldsymbol|bm|bold|pmb|u(?:nder)?line|emph|ensuremath|mathstrut|(?:text|display|script)style"
-    r"|tiny|(?:normal|footnote|script)size|small|large|Large|LARGE|huge|Huge"
-    r"|bf|rm|it|sf|tt|(?:bf|it|rm|sf|tt)(?:series|shape|family))(?![A-Za-z])"
-)
-_THOUSANDS = re.compile(  # in groups of three, by any space that is no \quad; before a slash, 2 100/200 is mixed
-    r"(?<![\w.])(?<!\d )\d{1,3}(?:(?:\\[,: ] *|\\thinspace *|~|\{\\,\}| (?!\d{3} ?/))\d{3})+(?!\d| \d)"
-)
-_SPELLINGS = {
+    r"|tiny|(?:normal|footnote|script)size|small|large|Large|LARGE|huge|Huge|left|right|[bB]igg?[lr]?|limits|angle"
+    r"|triangle|hline|overrightarrow|vec|bf|rm|it|sf|tt|(?:bf|it|rm|sf|tt)(?:series|shape|family))(?![A-Za-z])": "",
+    # thousands, by any space that is no \quad; before a slash, 2 100/200 is mixed
+    r"(?<![\w.])(?<!\d )\d{1,3}(?:(?:\\[,: ] *|\\thinspace *|~|\{\\,\}| (?!\d{3} ?/))\d{3})+(?!\d| \d)": (
+        lambda match: re.sub(r"\D", "", match.group())
+    ),
     r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})": "",
     r"(?<!\\)\\(?:[!,;: ()\[\]]|q?quad|thinspace)|~": " ",
     r"^\s*[A-Za-z]{4,}(?: [A-Za-z]{2,})?: ": "",  # Area: 5
     r"^[^\W\dfghFGPQ](?:_\{?\w+\}?)? ?\(([a-z])\) ?=(?!=)": r"f(\1) =",  # p(x) = 2x
     r"\{:\}": ":",
+    r"\\overline ?\{ ?([A-Z] ?[A-Z]) ?\}": r"\1",  # the length AB; z is another number under a bar
+    r"\\\\ *(?=\\end)": "",
     r"(?<!^[A-J])、|、(?=[A-J])": ", ",
     r"\\(?:mathbb|Bbb) ?(?:\{ ?([A-Z]) ?\}|([A-Z]))": r"\\mathbb{\1\2}",
     r"(?:\\mathbf ?\{R\}|(?<![A-Za-z])R)(?= ?\\(?:setminus|backslash))": r"\\mathbb{R}",
     r"\\mathbb\{R\} ?[_^] ?(?:\{ ?\+ ?\}|\+)": r"(0, \\infty)",
     r"\\mathbb\{R\}": r"(-\\infty, \\infty)",
-    r"(?<=[)\]]) ?- ?(?=(?:\\left ?)?\\\{)": r"\\setminus",
+    # of a set of all x where something is so, what is so
+    r"\\\{ ?([a-zA-Z])(?: ?\\in ?\(-\\infty, \\infty\))? ?(?:\\mid|\||:) ?((?:(?!\\[{}]).)*)\\\}": r"\2",
+    r"\\[lr]?vert(?![a-z])": "|",
+    r"\|([^|]*[\w)}\]]) ?\|": r"\\abs{\1}",
+    r"\|([^|]*\\abs[^|]*)\|": r"\\abs{\1}",
+    r"\\(sin|cos|tan) ?\^ ?\{ ?- ?1 ?\}": r"\\arc\1",
+    r"(?:^|\{)((?:[^{}\\]|\\(?!choose)|\{[^{}]*\})*+)\\choose((?:[^{}]|\{[^{}]*\})*)(?:\}|$)": r"\\binom{\1}{\2}",
+    r"(?<=[)\]]) ?- ?(?=\\\{)": r"\\setminus",
     r"(?<![\w})])(?:\{ ?\})? ?[_^] ?(?:\{(\d+)\}|(\d)) ?C ?_ ?(\{\d+\}|\d)": r"\\binom{\1\2}\3",
-    r"C ?\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?": r"\\binom{\2}{\1}",
+    r"\\mathrm ?\{ ?C ?\}": "C",
+    r"C ?(?:\^ ?\{?(\d+)\}? ?_ ?\{?(\d+)\}?|_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?)": r"\\binom{\2\3}{\1\4}",
+    r"(?<![A-Za-z\\])C ?\(([^(),]+),([^(),]+)\)": r"\\binom{\1}{\2}",
     r"\b(\d+) ?(?:C|choose) ?(\d+)\b": r"\\binom{\1}{\2}",
     r"^(?:\\text\{ ?)?[Aa]ll real(?: number)?s?(?= except|\}|$)": r"(-\\infty, \\infty)",
     r"(?<=\)) except(?: for)?(?: ?\})? ?(.+?)\}?$": r"\\setminus\\{\1\\}",
@@ -65,6 +79,7 @@ _SPELLINGS = {
     r"(?<=[\d)])!=": "! =",
     r"^ ?= ?(?=[^=])": "",
     r"\^ ?(?:\\circ|\{ ?\\circ ?\})": r"\\degree ",
+    r"\\degree *(?:\\(?:text|mathrm) *\{ *)?([CF])\b\}?": r"\\text{ degrees \1}",
     r"(:\d\d) ?([AaPp])\.?[Mm]\b": r"\1\\text{ \2m}",
     r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi ",
     r"(?<=\d) ?\(([A-Za-z]{4,}[A-Za-z ]*)\)\s*$": r" \\text{\1}",  # 18 (eggs)
@@ -73,9 +88,13 @@ _SPELLINGS = {
     r"\b(sq|cu)\. ?(?=[a-z])": r"\1 ",
     r"(\d ?[ckm]?m)([23])\b": r"\1^\2",
     r"(?<=\w )an? (?=(?:second|minute|hour|day|week|month|year)\b)": "per ",
+    r"\\[dtc](?=frac|binom)": r"\\",
     r"(frac|binom) ?(\d) ?(?=[\d{])": r"\1{\2}",  # LaTeX gives \frac12 one digit each
     r"((?:frac|binom)\{\d\})(\d)": r"\1{\2}",
     r"\b(\d+) (\d+) ?/ ?(\d+)\b": r"\1\\frac{\2}{\3}",
+    r"(?<![\w.^])(\d{1,3}(?:,\d{3})+|\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}": lambda match: (  # a mixed number
+        match.expand(r"{\1+\\frac{\2}{\3}}") if int(match[2]) < int(match[3]) else match.group()
+    ),
     r"(\d)[\u0304\u0305\u0307]|\\(?:overset|stackrel) ?\{ ?(?:\.|\\cdot) ?\} ?\{?(\d)\}?": r"\\dot{\1\2}",
     r"(\.\d{0,20}?)(\d{1,12}?)\2{2,20}(?:\.{3}|\\[lc]?dots)": r"\1\\overline{\2}",  # 0.333...
     r"(\.\d+)\.{3}": r"\1\\ldots ",
@@ -88,10 +107,6 @@ def clean(text: str) -> str:
     if len(text) > 4 * MAX_CHARS:
         return text
     text = unicodedata.normalize("NFKC", respell(text, _BEFORE)).translate(_UNICODE)
-    text = _STYLE.sub("", text)
-    if "\\begin" not in text:  # there, two backslashes end a row; elsewhere they are one, escaped once too often
-        text = re.sub(r"\\\\(?=(?:left|right|[dt]?frac|sqrt|text|pi|infty|pm|cup|in|le|ge|cdot)\b)", r"\\", text)
-    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match.group()), text)
     text = respell(text, _SPELLINGS)
     if text.count("$") - text.count("\\$") == 1:  # one dollar sign is money, a pair is mathematics
         text = re.sub(r"(?<!\\)\$", r"\\$", text)
@@ -138,15 +153,13 @@ def spell_units(text: str) -> str:
 # ---------------------------------------------------------------- tokens
 
 _ALIASES = _table(
-    r"\dfrac \frac;\tfrac \frac;\cfrac \frac;\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
-    r";!= \ne;\lt <;\gt >;\approx =;\lvert |;\rvert |;\vert |;\mid |;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
-    r";** ^;\land ,;\lor or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
-    r";\dbinom \binom;\tbinom \binom;\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
+    r"\leq \le;\leqslant \le;<= \le;\geq \ge;\geqslant \ge;>= \ge;\neq \ne"
+    r";!= \ne;\lt <;\gt >;\approx =;\lbrace \{;\rbrace \};\cdot *;\times *;\div /"
+    r";** ^;\land ,;\lor or;or or;and ,;\langle (;\rangle );\lbrack [;\rbrack ];\colon :;\% %;\varnothing \emptyset"
+    r";\bar \overline;\backslash \setminus;\smallsetminus \setminus;to to"
     r";inf \infty;infinity \infty;frac \frac;sqrt \sqrt"
 )
 _WORDS = r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?)"
-_IGNORED = set(r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits \angle \triangle \hline".split())
-_IGNORED |= set(r"\overrightarrow \vec \mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \text \textbf".split())
 _GREEK = set(r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \kappa \lambda \mu \nu \xi".split())
 _GREEK |= set(r"\rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Omega".split())
 FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln".split()}
@@ -156,27 +169,25 @@ _SIGNS = _table(r"+ pos;- neg;\pm pm;\mp mp")
 _POSTFIXES = _table(r"! fact;% percent;\degree deg")
 _SENTENCE = set("is are was the of we if not as so by this that with which since because when where".split())
 # Words in front of a value say no more than "=" where they end in one of these and hold none of the hedges.
-_VERBS = set("is are was were be equal make made has have had get earn need cost pay paid save spend sell".split())
-_VERBS |= set("take total give receive".split())
-_HEDGES = set("or nor and but not no never without except either neither if at than least most less".split())
-_HEDGES |= set("about around over above under below between from up approximately approx almost nearly roughly".split())
-_HEDGES |= set("plus minus negative root twice double triple half halves third thirds quarter quarters".split())
-_HEDGES |= set("squared cubed factorial could might may can cannot wrong incorrect".split())
+_VERBS = "is|are|was|were|be|equal|make|have|has|had|get|earn|need|cost|pay|paid|save|spend|sell|take|give"
+_SAID = re.compile(
+    rf"(?!.*n['’]t)([^-\d\\$(.]*?)(?:\b(?:{_VERBS})s?|:)[\s:]*+((?![^\W\d_]).*)", re.DOTALL | re.IGNORECASE
+)
+_HEDGES = """or nor and but not no never without except either neither if at than least most less about around over
+    above under below between from up approximately almost nearly roughly plus minus negative root twice double triple
+    half halves third thirds quarter quarters squared cubed factorial could might may can cannot wrong""".split()
 _PARTS = re.compile(".*(?:four|fif|six|eigh|even|nin|ten|twelf|een|tie|red|sand|ion)ths?")
 _HAN_HEDGES = set("以多左右余或至约上下倍和与不非")
-_UNIT_SPELLINGS = """cm centimeter centimeters centimetre centimetres 厘米;mm millimeter millimeters 毫米
-;km kilometer kilometers kilometre kilometres 千米 公里;m meter meters metre metres 米;in inch inches;ft foot feet
-;yd yard yards;mi mile miles;kg kilogram kilograms 千克 公斤;g gram grams 克;mg milligram milligrams
-;lb lbs pound pounds gbp;oz ounce ounces;ml milliliter milliliters millilitre millilitres 毫升
-;l liter liters litre litres 升;gal gallon gallons;s sec secs second seconds 秒;min mins minute minutes 分钟
-;h hr hrs hour hours 小时;day days 天;week weeks;month months;year years yr yrs;dollar dollars usd;euro euros eur
-;yuan cny rmb 元;yen jpy;rupee rupees inr;cad;aud;chf;hkd;sgd;krw;cent cents
-;degree degrees deg 度;radian radians rad;percent pct;am;pm
-;n newton newtons;j joule joules;w watt watts;v volt volts;kw kilowatt kilowatts;kwh;hz hertz;kj kilojoule kilojoules
-;cal calories;kcal
-;mol mole moles;ohm ohms Ω;/ per;square sq;cubic cu"""
+_UNIT_SPELLINGS = """cm centimeter centimetre 厘米;mm millimeter millimetre 毫米;km kilometer kilometre 千米 公里
+;m meter metre 米;in inch inches;ft foot feet;yd yard;mi mile;kg kilogram 千克 公斤;g gram 克;mg milligram
+;lb lbs pound gbp;oz ounce;ml milliliter millilitre 毫升;l liter litre 升;gal gallon;s sec second 秒;min minute 分钟
+;h hr hrs hour 小时;day 天;week;month;year yr yrs;dollar usd;euro eur;yuan cny rmb 元;yen jpy;rupee inr;cad;aud;chf;hkd
+;sgd;krw;cent;degree deg 度;celsius c;fahrenheit f;radian rad;percent pct;am;pm;n newton;j joule;w watt;v volt
+;kw kilowatt;kwh;hz hertz;kj kilojoule;cal calorie;kcal;mol mole;ohm Ω"""
 _UNITS = {word: group.split()[0] for group in _UNIT_SPELLINGS.split(";") for word in group.split()}
-_UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "平方": "square", "立方": "cubic"}
+_UNITS |= {word + "s": unit for word, unit in _UNITS.items() if len(word) > 2}
+_UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "per": "/"}
+_UNITS |= dict.fromkeys(["square", "sq", "平方"], "square") | dict.fromkeys(["cubic", "cu", "立方"], "cubic")
 _UNIT_LETTERS = set("mgshlLNJWVΩ")
 _SYSTEMS = """mm 1 cm 10 m 1000 km 1000000;in 1 ft 12 yd 36 mi 63360;s 1 min 60 h 3600 day 86400 week 604800
 ;month 1 year 12;mg 1 g 1000 kg 1000000;oz 1 lb 16;ml 1 l 1000;cent 1 dollar 100;cent 1 euro 100"""
@@ -209,33 +220,14 @@ def _tokens(text: str) -> list[str]:
     for match in _TOKEN.finditer(text):
         found, kind = match.group(match.lastgroup), match.lastgroup
         if kind == "text":
-            found = _word_tokens(match.group("words"), is_first=not tokens)
-        elif kind == "letters" and found not in _ALIASES and found != "or":
-            is_word = found.islower() and len(found) > 1 and tokens and tokens[-1].startswith('"')
-            found = ['"' + found] if is_word and found not in _SENTENCE else _letter_tokens(found)
+            tokens += _word_tokens(match.group("words"), is_first=not tokens)
+        elif kind == "letters" and found not in _ALIASES:
+            tokens += _letter_tokens(found, follows_word=bool(tokens) and tokens[-1].startswith('"'))
         elif kind == "han":
-            found = _han_tokens(found, is_first=not tokens)
-        elif kind == "space" or found in _IGNORED:
-            continue
-        else:
-            found = [_ALIASES.get(found, found)]
-        for token in found:
-            _append(tokens, token)
+            tokens += _han_tokens(found, is_first=not tokens)
+        elif kind != "space" and not re.fullmatch(_WORDS, found):
+            tokens.append(_ALIASES.get(found, found))
     return tokens
-
-
-def _append(tokens: list[str], token: str) -> None:
-    """Add a token, or join it with the one before: 18 / hour, where `hour` divides nothing, km / h, ° C."""
-    before, last = ["", "", *tokens[-2:]][-2:]
-    if token in _UNIT_LETTERS and (last if last != "/" else before).startswith('"'):
-        token = '"' + token
-    elif last == "/" and token.startswith('"') and not before.startswith('"'):
-        tokens.pop()
-        token = '"/ ' + token[1:]
-    elif last == r"\degree" and token in ("C", "F"):
-        tokens.pop()
-        token = '"degrees ' + {"C": "celsius", "F": "fahrenheit"}[token]
-    tokens.append(token)
 
 
 def _word_tokens(words: str, is_first: bool) -> list[str]:
@@ -243,17 +235,12 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
     is_unit = not is_first and re.match(r" +[A-Z]$|\s*[mgshLlNJWV] ?/ ?[A-Za-z]", words)  # 60\text{ K}, 60\text{ m/s}
     words = words.strip()
     lower = words.casefold().strip(" ,")
-    said, value = re.fullmatch(r"([^-\d\\$(.]*)(.*)", words, re.DOTALL).groups()
-    *subject, verb = re.findall(r"[^\W\d_]+|:", said.casefold()) or [""]
-    adds_nothing = verb == ":" or not _VERBS.isdisjoint((verb, verb.removesuffix("s")))
-    if is_first and adds_nothing and not _is_hedged(subject) and not re.search("n['’]t", said):
-        return _tokens(value)
-    if lower in ("is", "are", "equals"):
-        return ["="]
-    if lower in _ALIASES or lower == "or":
-        return [_ALIASES.get(lower, lower)]
-    if joined := re.fullmatch("(.+?)(?: (and|or))+", lower):
-        return [*_word_tokens(joined[1], is_first), _ALIASES.get(joined[2], "or")]
+    said = _SAID.fullmatch(words) if is_first else None
+    if said and not _is_hedged(re.findall(r"[^\W\d_]+", said[1].casefold())):
+        return _tokens(said[2])
+    if joined := re.fullmatch("(?:(.+?) )??(?:(and|or|to|is|are|equals) ?)+", lower):
+        sign = _ALIASES.get(joined[2], "=")
+        return [*_word_tokens(joined[1], is_first), sign] if joined[1] else [sign]
     if not is_first and re.match("[一-鿿]", words):
         return _han_tokens(words, is_first)
     if len(words) == 1 and words.isalpha():
@@ -262,34 +249,32 @@ def _word_tokens(words: str, is_first: bool) -> list[str]:
         return _tokens(words)
     if words not in _UNITS and "\\" + words in FUNCTIONS:
         return ["\\" + words]
-    scale, _, rest = lower.partition(" ")
-    return ['"' + scale, *(['"' + rest] if rest else [])] if scale in _SCALES else ['"' + lower]
+    return ['"' + word for word in lower.split()]
 
 
 def _is_hedged(words: list[str]) -> bool:
     """Whether a value beside these words is another one, or not certain: `or more`, `thirds`."""
-    return not _HEDGES.isdisjoint(words) or any(map(_PARTS.fullmatch, words))
+    return not set(words).isdisjoint(_HEDGES) or any(map(_PARTS.fullmatch, words))
 
 
-def _letter_tokens(letters: str) -> list[str]:
+def _letter_tokens(letters: str, follows_word: bool) -> list[str]:
     if letters in _SENTENCE:
         raise _Unparsed
-    lower = letters.lower()
-    if len(letters) > 1 and lower in _UNITS and not (letters.isupper() and len(letters) == 2):
-        return ['"' + lower]
-    if "\\" + letters in FUNCTIONS:
-        return ["\\" + letters]
-    return ['"' + lower] if len(letters) >= 4 else list(letters)
+    is_function = "\\" + letters in FUNCTIONS
+    is_unit = letters.lower() in _UNITS and not (letters.isupper() and len(letters) == 2)
+    is_word = is_unit or (follows_word and letters.islower()) or (len(letters) >= 4 and not is_function)
+    if is_word and len(letters) > 1:
+        return ['"' + letters.lower()]
+    return ["\\" + letters] if is_function else list(letters)
 
 
 def _han_tokens(words: str, is_first: bool) -> list[str]:
     """Chinese after a value: a power of ten, a unit; anywhere else it is a sentence."""
     if is_first or not _HAN_HEDGES.isdisjoint(words):
         raise _Unparsed
-    n_scales = next((at for at, word in enumerate(words) if word not in _SCALES), len(words))
-    n_scales *= words not in _UNITS  # 千克
-    unit = re.sub("^(平方|立方)(?=.)", r"\1 ", words[n_scales:])
-    return ['"' + scale for scale in words[:n_scales]] + (['"' + unit] if unit else [])
+    scales = re.match(f"[{''.join(_SCALES)}]*" if words not in _UNITS else "", words).group()  # 千克 is one word
+    unit = re.sub("^(平方|立方)(?=.)", r"\1 ", words[len(scales) :])
+    return ['"' + word for word in (*scales, unit) if word]
 
 
 # ---------------------------------------------------------------- grammar
@@ -302,7 +287,6 @@ def _han_tokens(words: str, is_first: bool) -> list[str]:
 #   ("list", items) ("set", items) ("ratio", items) ("time", items) ("range", items) ("matrix", rows)
 
 SCALARS = {*"num const sym call add mul pow binom neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
-VARIABLES = {"sym", "call"}
 INFINITY = ("inf",)
 REALS = ("bracket", "(", (("neg", INFINITY), INFINITY), ")")
 _BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -317,25 +301,26 @@ def parse(text: str, grouped: bool = True) -> tuple | None:
     if grouped and not re.search(r"[(\[]|\\\{", text):
         text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match.group().replace(",", ""), text)
     try:
-        return _Parser(_tokens(text)).answer()
+        parser = _Parser(_tokens(text))
+        items = _solutions(parser.items())
     except (_Unparsed, ValueError):
         return None
+    return None if parser.token else items[0] if len(items) == 1 else ("list", tuple(items))
 
 
 class _Parser:
     """Recursive descent; each method reads one level of precedence, the loosest first."""
 
     def __init__(self, tokens: list[str]):
-        self.rest = iter(tokens)
-        self.previous, self.token = "", next(self.rest, "")
+        self.rest = iter([*tokens, "", ""])
+        self.previous, self.token, self.following = "", next(self.rest), next(self.rest)
         self.depth = 0
-        self.open_bars = 0
-        self.in_set = self.has_or = False
+        self.has_or = False
 
     def next(self) -> str:
         if not self.token:
             raise _Unparsed
-        self.previous, self.token = self.token, next(self.rest, "")
+        self.previous, self.token, self.following = self.token, self.following, next(self.rest, "")
         return self.previous
 
     def take(self, *tokens: str) -> bool:
@@ -347,14 +332,6 @@ class _Parser:
             raise _Unparsed
         return self.previous
 
-    def nested(self, read: Callable[[], tuple]) -> tuple:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Unparsed
-        value = read()
-        self.depth -= 1
-        return value
-
     def separated(self, read: Callable[[], tuple], *separators: str) -> list[tuple]:
         parts = [read()]
         while self.take(*separators):
@@ -363,20 +340,13 @@ class _Parser:
             parts.append(read())
         return parts
 
-    def answer(self) -> tuple:
-        items = _solutions(self.items())
-        if self.token:
-            raise _Unparsed
-        return items[0] if len(items) == 1 else ("list", tuple(items))
-
     def items(self) -> list[tuple]:
-        items = [one for item in self.separated(self.relation, ",", "or") for one in _both_signs(item)]
+        """A statement with plus-minus is two statements."""
+        items = self.separated(self.relation, ",", "or")
+        items = [one for item in items for one in dict.fromkeys(_with_sign(item, sign) for sign in ("pm", "mp"))]
         if len(items) > MAX_ITEMS:
             raise _Unparsed
-        items = items if self.has_or else _compounds(items)
-        if len(items) == 1 and self.take(r"\choose"):
-            return [("binom", items[0], self.sum())]
-        return items
+        return items if self.has_or else _compounds(items)
 
     def relation(self) -> tuple:
         parts = [self.union()]
@@ -395,7 +365,7 @@ class _Parser:
     def ratio(self) -> tuple:
         """Parts that may be reduced; not so in `12:30`, which may be a time, nor in `3 to 4`, which may be a range."""
         parts, kind = [self.compound()], "time"
-        while not self.in_set and self.take(":", "to"):
+        while self.take(":", "to"):
             kind = "range" if self.previous == "to" else kind
             kind = "ratio" if kind == "time" and not re.fullmatch(r"\d\d", self.token) else kind
             parts.append(self.compound())
@@ -424,12 +394,12 @@ class _Parser:
         if unit and value[0] == "sym" and value[1].isupper():  # a choice has no unit
             raise _Unparsed
         if unit.split(" ")[0] == "dozen":  # 3 dozen eggs are 3, or 36
-            return ("compound", (("unit", value, unit), _scaled(value, Fraction(12))))
+            return ("compound", (("unit", value, unit), _scaled(value, 12)))
         return ("unit", value, unit) if unit and value[0] in SCALARS else value
 
     def unit(self) -> str:
         words = []
-        while self.token.startswith('"') or (words and self.token in ("/", "*", "^")):
+        while self.token.startswith('"') or self.divides_unit() or (words and self.token in {*"/*^"} | _UNIT_LETTERS):
             token = self.next()
             words += [token, self.subscript()] if token == "^" else re.findall(r"[^\W\d_]+|[^\s\"]", token)
         if _is_hedged(words) and words[1:] not in (["squared"], ["cubed"]):
@@ -438,6 +408,10 @@ class _Parser:
         unit = re.sub(r"^(?:square (\w+)|(\w+) squared)", r"\1\2 ^ 2", unit)
         return re.sub(r"^(?:cubic (\w+)|(\w+) cubed)", r"\1\2 ^ 3", unit)
 
+    def divides_unit(self) -> bool:
+        """Whether a slash stands before a word: 18 / hour, where `hour` divides nothing."""
+        return self.token == "/" and self.following.startswith('"')
+
     def sum(self) -> tuple:
         terms = [self.signed(self.term)]
         while self.token in _SIGNS:
@@ -445,23 +419,25 @@ class _Parser:
         return ("add", *terms) if len(terms) > 1 else terms[0]
 
     def signed(self, read: Callable[[], tuple]) -> tuple:
-        if self.token not in _SIGNS:
-            return read()
-        sign = _SIGNS[self.next()]
-        value = self.nested(lambda: self.signed(read))
-        return value if sign == "pos" else (sign, value)
+        signs = []
+        while self.token in _SIGNS:
+            signs.append(_SIGNS[self.next()])
+        self.depth += len(signs)
+        value = read()
+        self.depth -= len(signs)
+        for sign in reversed(signs):
+            value = value if sign == "pos" else (sign, value)
+        return value
 
     def term(self) -> tuple:
         factors = [self.power()]
         while True:
             if self.take("*"):
                 factors.append(self.signed(self.power))
-            elif self.take("/"):
+            elif not self.divides_unit() and self.take("/"):
                 factors.append(("inv", self.signed(self.power)))
             elif self.starts_factor():
-                follows_number = _is_number(self.previous) and self.token == r"\frac"
-                factor = self.power()
-                factors[-1:] = _side_by_side(factors[-1], factor, follows_number)
+                factors.append(self.power())
             else:
                 return ("mul", *factors) if len(factors) > 1 else factors[0]
 
@@ -469,9 +445,7 @@ class _Parser:
         """Whether a factor follows without a sign of multiplication; no number follows a number or a letter."""
         if _is_number(self.token):
             return not _is_number(self.previous) and not _is_letter(self.previous)
-        if self.token == "|":
-            return self.open_bars == 0 and not self.in_set
-        starts = ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", r"\binom")
+        starts = ("(", "{", "[", r"\abs", r"\frac", r"\sqrt", r"\pi", r"\binom")
         return self.token in starts or self.token in FUNCTIONS or _is_letter(self.token)
 
     def power(self) -> tuple:
@@ -480,42 +454,47 @@ class _Parser:
             if self.token in _POSTFIXES:
                 value = (_POSTFIXES[self.next()], value)
             elif self.token[1:] in _SCALES and not _is_letter(self.previous):
-                value = _scaled(value, Fraction(10) ** _SCALES[self.next()[1:]])
+                value = _scaled(value, 10 ** _SCALES[self.next()[1:]])
             elif self.take("^"):
-                value = _power(value, self.argument())
+                value = ("pow", value, self.argument())
         return value
 
     def argument(self) -> tuple:
         """What `^` and `_` take: a group in braces, or one atom with its sign and, in 2^3^2, its own power."""
-        value = self.signed(self.atom)
-        return ("pow", value, self.nested(self.argument)) if self.take("^") else value
+        powers = [self.signed(self.atom)]
+        while self.take("^"):
+            self.depth += 1
+            powers.append(self.signed(self.atom))
+        self.depth -= len(powers) - 1
+        return functools.reduce(lambda exponent, base: ("pow", base, exponent), reversed(powers))
 
     def atom(self) -> tuple:
-        return self.nested(self.read_atom)
-
-    def read_atom(self) -> tuple:
+        self.depth += 1
         token = self.next()
-        if _is_number(token):
-            return ("base", token, self.base()) if self.take("_") else number(token)
-        if token.startswith('"'):
-            return self.words(token)
-        if _is_letter(token):
-            return self.symbol(token)
-        if token in FUNCTIONS:
-            return self.function(FUNCTIONS[token])
-        if token not in _READERS:
+        if self.depth > MAX_DEPTH:
             raise _Unparsed
-        return _READERS[token](self)
+        if _is_number(token):
+            value = ("base", token, self.base()) if self.take("_") else number(token)
+        elif token.startswith('"'):
+            value = self.words(token)
+        elif _is_letter(token):
+            value = self.symbol(token)
+        elif token in FUNCTIONS:
+            value = self.function(FUNCTIONS[token])
+        elif token in _READERS:
+            value = _READERS[token](self)
+        else:
+            raise _Unparsed
+        self.depth -= 1
+        return value
 
     def symbol(self, name: str) -> tuple:
         """A variable with its subscript and primes; f(x) is a call, where other letters multiply the bracket."""
         while self.token in ("_", "'"):
             name += self.next()
             name += self.subscript() if name.endswith("_") else ""
-        if name[0] in "fghFGPQ" and self.take("("):
-            items = self.items()
-            self.expect(")")
-            return ("call", name, tuple(items))
+        if name[0] in "fghFGPQ" and self.token == "(":
+            return ("call", name, self.atom())
         return ("const", name) if name in ("i", "e") else ("sym", name)
 
     def subscript(self) -> str:
@@ -539,107 +518,55 @@ class _Parser:
             raise _Unparsed
         return ("sym", text[1:])
 
-    def magnitude(self) -> tuple:
-        self.open_bars += 1
-        value = self.sum()
-        self.open_bars -= 1
-        self.expect("|")
-        return ("abs", value)
-
-    def round_or_square(self) -> tuple:
-        """A group, or a tuple or interval where there is a comma or the ends differ."""
-        opening, items = self.previous, self.items()
-        closing = self.expect(")", "]")
-        if len(items) == 1 and opening + closing in ("()", "[]"):
-            is_base = items[0][0] == "num" and self.take("_")
-            return ("base", str(items[0][1]), self.base()) if is_base else items[0]
-        return ("bracket", opening, tuple(items), closing)
-
-    def braces(self) -> tuple:
-        items = self.items()
-        self.expect("}")
-        return items[0] if len(items) == 1 else ("set", tuple(items))
-
-    def set(self) -> tuple:
-        r"""The items, or the condition of \{x \in \mathbb{R} : x > 3\}."""
-        outer, self.in_set = self.in_set, True
+    def bracket(self) -> tuple:
+        r"""A group; a tuple, interval or set where there is a comma or the ends differ."""
+        opening = self.previous
         items = [] if self.token == r"\}" else self.items()
-        has_condition = len(items) == 1 and self.take("|", ":")
-        conditions = self.items() if has_condition else []
-        self.in_set = outer
-        self.expect(r"\}")
-        if not has_condition:
-            return ("set", tuple(items))
-        subject = items[0][1] if items[0][2:] == (r"\in", REALS) else items[0]
-        are_joined = (
-            len(conditions) == 1
-            or self.has_or
-            or all(condition[2:3] in (("\\ne",), ("\\in",)) for condition in conditions)
-        )
-        if not is_name(subject) or not all(subject in condition for condition in conditions) or not are_joined:
-            raise _Unparsed
-        return ("list", tuple(conditions)) if len(conditions) > 1 else conditions[0]
-
-    def overlined(self) -> tuple:
-        """The length AB; z is another number under a bar."""
-        value = self.atom()
-        if not is_name(value):
-            raise _Unparsed
-        return ("sym", "bar " + value[1]) if value[0] == "sym" else value
+        closing = self.expect(*_CLOSING[opening])
+        if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
+            is_base = opening != "{" and items[0][0] == "num" and self.take("_")
+            return ("base", str(items[0][1]), self.base()) if is_base else items[0]
+        return ("set", tuple(items)) if "{" in opening else ("bracket", opening, tuple(items), closing)
 
     def root(self) -> tuple:
-        degree = number("2")
-        if self.take("["):
-            degree = self.sum()
-            self.expect("]")
+        degree = self.atom() if self.token == "[" else number("2")
         return ("pow", self.atom(), ("inv", degree))
 
-    def fraction(self) -> tuple:
-        return ("mul", self.atom(), ("inv", self.atom()))
-
     def function(self, name: str) -> tuple:
+        r"""Without brackets of the factors up to the next sign, bracket or function: \sin 2x \cos x."""
         base = self.argument() if name == "ln" and self.take("_") else None
         exponent = self.argument() if self.take("^") else None
-        x = self.atom() if self.token in ("(", "{") else self.function_argument()
-        if exponent == ("neg", number("1")) and name in ("sin", "cos", "tan"):
-            return ("a" + name, x)
+        is_group = self.token in ("(", "{")
+        factors = [self.atom() if is_group else self.signed(self.power)]
+        while not is_group and self.starts_factor() and self.token not in {*FUNCTIONS, *"(["}:
+            factors.append(self.power())
+        x = ("mul", *factors) if len(factors) > 1 else factors[0]
         value = ("mul", (name, x), ("inv", (name, base))) if base else (name, x)
         return ("pow", value, exponent) if exponent else value
 
-    def function_argument(self) -> tuple:
-        r"""Without brackets, the factors up to the next sign, bracket or function: \sin 2x \cos x."""
-        factors = [self.signed(self.power)]
-        while self.starts_factor() and self.token not in FUNCTIONS and self.token not in ("(", "[", "|"):
-            factors.append(self.power())
-        return ("mul", *factors) if len(factors) > 1 else factors[0]
-
     def matrix(self) -> tuple:
         end = self.previous.replace("begin", "end")
-        rows = [[]]
-        while not self.take(end):
-            if self.take("\\\\"):
-                rows.append([])
-            elif not self.take("&"):
-                rows[-1].append(self.quantity())
-        return ("matrix", tuple(tuple(row) for row in rows if row))
+        rows = self.separated(lambda: tuple(self.separated(self.quantity, "&")), "\\\\")
+        self.expect(end)
+        return ("matrix", tuple(rows))
 
 
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": [r"\}"]}
 _READERS = {
-    "|": _Parser.magnitude,
-    "(": _Parser.round_or_square,
-    "[": _Parser.round_or_square,
-    "{": _Parser.braces,
-    r"\{": _Parser.set,
-    r"\overline": _Parser.overlined,
+    **dict.fromkeys(_CLOSING, _Parser.bracket),
+    r"\overline": lambda parser: ("sym", "bar " + parser.subscript()),
     r"\sqrt": _Parser.root,
+    r"\abs": lambda parser: ("abs", parser.atom()),
     r"\binom": lambda parser: ("binom", parser.atom(), parser.atom()),
-    r"\frac": _Parser.fraction,
+    r"\frac": lambda parser: ("mul", parser.atom(), ("inv", parser.atom())),
     r"\pi": lambda _: ("const", "pi"),
     r"\infty": lambda _: INFINITY,
     r"\emptyset": lambda _: ("set", ()),
     r"\mathbb": lambda parser: ("sym", "set " + parser.subscript()),
-    **{f"\\begin{{{kind}matrix}}": _Parser.matrix for kind in ["", "p", "b", "B", "v", "small"]},
-    r"\begin{array}": _Parser.matrix,
+    **{
+        f"\\begin{{{kind}}}": _Parser.matrix
+        for kind in "matrix pmatrix bmatrix Bmatrix vmatrix smallmatrix array".split()
+    },
 }
 
 
@@ -661,23 +588,8 @@ def number(text: str) -> tuple:
     return ("num", value)
 
 
-def _side_by_side(a: tuple, b: tuple, follows_number: bool) -> list[tuple]:
-    """Two factors; or a mixed number, or the binomial coefficient C(5, 2)."""
-    match a, b:
-        case ("sym", "C"), ("bracket", "(", (n, k), ")"):
-            return [("binom", n, k)]
-    return [("add", a, b)] if follows_number and _is_mixed(a, b) else [a, b]
-
-
-def _power(base: tuple, exponent: tuple) -> tuple:
-    """A power, or the binomial coefficient C_5^2."""
-    n = base[1][2:] if base[0] == "sym" and base[1].startswith("C_") else ""
-    is_binomial = n.isdecimal() and exponent[0] == "num" and exponent[1] <= int(n)
-    return ("binom", number(n), exponent) if is_binomial else ("pow", base, exponent)
-
-
 def _compounds(items: list[tuple]) -> list[tuple]:
-    """The items with each `5 feet, 6 inches`, large to small in units of one kind, as one quantity."""
+    """The items with each `5 feet, 6 inches`, large to small in units of one kind, as one sum in each of its units."""
     groups = []
     for item in items:
         units = [groups[-1][-1][2], item[2]] if groups and groups[-1][-1][0] == item[0] == "unit" else []
@@ -685,35 +597,27 @@ def _compounds(items: list[tuple]) -> list[tuple]:
             groups[-1].append(item)
         else:
             groups.append([item])
-    return [_compound(group) if len(group) > 1 else group[0] for group in groups]
+    return [
+        ("compound", tuple(_summed(group, part[2]) for part in group)) if len(group) > 1 else group[0]
+        for group in groups
+    ]
 
 
-def _compound(parts: list[tuple]) -> tuple:
-    """The sum of quantities in each of their units."""
-    forms = []
-    for _, _, unit in parts:
-        terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
-        are_numbers = all(term[0] == "num" for term in terms)
-        forms.append(("unit", ("num", sum(term[1] for term in terms)) if are_numbers else ("add", *terms), unit))
-    return ("compound", tuple(forms))
+def _summed(parts: list[tuple], unit: str) -> tuple:
+    terms = [_scaled(value, conversion(own, unit)) for _, value, own in parts]
+    are_numbers = all(term[0] == "num" for term in terms)
+    return ("unit", ("num", sum(term[1] for term in terms)) if are_numbers else ("add", *terms), unit)
 
 
-def _scaled(value: tuple, factor: Fraction) -> tuple:
+def _scaled(value: tuple, factor: int | Fraction) -> tuple:
     """The product; of a number it is a number, no sum that is left to do."""
-    return ("num", value[1] * factor) if value[0] == "num" else ("mul", value, ("num", factor))
+    return ("num", value[1] * factor) if value[0] == "num" else ("mul", value, ("num", Fraction(factor)))
 
 
 def conversion(unit: str, other: str) -> Fraction | None:
     """Return how many of the other unit one unit is; None for units of different kinds."""
     sizes = next((sizes for sizes in _SIZES if unit in sizes and other in sizes), None)
     return Fraction(sizes[unit], sizes[other]) if sizes else None
-
-
-def _is_mixed(whole: tuple, fraction: tuple) -> bool:
-    match whole, fraction:
-        case ("num", n), ("mul", ("num", a), ("inv", ("num", b))):
-            return n.denominator == a.denominator == b.denominator == 1 and 0 < a < b
-    return False
 
 
 def _solutions(items: list[tuple]) -> list[tuple]:
@@ -730,7 +634,7 @@ def assigned_values(items) -> tuple | None:
     return tuple(item[3] for item in items) if is_assigned else None
 
 
-def is_name(node: tuple) -> bool:
+def is_name(node: tuple | None) -> bool:
     """Return whether this is a variable, f(x), a tuple or ratio of names, or capitals side by side as in AB."""
     match node:
         case ("sym", _) | ("call", *_):
@@ -742,23 +646,14 @@ def is_name(node: tuple) -> bool:
     return False
 
 
-def _both_signs(item: tuple) -> list[tuple]:
-    """A statement with plus-minus is two statements."""
-    return [_with_sign(item, sign) for sign in ("pm", "mp")] if contains(item, {"pm", "mp"}) else [item]
-
-
 def _with_sign(node, plus: str):
+    """A tree that takes one sign of every plus-minus."""
     if not isinstance(node, tuple):
         return node
     parts = tuple(_with_sign(part, plus) for part in node)
     if parts and parts[0] in ("pm", "mp"):
         return parts[1] if parts[0] == plus else ("neg", parts[1])
     return parts
-
-
-def contains(node, kinds: set[str]) -> bool:
-    """Return whether a node of one of these kinds is anywhere in a tree or a tuple of trees."""
-    return isinstance(node, tuple) and (not kinds.isdisjoint(node[:1]) or any(contains(part, kinds) for part in node))
 
 
 def variables(node) -> set[tuple]:
@@ -770,10 +665,7 @@ def variables(node) -> set[tuple]:
 
 
 def are_unlike(unit: str, other: str) -> bool:
-    """Return whether two units, or the first words of `km / h`, are in the table of spellings and differ.
-
-    A rate's `per hour` may be left out for money.
-    """
+    """Return whether two known units differ; the `per hour` of money may be left out."""
     rate, other_rate = unit.split(" / "), other.split(" / ")
     if rate[0] in _MONEY and 1 in (len(rate), len(other_rate)):
         unit, other = rate[0], other_rate[0]

@@ -10,12 +10,11 @@ import math
 import operator
 import random
 import threading
-from collections.abc import Callable
 from fractions import Fraction
 
 import mpmath
 
-from nanor1.latex import FUNCTIONS, SCALARS, VARIABLES, contains
+from nanor1.latex import FUNCTIONS, variables
 
 MAX_BITS = 4096  # of a numerator or denominator
 MAX_MAGNITUDE = 166  # binary exponent, about 1e50, of an irrational value; rounding puts tan(pi/2) near 1e100
@@ -23,11 +22,6 @@ MAX_MAGNITUDE = 166  # binary exponent, about 1e50, of an irrational value; roun
 _MP = mpmath.MPContext()
 _MP.dps = 100
 _MP_LOCK = threading.Lock()  # mpmath fills its caches of constants without one
-_CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
-
-
-class _Undecided(Exception):
-    """No value: undefined here, or past a limit."""
 
 
 def samples(a: tuple, b: tuple) -> list[tuple]:
@@ -35,13 +29,13 @@ def samples(a: tuple, b: tuple) -> list[tuple]:
 
     A value is a Fraction for as long as it is rational, else a number of mpmath.
     """
-    n_points = 4 if contains((a, b), VARIABLES) else 1
+    n_points = 4 if variables((a, b)) else 1
     found = []
     for point in range(n_points):
         try:
             with _MP_LOCK:
                 found.append((_value(a, point), _value(b, point)))
-        except (_Undecided, ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError):  # undefined here, or past a limit
             continue
     return found if 2 * len(found) >= n_points else []
 
@@ -64,19 +58,16 @@ def _value(node: tuple, point: int):
     if kind == "num":
         return parts[0]
     if kind == "const":
-        return _CONSTANTS[parts[0]]
-    if kind in VARIABLES:
-        return _variable("".join(map(str, parts)), point)
-    if kind not in SCALARS:
-        raise _Undecided
-    return _bounded(_OPERATIONS[kind](*[_value(part, point) for part in parts]))
-
-
-def _variable(name: str, point: int) -> Fraction:
-    """Between 1/5 and 2; positive for every name at point 0, of both signs at the others."""
-    dice = random.Random(f"{point} {name}")
-    size = Fraction(dice.randrange(200, 2000), 1009)
-    return -size if point and dice.random() < 0.5 else size
+        return {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}[parts[0]]
+    if kind in ("sym", "call"):  # between 1/5 and 2; positive for every name at point 0, of both signs at the others
+        dice = random.Random(f"{point} {''.join(map(str, parts))}")
+        size = Fraction(dice.randrange(200, 2000), 1009)
+        return -size if point and dice.random() < 0.5 else size
+    if kind not in _OPERATIONS:
+        raise ValueError(f"{kind} has no value")
+    values = [_value(part, point) for part in parts]
+    are_exact = all(isinstance(value, Fraction) for value in values)
+    return _bounded(_OPERATIONS[kind](*(values if are_exact else map(real, values))))
 
 
 def _bounded(value):
@@ -85,7 +76,7 @@ def _bounded(value):
     else:
         is_within = _MP.isfinite(value) and _MP.mag(value) <= MAX_MAGNITUDE
     if not is_within:
-        raise _Undecided
+        raise OverflowError
     return value
 
 
@@ -93,61 +84,43 @@ def _n_bits(value: Fraction) -> int:
     return max(part.bit_length() for part in value.as_integer_ratio())
 
 
-def _folded(operate: Callable) -> Callable:
-    def step(a, b):
-        are_rational = isinstance(a, Fraction) and isinstance(b, Fraction)
-        return _bounded(operate(a, b) if are_rational else operate(real(a), real(b)))
-
-    return lambda *values: functools.reduce(step, values)
-
-
 def _power(base, exponent):
     """Exact where rational; the odd root of a negative rational is the real one."""
-    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
-        return real(base) ** _bounded(real(exponent))
+    if not isinstance(base, Fraction):
+        return base**exponent
     if abs(exponent) * _n_bits(base) > MAX_BITS:
-        raise _Undecided
+        raise OverflowError
     times, degree = exponent.as_integer_ratio()
     if base < 0 and degree % 2 and degree > 1:
         return (-1) ** times * _power(-base, exponent)
-    roots = [_exact_root(part, degree) for part in base.as_integer_ratio()]
-    return real(base) ** real(exponent) if None in roots else Fraction(*roots) ** times
+    parts = base.as_integer_ratio()
+    roots = [part if degree == 1 else int(_MP.nint(abs(_MP.mpf(part)) ** (_MP.mpf(1) / degree))) for part in parts]
+    is_exact = all(root**degree == part for root, part in zip(roots, parts, strict=True))
+    return Fraction(*roots) ** times if is_exact else real(base) ** real(exponent)
 
 
-def _exact_root(value: int, degree: int) -> int | None:
-    root = value if degree == 1 else int(_MP.nint(abs(_MP.mpf(value)) ** (_MP.mpf(1) / degree)))
-    return root if root**degree == value else None
-
-
-def _factorial(value) -> Fraction:
+def _factorial(value):
     """Of n too, which is no integer at the points where it is sampled: the gamma function at n + 1."""
-    if _is_index(value, 450):
-        return Fraction(math.factorial(int(value)))
-    if abs(value) > 100:
-        raise _Undecided
-    return _MP.gamma(real(value) + 1)
-
-
-def _is_index(value, largest: int) -> bool:
-    return isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= largest
+    if abs(value) > 450:
+        raise OverflowError
+    is_index = isinstance(value, Fraction) and value.denominator == 1 and value >= 0
+    return Fraction(math.factorial(int(value))) if is_index else _MP.factorial(real(value))
 
 
 def _binomial(n, k):
-    """n (n - 1) ... (n - k + 1) / k! for a small k, in whole numbers Pascal's; else by the gamma function."""
-    if not _is_index(k, 450):
-        return real(_factorial(n)) / real(_factorial(k)) / real(_factorial(real(n) - real(k)))
-    if _is_index(n, MAX_BITS):
-        return Fraction(math.comb(int(n), int(k)))
-    return _folded(operator.mul)(Fraction(1), *[(n - i) / (i + 1) for i in range(int(k))])
+    """n (n - 1) ... (n - k + 1) / k! for a whole k, which is exact; else by the gamma function."""
+    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 450:
+        return _product(Fraction(1), *[(n - i) / (i + 1) for i in range(int(k))])
+    return real(_factorial(n)) / real(_factorial(k)) / real(_factorial(n - k))
 
 
-def _function(name: str) -> Callable:
-    return lambda x: getattr(_MP, name)(real(x))
+def _product(*factors):
+    return functools.reduce(lambda a, b: _bounded(a * b), factors)
 
 
 _OPERATIONS = {
-    "add": _folded(operator.add),
-    "mul": _folded(operator.mul),
+    "add": lambda *terms: functools.reduce(lambda a, b: _bounded(a + b), terms),
+    "mul": _product,
     "pow": _power,
     "neg": operator.neg,
     "inv": lambda x: 1 / x,
@@ -156,4 +129,4 @@ _OPERATIONS = {
     "deg": lambda x: real(x) * _MP.pi / 180,
     "fact": _factorial,
     "binom": _binomial,
-} | {name: _function(name) for name in FUNCTIONS.values()}
+} | {name: lambda x, name=name: getattr(_MP, name)(real(x)) for name in FUNCTIONS.values()}

@@ -12,13 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.answers import extract_answer, last_boxed
-from nanor1.grading import is_worked_out, math_equal
+from nanor1.grading import extract_answer, is_worked_out, math_equal
 from nanor1.rewards import accuracy
 from nanor1.tasks import Problem
 
 ONE_WAY = ("1011", "1011_2")  # a gold's base may be left out; a base too many is a mistake
 EQUAL = [
+    ("x > 0, x \\ne 1", "(0,1)\\cup(1,\\infty)"),
+    ("1 < x < 2 \\text{ or } x > \\frac{\\sqrt{36}}{2}", "(1,2)\\cup(3,\\infty)"),
+    ("||x|-1|", "|1-|x||"),
+    ("t = 3 hours 20 minutes", "200 minutes"),
+    ("4^{2\\frac{1}{2}}", "32"),
     ("\\frac{1}{3} \\approx 0.33", "0.33"),
     ("x = \\frac{3+\\sqrt{17}}{4} \\approx 1.78", "\\frac{3+\\sqrt{17}}{4}"),
     ("p(x) = x^2 - 7x + 12", "x^2 - 7x + 12"),
@@ -242,6 +246,10 @@ EQUAL = [
 ]
 
 UNEQUAL = [
+    ("x > 2, x < 5", "(-\\infty,\\infty)"),
+    ("a < b", "x < y"),
+    ("3 < 5", "2 < 7"),
+    ("x < 2, y < 2", "(-\\infty,2)"),
     ("5 \\approx 7", "5"),  # no two answers for one
     ("1.0 \\approx 1.01 \\approx 1.02", "1.01"),
     ("41", "42"),
@@ -716,6 +724,8 @@ EXTRACTED = [
 
 # How models end their answers: whether the response is paid for this gold answer.
 PAID = [
+    ("<answer>5 floors x 8 offices x 200 = $8,000/month.</answer>", "8000"),
+    ("<answer>48 slices shared evenly: 12 slices for each of the 4.</answer>", "12"),
     ("The reciprocal would give $1/e$. The limit is $e$.", "e"),
     ("Therefore $f(x)=3+2x$ for all real $x$. $\\blacksquare$", "f(x)=2x+3"),
     ("The number is $72$; indeed $72-27=45$.", "72"),
@@ -1190,9 +1200,8 @@ def test_a_number_is_worked_out_and_a_sum_is_not(answer, is_number):
 
 
 def test_the_last_boxes_joined_by_words_are_one_list_and_a_cut_off_box_is_ignored():
-    assert last_boxed(r"\boxed{9}. So \boxed{1} and \boxed{2}") == "1, 2"
-    assert last_boxed(r"\boxed{\{1\}} then \boxed{2") == r"\{1\}"
-    assert last_boxed("no box") is None
+    assert extract_answer(r"\boxed{9}. So \boxed{1} and \boxed{2}") == "1, 2"
+    assert extract_answer(r"\boxed{\{1\}} then \boxed{2") == r"\{1\}"
 
 
 def test_no_answer_equals_nothing():
@@ -1223,6 +1232,8 @@ HOSTILE = {
     "long relation": "=".join(["x"] * 400),
     "powers of powers": "(((x+1)^{20}+1)^{20}+1)^{20}",
     "many signs": "-" * 900 + "1",
+    "many signs in brackets": ("-" * 28 + "(") * 29 + "5" + ")" * 29,
+    "towers in brackets": ("2^" * 28 + "(") * 15 + "1" + ")" * 15,
     "many bars": "|" * 900,
     "many plus-minus": "\\pm".join(["1"] * 200),
     "many pairs": ",".join(["(1,2)"] * 150),
