@@ -40,15 +40,17 @@ Letters: V vocabulary, C width (the two models' may differ), M tokens with a los
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from nanor1.grpo import Rollout, completion_logprobs, pack
+from nanor1.grpo import Rollout, completion_logprobs, to_items
 from nanor1.logprobs import BLOCK_BYTES, logit_chunks, loss_of_logits
+from nanor1.packing import Batch, pack
 from nanor1.parallel import Workers
-from nanor1.sft import Example, TextBatch, pack_examples, text_end, text_states, turn_end
+from nanor1.sft import Example, pack_examples, text_end, turn_end
 from nanor1.tokenizer import Tokenizer
 
 # ---- the teacher's distributions, on given texts
@@ -164,54 +166,29 @@ def add_gradient(
     tokens_per_batch: int,
     settings: DivergenceSettings,
     loss_scale: float = 1.0,
+    learns: bool = True,
 ) -> dict[str, float]:
     """Add the gradient of one update to the parameters; returns `loss`, `divergence` and `nll`, means a target token.
 
-    The gradient is multiplied by `loss_scale` (see nanor1/optim.py). All workers read the one teacher, which sees the
-    very batches of the student.
+    The gradient is multiplied by `loss_scale` (see nanor1/optim.py); without `learns` there is none. All workers read
+    the one teacher, which sees the very batches of the student.
     """
 
-    def backward(model, batch: TextBatch) -> Tensor:
-        loss, means = _batch_loss(model, teacher, batch, settings)
-        loss.backward()
-        return means
+    def loss_and_means(model, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher_MC = batch.predictor_states(teacher)
+        student_MC, target_M, weight_M = batch.predictor_states(model), batch.target_M, batch.weight_M
+        loss, divergence_M, nll_M = divergence_loss(
+            student_MC, model.head_weight_VC, teacher_MC, teacher.head_weight_VC, target_M, weight_M, settings
+        )
+        return loss, torch.stack([loss.detach(), weight_M @ divergence_M, weight_M @ nll_M])
 
-    means = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
-    workers.gather_gradients()
-    return {name: scaled / loss_scale for name, scaled in _sum(means).items()}
-
-
-def mean_loss(
-    workers: Workers, teacher, examples: Sequence[Example], tokens_per_batch: int, settings: DivergenceSettings
-) -> dict[str, float]:
-    """What `add_gradient` returns, and no gradient: for held-out examples."""
-
-    @torch.no_grad()  # here: it holds for the calling thread alone
-    def forward(model, batch: TextBatch) -> Tensor:
-        return _batch_loss(model, teacher, batch, settings)[1]
-
-    return _sum(workers.map(forward, pack_examples(examples, tokens_per_batch)))
+    means = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_and_means, learns)
+    loss, divergence, nll = (torch.stack(means).sum(0) / loss_scale).tolist()
+    return {"loss": loss, "divergence": divergence, "nll": nll}
 
 
-def _batch_loss(model, teacher, batch: TextBatch, settings: DivergenceSettings) -> tuple[Tensor, Tensor]:
-    """(loss of a batch, its part of the means that are reported [3])."""
-    batch = batch.to(model.head_weight_VC.device)
-    with torch.no_grad():
-        teacher_MC = text_states(teacher, batch)
-    loss, divergence_M, nll_M = divergence_loss(
-        text_states(model, batch),
-        model.head_weight_VC,
-        teacher_MC,
-        teacher.head_weight_VC,
-        batch.target_M,
-        batch.weight_M,
-        settings,
-    )
-    return loss, torch.stack([loss.detach(), batch.weight_M @ divergence_M, batch.weight_M @ nll_M])
-
-
-def _sum(means: list[Tensor]) -> dict[str, float]:
-    return dict(zip(("loss", "divergence", "nll"), torch.stack(means).sum(0).tolist(), strict=True))
+mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples
 
 
 # ---- on the student's own samples
@@ -229,12 +206,11 @@ def teacher_advantages(
     2025, has it; GKD, 2306.13649, takes the full divergence at the same contexts).
     """
     advantages: list[list[float]] = [[] for _ in rollouts]
-    unused = [0.0] * len(rollouts)
-    for batch in pack(rollouts, unused, unused, tokens_per_batch):
+    for batch in pack(to_items(rollouts), tokens_per_batch):
         batch = batch.to(teacher.head_weight_VC.device)
         teacher_logp_M, _ = completion_logprobs(teacher, batch, temperature, vocab_size)
         of_tokens = (teacher_logp_M - batch.sampler_logp_M).tolist()
-        for i, advantage in zip(batch.rollout_M.tolist(), of_tokens, strict=True):
+        for i, advantage in zip(batch.item_M.tolist(), of_tokens, strict=True):
             advantages[i].append(advantage)
     return advantages
 

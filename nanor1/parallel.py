@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+from nanor1.packing import Batch
+
+Job, Result, Report = TypeVar("Job"), TypeVar("Result"), TypeVar("Report")
 SMALL = 10_000_000  # parameters; larger models are bound by the reading of their weights, which threads then share
 
 
@@ -44,14 +45,32 @@ class Workers:
             results[i::n] = future.result()
         return results
 
-    @torch.no_grad()
-    def gather_gradients(self) -> None:
-        """Move the replicas' gradients into the model's, always in the same order, so that sums repeat exactly."""
+    def accumulate(
+        self,
+        batches: Sequence[Batch],
+        loss_of: Callable[[nn.Module, Batch], tuple[Tensor, Report]],
+        learns: bool = True,
+    ) -> list[Report]:
+        """Add the gradients of all batches' losses to the model's parameters, always in the same order.
+
+        `loss_of(a model, batch)`, with the batch on the model's device, returns a loss and what is to be known of it;
+        the latter is returned for each batch. Without `learns` no gradient is formed.
+        """
+
+        def learn(model: nn.Module, batch: Batch) -> Report:
+            with torch.set_grad_enabled(learns):  # here: it holds for the calling thread alone
+                loss, report = loss_of(model, batch.to(model.head_weight_VC.device))
+            if learns:
+                loss.backward()
+            return report
+
+        reports = self.map(learn, batches)
         for other in self.models[1:]:
             for p, q in zip(self.model.parameters(), other.parameters(), strict=True):
                 if q.grad is not None:
                     p.grad = q.grad if p.grad is None else p.grad.add_(q.grad)
                     q.grad = None
+        return reports
 
 
 def replica(model: nn.Module) -> nn.Module:

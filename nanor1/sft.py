@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,13 +28,13 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
-from nanor1.packing import MAKES_LAYOUT, end_to_end, in_batches, to_device
+from nanor1.packing import Batch, Item, pack
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
 
-Item = TypeVar("Item")
-Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
+Element = TypeVar("Element")  # an example, or anything else
+Source = tuple[Sequence[Element], float]  # what a file holds, and how often an epoch has it
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
 TAG = re.compile("</?think>")
 # fields of a message that hold words to learn, and not as one of these texts does
@@ -70,20 +69,6 @@ class Examples:
     n_cut: int = 0  # documents that are several examples
     n_beside: int = 0  # lines with thinking beside their messages, which may be no more than a label: not learned
     n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Examples laid end to end (see nanor1/packing.py). An example's last token predicts nothing: it is left out."""
-
-    ids_N: Tensor  # int64, and so the three below
-    cu_seqlens_B1: Tensor
-    predictor_M: Tensor  # the packed token whose hidden state predicts the target
-    target_M: Tensor
-    weight_M: Tensor  # fp32; sums to 1 over all batches of an update
-
-    def to(self, device) -> "TextBatch":
-        return to_device(self, device, stays=MAKES_LAYOUT)
 
 
 # ---- examples from JSON lines
@@ -389,8 +374,8 @@ def question(example: Example) -> str | list[int]:
 
 
 def split(
-    items: Sequence[Item], share: float, key: Callable[[Item], object] = question
-) -> tuple[list[Item], list[Item]]:
+    items: Sequence[Element], share: float, key: Callable[[Element], object] = question
+) -> tuple[list[Element], list[Element]]:
     """(to train on, held out): a hash of `key(item)` that never changes holds out about this share.
 
     Items of the same key, all answers to a question, come to the same side, in whichever file they are: the side that
@@ -401,37 +386,25 @@ def split(
     return [item for item, out in pairs if not out], [item for item, out in pairs if out]
 
 
-# ---- packing and the loss
+# ---- the loss
 
 
-def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[TextBatch]:
-    """Lay the examples of an update end to end, in batches of at most `tokens_per_batch` tokens (or of one example).
-
-    The weights are those of the mean over all their target tokens, times `loss_scale`. The longest come first: the
-    first batch is then the most demanding, so that a run that does not fit in memory fails at once.
-    """
+def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[Batch]:
+    """The weights are those of the mean over all target tokens of the examples, times `loss_scale`."""
     weight = loss_scale / sum(sum(example.is_target) for example in examples)
-    by_length = sorted(examples, key=lambda example: -len(example.ids))
-    batches = in_batches(by_length, lambda example, _: len(example.ids) - 1, tokens_per_batch)
-    return [_pack_one(batch, weight) for batch in batches]
+    return pack([Item([], e.ids, e.is_target, weight=weight) for e in examples], tokens_per_batch)
 
 
-def _pack_one(examples: list[Example], weight: float) -> TextBatch:
-    starts = list(accumulate((len(example.ids) - 1 for example in examples), initial=0))
-    is_next_target_N = end_to_end([example.is_target[1:] for example in examples], torch.bool)
-    predictor_M = is_next_target_N.nonzero().squeeze(1)
-    return TextBatch(
-        end_to_end([example.ids[:-1] for example in examples]),
-        torch.tensor(starts),
-        predictor_M,
-        end_to_end([example.ids[1:] for example in examples])[predictor_M],
-        torch.full((len(predictor_M),), weight),
+def batch_loss(model, batch: Batch, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the targets' negative log-likelihoods, with a gradient and without."""
+    loss, _, _ = chunked_loss(
+        batch.predictor_states(model),
+        model.head_weight_VC,
+        batch.target_M,
+        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
+        vocab_size=vocab_size,
     )
-
-
-def text_states(model, batch: TextBatch) -> Tensor:
-    """The hidden state that predicts each target: [M, C]."""
-    return model(batch.ids_N, batch.cu_seqlens_B1).index_select(0, batch.predictor_M)
+    return loss, loss.detach()
 
 
 def add_gradient(
@@ -440,42 +413,16 @@ def add_gradient(
     tokens_per_batch: int,
     vocab_size: int | None = None,
     loss_scale: float = 1.0,
+    learns: bool = True,
 ) -> float:
     """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
 
     Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
-    `loss_scale` (see nanor1/optim.py).
+    `loss_scale` (see nanor1/optim.py). Without `learns` there is none.
     """
-
-    def backward(model, batch: TextBatch) -> Tensor:
-        loss = _loss(model, batch, vocab_size)
-        loss.backward()
-        return loss.detach()
-
-    losses = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
-    workers.gather_gradients()
+    batches = pack_examples(examples, tokens_per_batch, loss_scale)
+    losses = workers.accumulate(batches, partial(batch_loss, vocab_size=vocab_size), learns)
     return torch.stack(losses).sum().item() / loss_scale
 
 
-def mean_loss(
-    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
-) -> float:
-    """What `add_gradient` returns, and no gradient: for held-out examples."""
-
-    @torch.no_grad()  # here: it holds for the calling thread alone
-    def forward(model, batch: TextBatch) -> Tensor:
-        return _loss(model, batch, vocab_size)
-
-    return torch.stack(workers.map(forward, pack_examples(examples, tokens_per_batch))).sum().item()
-
-
-def _loss(model, batch: TextBatch, vocab_size: int | None) -> Tensor:
-    batch = batch.to(model.head_weight_VC.device)
-    loss, _, _ = chunked_loss(
-        text_states(model, batch),
-        model.head_weight_VC,
-        batch.target_M,
-        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
-        vocab_size=vocab_size,
-    )
-    return loss
+mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples

@@ -28,6 +28,7 @@ from nanor1.distillation import (
 )
 from nanor1.grpo import LossSettings, Rollout
 from nanor1.model import ModelConfig, Transformer
+from nanor1.packing import pack
 from nanor1.parallel import Workers
 from nanor1.sampler import Completion, generate
 from nanor1.sft import Example
@@ -535,7 +536,7 @@ def test_the_sign_by_hand():
     assert advantages == pytest.approx([math.log(1 / 2), math.log(3 / 2)], abs=1e-6)
     assert reverse_kl([advantages]) == pytest.approx(-math.log(3 / 4) / 2)
     student = BareLogits([[0.0, 0.0]] * 2)
-    (batch,) = grpo.pack([rollout], [advantages], [0.5], ALL_IN_ONE)
+    (batch,) = pack(grpo.to_items([rollout], [advantages], [0.5]), ALL_IN_ONE)
     logp_M, _ = grpo.completion_logprobs(student, batch, 1.0, 2)
     grpo.policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
     first, second = student.logits_NV.grad.tolist()  # a descent lowers token 0 at the first, raises 1 at the second
@@ -548,7 +549,9 @@ def test_in_the_mean_over_the_students_tokens_the_policy_gradient_is_that_of_the
     rollouts = [Rollout(None, [0], Completion([v], [p[v].log().item()], "stop"), "", None, {}) for v in range(3)]
     advantages = teacher_advantages(BareLogits([teacher_logits]), rollouts, 1.0, 3, ALL_IN_ONE)
     student = BareLogits([student_logits])
-    (batch,) = grpo.pack(rollouts, advantages, p.tolist(), ALL_IN_ONE)  # each token once, weighted as it is drawn
+    (batch,) = pack(
+        grpo.to_items(rollouts, advantages, p.tolist()), ALL_IN_ONE
+    )  # each token once, weighted as it is drawn
     logp_M, _ = grpo.completion_logprobs(student, batch, 1.0, 3)
     grpo.policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
     _, kl, expected = of_logits(student_logits, teacher_logits, DivergenceSettings(3, "reverse"))

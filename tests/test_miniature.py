@@ -11,7 +11,6 @@ from nanor1.checkpoint import save_checkpoint
 from nanor1.miniature import (
     MINIATURES,
     Muon,
-    backward,
     base_model,
     calculate,
     documents,
@@ -24,9 +23,12 @@ from nanor1.miniature import (
     orthogonalize,
     own_miniature,
     pretrain,
+    share_out,
     tries,
 )
 from nanor1.model import Transformer
+from nanor1.parallel import Workers
+from nanor1.sft import batch_loss
 from nanor1.tasks import Problem, check_countdown, is_held_out
 from nanor1.tokenizer import Tokenizer
 
@@ -228,8 +230,10 @@ def test_the_loss_and_its_gradient_are_the_mean_over_every_token_but_the_first_o
         losses += [-logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)]
     mean = torch.stack(losses).mean()
     expected = torch.autograd.grad(mean, model.head_weight_VC)[0]
-    parts = [backward(model, sequences[:1], 6), backward(model, sequences[1:], 6)]  # whatever the split
-    assert sum(parts) == pytest.approx(mean.item(), abs=1e-6)
+    batches = share_out(sequences)
+    assert len(batches) == 2 and sum(Workers(model).accumulate(batches, batch_loss)).item() == pytest.approx(
+        mean.item()
+    )
     torch.testing.assert_close(model.head_weight_VC.grad, expected)
 
 
@@ -239,11 +243,10 @@ def test_a_few_steps_of_pretraining_lower_the_loss_on_text_not_seen(name):
     tokenizer = make_tokenizer(miniature)
     model = new_model(miniature, tokenizer.vocab_size, 0)
     unseen = next_batch(documents(miniature, seed=99), tokenizer, 2000)
-    n_targets = sum(len(ids) - 1 for ids in unseen)
-    before = backward(model, unseen, n_targets)
-    model.zero_grad()
+    mean_loss = lambda: sum(Workers(model).accumulate(share_out(unseen), batch_loss, learns=False)).item()  # noqa: E731
+    before = mean_loss()
     reported = pretrain(model, tokenizer, miniature, 0, Log())
-    after = backward(model, unseen, n_targets)
+    after = mean_loss()
     assert after < before - 0.5
     assert reported == pytest.approx(after, abs=0.5)
 

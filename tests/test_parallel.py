@@ -8,15 +8,15 @@ import torch
 from nanor1.parallel import SMALL, Workers, start_workers
 
 
+class Model(torch.nn.Sequential):
+    @property
+    def head_weight_VC(self):
+        return self[2].weight
+
+
 def new_model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-
-
-def backward(model, x):
-    loss = model(x).square().sum()
-    loss.backward()
-    return loss.item()
+    return Model(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -27,15 +27,40 @@ def test_results_come_in_the_order_of_the_jobs(n, n_jobs):
     ]
 
 
-def test_gathered_gradients_are_those_of_one_model_and_the_replicas_start_afresh():
-    jobs = [torch.randn(4, 6) for _ in range(5)]
-    alone, workers = new_model(), Workers(new_model(), 2)
-    expected = [backward(alone, x) for x in jobs]
-    assert workers.map(backward, jobs) == pytest.approx(expected)
-    workers.gather_gradients()
+class Inputs:
+    """In place of a packed batch."""
+
+    def __init__(self):
+        self.x = torch.randn(4, 6)
+
+    def to(self, device):
+        return self
+
+
+def loss_of(model, batch):
+    loss = model(batch.x).square().sum()
+    return loss, loss.item()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_one_model_and_the_replicas_start_afresh(n):
+    batches = [Inputs() for _ in range(5)]
+    alone, workers = new_model(), Workers(new_model(), n)
+    losses = [loss_of(alone, batch) for batch in batches]
+    sum(loss for loss, _ in losses).backward()
+    for _ in range(2):  # what is there is added to
+        assert workers.accumulate(batches, loss_of) == pytest.approx([value for _, value in losses])
     for p, q in zip(alone.parameters(), workers.model.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad)
-    assert all(p.grad is None for p in workers.models[1].parameters())
+        torch.testing.assert_close(q.grad, 2 * p.grad)
+    assert all(p.grad is None for model in workers.models[1:] for p in model.parameters())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_without_learning_no_worker_forms_a_gradient(n):
+    workers, seen = Workers(new_model(), n), []
+    report = lambda model, batch: (None, seen.append(torch.is_grad_enabled()))  # noqa: E731
+    workers.accumulate([Inputs() for _ in range(3)], report, learns=False)
+    assert seen == [False] * 3
 
 
 def test_an_update_in_place_shows_in_every_replica():
