@@ -528,6 +528,15 @@ class BareLogits:
         return self.logits_NV
 
 
+def policy_gradient(model, batch, vocab_size):
+    """Add the gradient of the policy loss of a batch that is used once."""
+    logprobs.chunked_loss(
+        batch.predictor_states(model), model.head_weight_VC, batch.target_M,
+        lambda logp, at: grpo.policy_loss(logp, logp.detach(), batch.advantage_M[at], batch.weight_M[at])[0],
+        vocab_size=vocab_size,
+    )[0].backward()  # fmt: skip
+
+
 def test_the_sign_by_hand():
     # the student draws token 0 (p = 1/2), then token 1 (p = 1/2); the teacher gives them 1/4 and 3/4
     rollout = Rollout(None, [1], Completion([0, 1], [math.log(1 / 2)] * 2, "stop"), "", None, {})
@@ -537,8 +546,7 @@ def test_the_sign_by_hand():
     assert reverse_kl([advantages]) == pytest.approx(-math.log(3 / 4) / 2)
     student = BareLogits([[0.0, 0.0]] * 2)
     (batch,) = pack(grpo.to_items([rollout], [advantages], [0.5]), ALL_IN_ONE)
-    logp_M, _ = grpo.completion_logprobs(student, batch, 1.0, 2)
-    grpo.policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(student, batch, 2)
     first, second = student.logits_NV.grad.tolist()  # a descent lowers token 0 at the first, raises 1 at the second
     assert first[0] > 0 > first[1] and second[1] < 0 < second[0]
 
@@ -552,8 +560,7 @@ def test_in_the_mean_over_the_students_tokens_the_policy_gradient_is_that_of_the
     (batch,) = pack(
         grpo.to_items(rollouts, advantages, p.tolist()), ALL_IN_ONE
     )  # each token once, weighted as it is drawn
-    logp_M, _ = grpo.completion_logprobs(student, batch, 1.0, 3)
-    grpo.policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(student, batch, 3)
     _, kl, expected = of_logits(student_logits, teacher_logits, DivergenceSettings(3, "reverse"))
     assert student.logits_NV.grad[0].tolist() == pytest.approx(expected, abs=1e-6)
     mean_advantage = sum(p_v * advantage[0] for p_v, advantage in zip(p.tolist(), advantages, strict=True))

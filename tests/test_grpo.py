@@ -24,6 +24,7 @@ from nanor1.grpo import (
     to_items,
     token_weights,
 )
+from nanor1.logprobs import chunked_loss
 from nanor1.model import ModelConfig, Transformer
 from nanor1.parallel import Workers
 from nanor1.sampler import Completion, generate
@@ -106,6 +107,15 @@ def full_copies(items, advantages, weights):
         torch.tensor(advantages)[item_M], torch.tensor([x for item in items for x in item.completion.logprobs]),
         torch.tensor(weights)[item_M],
     )  # fmt: skip
+
+
+def policy_gradient(model, batch, temperature, vocab_size):
+    """Add the gradient of the policy loss of a batch that is used once."""
+    chunked_loss(
+        batch.predictor_states(model), model.head_weight_VC, batch.target_M,
+        lambda logp, at: policy_loss(logp, logp.detach(), batch.advantage_M[at], batch.weight_M[at])[0],
+        temperature, vocab_size,
+    )[0].backward()  # fmt: skip
 
 
 def naive_logprobs(model, item):
@@ -432,8 +442,8 @@ def test_sharing_prompts_changes_neither_values_nor_gradients(sizes):
     assert len(shared.ids_N) < len(copies.ids_N)
     for batch in (shared, copies):
         model.zero_grad()
-        logp_M, entropy_M = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-        ((logp_M + entropy_M.detach()) * batch.weight_M).sum().backward()
+        logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
+        policy_gradient(model, batch, TEMPERATURE, VOCAB_SIZE)
         values = [logp_M[batch.item_M == i] for i in range(len(items))]
         gradients.append((torch.cat(values), torch.cat([p.grad.flatten() for p in model.parameters()])))
     (values, gradient), (wanted_values, wanted_gradient) = gradients
@@ -448,8 +458,7 @@ def test_sharing_prompts_changes_neither_values_nor_gradients(sizes):
 def test_the_stop_token_is_trained_and_the_prompt_is_not():
     model = BareLogits([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     (batch,) = pack([rollout([0, 1], [0, 1])], [2.0], [0.5], ALL_IN_ONE)  # the second 1 is the stop token
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # of -A * w * log p: -1 * (chosen - p), at the position before the chosen token
     assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-0.5, 0.5], [0.5, -0.5]]
 
@@ -457,8 +466,7 @@ def test_the_stop_token_is_trained_and_the_prompt_is_not():
 def test_the_first_tokens_of_a_group_are_all_trained_at_the_prompts_last():
     model = BareLogits([[0.0, 0.0], [0.0, 0.0]])
     (batch,) = pack([rollout([0, 1], [0]), rollout([0, 1], [1])], [2.0, -4.0], [0.5, 0.5], ALL_IN_ONE)
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # -1 * (chosen - p) for token 0 and +2 * (chosen - p) for token 1
     assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-1.5, 1.5]]
 
@@ -518,8 +526,7 @@ def test_each_token_is_trained_with_its_own_advantage():
     assert batch.target_M.tolist() == [1, 0, 1, 0, 1]
     assert batch.advantage_M.tolist() == [3.0, 4.0, -5.0, 1.0, -2.0]
     model = BareLogits([[0.0, 0.0]] * 5)  # the prompt's two, two of the longer, one of the shorter
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # -A * w * (chosen - 1/2) of token 1, at the predictor of each; the prompt's last predicts both first tokens
     at_1 = [0.0, -3 * 0.25 / 2 + 1 * 0.5 / 2, 4 * 0.25 / 2, 5 * 0.25 / 2, 2 * 0.5 / 2]
     assert model.logits_NV.grad.tolist() == [[-g, g] for g in at_1]
