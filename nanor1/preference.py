@@ -26,7 +26,7 @@ from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.prompts import render
 from nanor1.rewards import after_thinking
-from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, text_end, thought_in, with_system
+from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, is_message, text_end, thought_in, with_system
 from nanor1.tasks import read_json_lines
 from nanor1.tokenizer import Tokenizer
 
@@ -125,7 +125,8 @@ def read_pairs(
 
     found = read_json_lines(path, to_pair)
     different = [pair for pair, _ in found if pair.chosen_ids != pair.rejected_ids]
-    pairs = [pair for pair in different if _longest(pair) <= max_tokens]
+    longest = lambda pair: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))  # noqa: E731
+    pairs = [pair for pair in different if longest(pair) <= max_tokens]
     n_equal, n_too_long = len(found) - len(different), len(different) - len(pairs)
     if not pairs:
         raise ValueError(
@@ -133,10 +134,6 @@ def read_pairs(
             f"{n_equal} have the same final answer twice"
         )
     return Pairs(pairs, n_too_long, n_equal, sum(is_not_train for _, is_not_train in found))
-
-
-def _longest(pair: Pair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def _to_pair(row: dict, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str) -> Pair:
@@ -156,7 +153,7 @@ def _prompt(
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
         return render(prompt, tokenizer, {})[1], prompt.strip()
-    if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
+    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
         for message in prompt:
             thought_in(message)  # refuses what cannot be one text; the template does with it what it does
         return render(with_system(prompt, system), tokenizer, template_arguments)[1], first_question(prompt)
@@ -165,13 +162,9 @@ def _prompt(
     )
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
 def _answer(row: dict, name: str) -> str:
     answer = row.get(name)
-    if isinstance(answer, list) and len(answer) == 1 and _is_message(answer[0]) and answer[0]["role"] == "assistant":
+    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]) and answer[0]["role"] == "assistant":
         return answer[0]["content"]
     if not isinstance(answer, str):
         raise ValueError(f"expected {name!r}: a text or a list of one assistant message, found {answer!r:.60}")

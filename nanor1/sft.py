@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: files become token sequences with a loss mask, packed batches, and the loss of an update.
+"""Supervised fine-tuning: files become token sequences with a loss mask, and these the loss of an update.
 
 A model learns what it would have had to sample. The prompt of a chat's answer is rendered and encoded as it is for
 sampling, the answer is encoded apart from it, as sampled ids begin anew there, and the stop token that ends a turn is
@@ -11,8 +11,6 @@ tokens that are not special (Qwen3's `<think>`) are what they are in sampling. I
 as for the sampler (see Tokenizer.apply_chat_template): strip untrusted text first.
 
 Left out: loss weights within an example, tools, loss on the user's turns, packing that fills batches to the brim.
-
-Letters: N packed tokens, B sequences, M tokens with a loss, C width.
 """
 
 import functools
@@ -91,28 +89,26 @@ def read_examples(
     """
     write = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **(template_arguments or {}))
 
-    n_beside = 0
-
-    def to_example(row: dict) -> tuple[Example, int, bool]:
-        nonlocal n_beside
+    def to_example(row: dict) -> tuple[Example, int, bool, bool]:
+        """An example, and what of it adds to n_rewritten, n_beside and n_not_train."""
         is_not_train = row.get("split") not in (None, "train")
-        if "messages" in row:
-            _check_messages(row["messages"])
-            n_beside += _thinking_beside(row, " ".join(map(said, row["messages"]))) is not None
-            return *_chat_example(with_system(row["messages"], system), tokenizer, write), is_not_train
-        if system:
-            raise ValueError(NO_PLACE_FOR_SYSTEM)
-        return _text_example(row, tokenizer), 0, is_not_train
+        if "messages" not in row:
+            if system:
+                raise ValueError(NO_PLACE_FOR_SYSTEM)
+            return _text_example(row, tokenizer), 0, False, is_not_train
+        _check_messages(messages := row["messages"])
+        is_beside = _thinking_beside(row, " ".join(map(said, messages))) is not None
+        return *_chat_example(with_system(messages, system), tokenizer, write), is_beside, is_not_train
 
     found = read_json_lines(path, to_example)
-    kept = [(example, n) for example, n, _ in found if len(example.ids) <= max_tokens]
+    kept = [(example, n) for example, n, *_ in found if len(example.ids) <= max_tokens]
     if not kept:
         raise ValueError(f"{path}: all of its {len(found)} examples are longer than {max_tokens} tokens; allow more")
     return Examples(
         [example for example, _ in kept],
         n_too_long=len(found) - len(kept),
         n_rewritten=sum(n for _, n in kept),
-        n_beside=n_beside,
+        n_beside=sum(is_beside for *_, is_beside, _ in found),
         n_not_train=sum(is_not_train for *_, is_not_train in found),
     )
 
@@ -137,30 +133,26 @@ def _thinking_beside(row: dict, learned: str) -> str | None:
     return next((n for n, text in found.items() if not isinstance(text, str) or text.strip() not in learned), None)
 
 
-def _chat_example(
-    messages: list[dict], tokenizer: Tokenizer, write: Callable[[list[dict]], str]
-) -> tuple[Example, int]:
+def _chat_example(messages: list[dict], tokenizer: Tokenizer, write: Callable) -> tuple[Example, int]:
     """The example, and how many of the assistant's earlier turns got no loss."""
-    before, answer = _turn(messages, len(messages) - 1, tokenizer, write)
+
+    def turn(i: int) -> tuple[list[int], list[int]]:
+        """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
+        prompt = write(messages[:i])
+        answer = continuation(prompt, said(messages[i]))
+        return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), turn_end(tokenizer)]
+
+    before, answer = turn(len(messages) - 1)
     is_target, n_rewritten = [False] * len(before) + [True] * len(answer), 0
     for i, message in enumerate(messages[:-1]):
         if message["role"] == "assistant":
-            start, made = _turn(messages, i, tokenizer, write)
+            start, made = turn(i)
             end = len(start) + len(made)
             if before[:end] == start + made:
                 is_target[len(start) : end] = [True] * len(made)
             else:
                 n_rewritten += 1
     return _example(before + answer, is_target, first_question(messages)), n_rewritten
-
-
-def _turn(
-    messages: list[dict], i: int, tokenizer: Tokenizer, write: Callable[[list[dict]], str]
-) -> tuple[list[int], list[int]]:
-    """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
-    prompt = write(messages[:i])
-    answer = continuation(prompt, said(messages[i]))
-    return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), turn_end(tokenizer)]
 
 
 def _example(ids: list[int], is_target: list[bool], question: str = "") -> Example:
@@ -173,24 +165,24 @@ def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected 'messages': a list of messages, found {messages!r:.60}")
     for n, message in enumerate(messages, 1):
-        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
+        if not is_message(message):
             raise ValueError(f"expected texts 'role' and 'content', found {message!r:.60} as message {n}")
-        if message["role"] == "assistant":
-            _check_said(message, n)
+        if message["role"] != "assistant":
+            continue
+        if not message["content"].strip():
+            raise ValueError(f"expected the assistant to say something, found message {n} without content")
+        if thought_in(message) and TAG.search(message["content"] + thought_in(message)):
+            raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
+        if unlearned := [name for name in UNLEARNED if message.get(name)]:
+            raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"expected the last message to be the assistant's, found role {messages[-1]['role']!r}")
     if messages[0]["role"] == "assistant":
         raise ValueError("expected a message for the assistant to answer, found the assistant's first")
 
 
-def _check_said(message: dict, n: int) -> None:
-    if not message["content"].strip():
-        raise ValueError(f"expected the assistant to say something, found message {n} without content")
-    if thought_in(message) and TAG.search(message["content"] + thought_in(message)):
-        raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
-    if unlearned := [name for name in UNLEARNED if message.get(name)]:
-        raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
+def is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def thought_in(message: dict) -> str:
@@ -274,18 +266,16 @@ def read_text(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Exampl
         ids = [*_text_start(tokenizer), *tokenizer.encode(text), text_end(tokenizer)]
         return _example(ids, [True] * len(ids)).ids
 
-    is_lines = Path(path).suffix == ".jsonl"
-    documents = read_json_lines(path, to_ids) if is_lines else [_read_document(path, to_ids)]
+    if Path(path).suffix == ".jsonl":
+        documents = read_json_lines(path, to_ids)
+    else:
+        try:
+            documents = [to_ids({"text": Path(path).read_text(encoding="utf-8")})]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as plain text ({error})") from error
     pieces = [piece for ids in documents for piece in cut(ids, max_tokens)]
     examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in pieces]
     return Examples(examples, n_cut=sum(len(ids) > max_tokens for ids in documents))
-
-
-def _read_document(path: str | Path, to_ids: Callable[[dict], list[int]]) -> list[int]:
-    try:
-        return to_ids({"text": Path(path).read_text(encoding="utf-8")})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as plain text ({error})") from error
 
 
 def cut(ids: list[int], max_tokens: int) -> list[list[int]]:
@@ -307,18 +297,17 @@ def parse_data(text: str) -> list[tuple[str, float]]:
     >>> parse_data("a.jsonl:3,C:/b.jsonl,c.jsonl:0.5")
     [('a.jsonl', 3.0), ('C:/b.jsonl', 1.0), ('c.jsonl', 0.5)]
     """
-    return [_parse_source(part.strip()) for part in text.split(",")]
-
-
-def _parse_source(part: str) -> tuple[str, float]:
-    path, colon, number = part.rpartition(":")
-    if not colon or not NUMBER.fullmatch(number):
-        path, number = part, "1"
-    if not path:
-        raise ValueError(f"data {part!r} names no file; expected FILE or FILE:WEIGHT, separated by commas")
-    if not 0 < float(number) < float("inf"):
-        raise ValueError(f"the weight of {path} is {number}; it must be above 0, as in {path}:0.5")
-    return path, float(number)
+    sources = []
+    for part in map(str.strip, text.split(",")):
+        path, colon, number = part.rpartition(":")
+        if not colon or not NUMBER.fullmatch(number):
+            path, number = part, "1"
+        if not path:
+            raise ValueError(f"data {part!r} names no file; expected FILE or FILE:WEIGHT, separated by commas")
+        if not 0 < float(number) < float("inf"):
+            raise ValueError(f"the weight of {path} is {number}; it must be above 0, as in {path}:0.5")
+        sources.append((path, float(number)))
+    return sources
 
 
 def sample_examples(sources: Sequence[Source], n: int, seed: int, step: int) -> list:
@@ -381,9 +370,10 @@ def split(
     Items of the same key, all answers to a question, come to the same side, in whichever file they are: the side that
     nanor1/tasks.py gives a problem of this text. Either side can come out empty.
     """
-    is_out = [is_in_share(str(key(item)), share) for item in items]
-    pairs = list(zip(items, is_out, strict=True))
-    return [item for item, out in pairs if not out], [item for item, out in pairs if out]
+    sides: tuple[list, list] = [], []
+    for item in items:
+        sides[is_in_share(str(key(item)), share)].append(item)
+    return sides
 
 
 # ---- the loss
