@@ -53,18 +53,16 @@ def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mea
     """
     if normalize not in ("mean", "std"):
         raise ValueError(f"advantage normalization is {normalize!r}; choose mean or std")
-    return [_center(rewards, normalize) for rewards in rewards_PG]
-
-
-def _center(rewards: list[float | None], normalize: str) -> list[float | None]:
-    known = [r for r in rewards if r is not None]
-    if len(set(known)) <= 1:
-        return [None if r is None else 0.0 for r in rewards]
-    mean = sum(known) / len(known)
-    scale = 1.0
-    if normalize == "std":
-        scale = (sum((r - mean) ** 2 for r in known) / (len(known) - 1)) ** 0.5 + 1e-6
-    return [None if r is None else (r - mean) / scale for r in rewards]
+    advantages_PG = []
+    for rewards in rewards_PG:
+        known = [r for r in rewards if r is not None]
+        center, scale = sum(known) / max(1, len(known)), 1.0
+        if len(set(known)) <= 1:
+            center = known[0] if known else 0.0  # a sum could round
+        elif normalize == "std":
+            scale = (sum((r - center) ** 2 for r in known) / (len(known) - 1)) ** 0.5 + 1e-6
+        advantages_PG.append([None if r is None else (r - center) / scale for r in rewards])
+    return advantages_PG
 
 
 def token_weights(
@@ -207,45 +205,41 @@ def add_gradient(
 
 def _loss_and_sums(model, batch: Batch, reference, settings: LossSettings) -> tuple[Tensor, tuple]:
     """The loss of a batch; and of the fields of BatchTerms the counts, and the sums as one tensor."""
-    ref_logp_M = None
+    temperature, vocab_size, cap, ref_logp_M = settings.temperature, settings.vocab_size, settings.importance_cap, None
     if reference is not None:
         with torch.no_grad():
-            ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
-    loss_of = partial(_policy_loss, batch, ref_logp_M, settings)
+            ref_logp_M, _ = completion_logprobs(reference, batch, temperature, vocab_size)
+
+    def loss_of(logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        sampler_logp = batch.sampler_logp_M[at]
+        return policy_loss(
+            logp,
+            sampler_logp if settings.is_batch_reused else logp.detach(),
+            batch.advantage_M[at],
+            batch.weight_M[at],
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance_M=importance_weights(logp, sampler_logp, cap) if cap else None,
+            ref_logp_M=None if ref_logp_M is None else ref_logp_M[at],
+            kl_coef=settings.kl_coef,
+            kl=settings.kl,
+        )
+
     loss, logp_M, entropy_M = chunked_loss(
         batch.predictor_states(model),
         model.head_weight_VC,
         batch.target_M,
         lambda logp, at: loss_of(logp, at)[0],
-        settings.temperature,
-        settings.vocab_size,
+        temperature,
+        vocab_size,
     )
-    _, is_clipped_M = loss_of(logp_M, slice(None))
-    gap_M = (logp_M - batch.sampler_logp_M).abs()
+    gap_M, is_clipped_M = (logp_M - batch.sampler_logp_M).abs(), loss_of(logp_M, slice(None))[1]
     sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
     if reference is not None:
         sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
     n_packed, n_tokens = len(batch.ids_N), len(batch.target_M)
     n_pairs = attended_pairs(batch.cu_seqlens_B1, batch.parent_B)
     return loss, ((n_packed, n_tokens, model.training_flops(n_packed, n_pairs, n_tokens)), torch.stack(sums))
-
-
-def _policy_loss(batch: Batch, ref_logp_M: Tensor | None, settings: LossSettings, logp: Tensor, at: slice):
-    """`policy_loss` of the tokens `at` of a batch, whose log-probabilities are `logp`."""
-    sampler_logp = batch.sampler_logp_M[at]
-    is_capped = settings.importance_cap > 0
-    return policy_loss(
-        logp,
-        sampler_logp if settings.is_batch_reused else logp.detach(),
-        batch.advantage_M[at],
-        batch.weight_M[at],
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        importance_M=importance_weights(logp, sampler_logp, settings.importance_cap) if is_capped else None,
-        ref_logp_M=None if ref_logp_M is None else ref_logp_M[at],
-        kl_coef=settings.kl_coef,
-        kl=settings.kl,
-    )
 
 
 @dataclass(frozen=True)

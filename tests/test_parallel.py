@@ -19,14 +19,6 @@ def new_model():
     return Model(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("n_jobs", [0, 1, 2, 5])
-def test_results_come_in_the_order_of_the_jobs(n, n_jobs):
-    assert Workers(new_model(), n).map(lambda model, job: job * 10, list(range(n_jobs))) == [
-        job * 10 for job in range(n_jobs)
-    ]
-
-
 class Inputs:
     """In place of a packed batch."""
 
@@ -40,6 +32,13 @@ class Inputs:
 def loss_of(model, batch):
     loss = model(batch.x).square().sum()
     return loss, loss.item()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n_batches", [0, 1, 2, 5])
+def test_reports_come_in_the_order_of_the_batches(n, n_batches):
+    batches = [Inputs() for _ in range(n_batches)]
+    assert Workers(new_model(), n).accumulate(batches, lambda model, batch: (None, batch), learns=False) == batches
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -68,25 +67,25 @@ def test_an_update_in_place_shows_in_every_replica():
     with torch.no_grad():
         for p in workers.model.parameters():
             p.add_(1.0)
-    x = torch.randn(2, 6)
-    outputs = workers.map(lambda model, _: model(x), range(3))
+    outputs = [model(torch.ones(2, 6)) for model in workers.models]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_workers_run_torch_on_one_thread_each_and_leave_the_caller_its_own():
     before = torch.get_num_threads()
-    seen = Workers(new_model(), 2).map(lambda model, _: (torch.get_num_threads(), threading.get_ident()), range(4))
-    assert {threads for threads, _ in seen} == {1}
+    threads = lambda *_: (None, (torch.get_num_threads(), threading.get_ident()))  # noqa: E731
+    seen = Workers(new_model(), 2).accumulate([Inputs() for _ in range(4)], threads, learns=False)
+    assert {n for n, _ in seen} == {1}
     assert threading.get_ident() not in {ident for _, ident in seen}
     assert torch.get_num_threads() == before
 
 
 def test_an_error_in_a_worker_reaches_the_caller():
-    def fail(model, job):
-        raise ValueError(f"job {job}")
+    def fail(model, batch):
+        raise ValueError("too much")
 
-    with pytest.raises(ValueError, match="job 0"):
-        Workers(new_model(), 2).map(fail, [0, 1])
+    with pytest.raises(ValueError, match="too much"):
+        Workers(new_model(), 2).accumulate([Inputs()], fail)
 
 
 def test_only_a_small_model_gets_a_worker_a_thread_unasked(monkeypatch):
