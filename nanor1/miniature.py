@@ -29,16 +29,15 @@ from torch import Tensor, nn
 from nanor1.checkpoint import model_folder
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
-from nanor1.packing import Batch, Item, pack_one
 from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
-from nanor1.sft import batch_loss
+from nanor1.sft import Example, add_gradient
 from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 
 NAMESPACE = "miniature/"  # opens the name by which scripts take a miniature for a model
 END = "<end>"
-N_SHARES = 2  # of a pretraining batch, for as many workers; fixed, so that their number changes nothing
+MUON_LR, ADAMW_LR = 0.01, 3e-3  # peaks
 CORPUS_SEED = 1_000_000  # training draws its problems with the seeds below
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 WAIT, YES = ("wait", "等"), ("yes", "对")  # in English and in Chinese
@@ -54,12 +53,9 @@ class Miniature:
     words: list[str]
     width: int = 128
     mlp_width: int = 256
-    n_layers: int = 2
     n_heads: int = 4
     steps: int = 800
     tokens_per_step: int = 2_400
-    muon_lr: float = 0.01
-    adamw_lr: float = 3e-3
 
 
 MINIATURES = {
@@ -300,7 +296,7 @@ def new_model(miniature: Miniature, vocab_size: int, seed: int) -> Transformer:
             vocab_size=vocab_size,
             hidden_size=miniature.width,
             intermediate_size=miniature.mlp_width,
-            num_hidden_layers=miniature.n_layers,
+            num_hidden_layers=2,
             num_attention_heads=miniature.n_heads,
             num_key_value_heads=1,
             head_dim=miniature.width // miniature.n_heads,
@@ -332,12 +328,14 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, see
     adamw = torch.optim.AdamW([p for n, p in named if not is_hidden_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
     workers, texts, losses = start_workers(model), documents(miniature, seed), []
     for step in range(miniature.steps):
-        batches = share_out(next_batch(texts, tokenizer, miniature.tokens_per_step))
-        losses.append(torch.stack(workers.accumulate(batches, batch_loss)).sum().item())
+        examples = next_examples(texts, tokenizer, miniature.tokens_per_step)
+        sizes = [len(example.ids) - 1 for example in examples]
+        two_batches = (sum(sizes) + max(sizes)) // 2  # never three: the number of workers then changes nothing
+        losses.append(add_gradient(workers, examples, two_batches))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = learning_rate(step, miniature.steps, 1.0, 50, "linear", 0.02)
-        muon.step(miniature.muon_lr * scale)
-        adamw.param_groups[0]["lr"] = miniature.adamw_lr * scale
+        muon.step(MUON_LR * scale)
+        adamw.param_groups[0]["lr"] = ADAMW_LR * scale
         adamw.step()
         model.zero_grad()
         log.progress(step + 1, miniature.steps, f"pretraining, loss {losses[-1]:.2f}, step")
@@ -345,19 +343,12 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, see
     return sum(last) / len(last)
 
 
-def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
-    """Whole documents of at least `n_tokens` together, sorted by length."""
+def next_examples(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> list[Example]:
+    """Whole documents of at least `n_tokens` together; nothing comes before the first token of each."""
     batch: list[list[int]] = []
     while sum(map(len, batch)) < n_tokens:
         batch.append(tokenizer.encode(next(texts), allow_special=True))
-    return sorted(batch, key=len)
-
-
-def share_out(documents: list[list[int]]) -> list[Batch]:
-    """Batches for N_SHARES workers; their losses add up to the mean over every token but the documents' first."""
-    weight = 1 / sum(len(ids) - 1 for ids in documents)
-    items = [Item([], ids, [False] + [True] * (len(ids) - 1), weight=weight) for ids in documents]
-    return [pack_one(items, range(i, len(items), N_SHARES)) for i in range(min(N_SHARES, len(items)))]
+    return [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in batch]
 
 
 class Muon:
