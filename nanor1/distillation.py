@@ -33,8 +33,6 @@ undoes both, so that the mixture means the same at every temperature (1503.02531
 divergence without tau^2.
 
 Left out: teachers of another vocabulary, stored or truncated teacher distributions, the mixing of texts with samples.
-
-Letters: V vocabulary, C width (the two models' may differ), M tokens with a loss.
 """
 
 import math
@@ -67,14 +65,9 @@ class DivergenceSettings:
     hard_weight: float = 0.0  # of the target's own loss; the divergence gets the rest
 
     def __post_init__(self):
-        if self.kind not in DIVERGENCES:
-            raise ValueError(f"divergence is {self.kind!r}; choose {', '.join(DIVERGENCES)}")
+        assert self.kind in DIVERGENCES and self.temperature > 0 and 0 <= self.hard_weight <= 1, self
         if not 0 < self.beta < 1:
             raise ValueError(f"beta is {self.beta}, where jsd is 0; choose between 0 and 1, or forward or reverse")
-        if self.temperature <= 0:
-            raise ValueError(f"the divergence's temperature is {self.temperature}; it must be above 0")
-        if not 0 <= self.hard_weight <= 1:
-            raise ValueError(f"the hard loss's weight is {self.hard_weight}; it must be from 0 to 1")
 
 
 def divergence_loss(
@@ -248,21 +241,19 @@ def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: s
     The two are compared at that token too: a teacher that ends with another would teach the student to go on. Their
     vocabularies are the same (see `check_same_vocabulary`). `why` opens the message: what needs one end.
     """
-    ends = [_answer_end(tokenizer, template) for tokenizer in (student, teacher)]
-    if ends[0] == ends[1]:
+
+    def ends(name: str) -> list[int]:
+        return [turn_end(tokenizer) if name == "chat" else text_end(tokenizer) for tokenizer in (student, teacher)]
+
+    mine, theirs = ends(template)
+    if mine == theirs:
         return
-    others = [other for other in ("chat", "r1-zero") if other != template]
-    same = [other for other in others if _answer_end(student, other) == _answer_end(teacher, other)]
+    same = [name for name in ("chat", "r1-zero") if len({*ends(name)}) == 1]
     remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
-    shown = [repr(_text(tokenizer, end)) for tokenizer, end in zip((student, teacher), ends, strict=True)]
     raise ValueError(
-        f"{why}, and under --template {template} the student's answers end with {shown[0]} and the teacher's with "
-        f"{shown[1]}, which would teach the student not to end; {remedy}--method traces"
+        f"{why}, and under --template {template} the student's answers end with {_text(student, mine)!r} and the "
+        f"teacher's with {_text(teacher, theirs)!r}, which would teach the student not to end; {remedy}--method traces"
     )
-
-
-def _answer_end(tokenizer: Tokenizer, template: str) -> int:
-    return turn_end(tokenizer) if template == "chat" else text_end(tokenizer)
 
 
 def _text(tokenizer: Tokenizer, token_id: int) -> str | None:

@@ -11,8 +11,6 @@ paper where later work found a bias or no use:
 - the upper clip is wider than the lower (DAPO's clip-higher);
 - no KL term. Where one is asked for, k2 has the right gradient on-policy; DeepSeek's k3 as a loss is a biased
   approximation (2510.01555), and k1 as a loss has zero expected gradient, so k1 goes into the reward or nowhere.
-
-Letters: P problems, G completions a problem, B sequences, N packed tokens, M tokens with a loss.
 """
 
 from collections.abc import Iterable, Sequence

@@ -7,8 +7,6 @@ eq. 1, one pair a prompt). As in DeepSeek-R1 (2501.12948, section 2.3.4) helpful
 what stands before `</think>` is cut off, in training and in use alike.
 
 Left out: ensembles, several labels, scores of single steps, human-written scales.
-
-Letters: P pairs, B sequences, N packed tokens, M answers, C width.
 """
 
 import math
@@ -121,7 +119,13 @@ def read_pairs(
     """
 
     def to_pair(row: dict) -> tuple[Pair, bool]:
-        return _to_pair(row, tokenizer, template_arguments or {}, system), row.get("split") not in (None, "train")
+        prompt_ids, question = _prompt(row.get("prompt"), tokenizer, template_arguments or {}, system)
+        chosen_ids, rejected_ids = (_answer_ids(_answer(row, name), tokenizer) for name in ("chosen", "rejected"))
+        margin = row.get("margin", 0.0)
+        if type(margin) not in (int, float) or not math.isfinite(margin):
+            raise ValueError(f"expected a finite number 'margin', found {margin!r:.60}")
+        pair = Pair(prompt_ids, chosen_ids, rejected_ids, float(margin), question)
+        return pair, row.get("split") not in (None, "train")
 
     found = read_json_lines(path, to_pair)
     different = [pair for pair, _ in found if pair.chosen_ids != pair.rejected_ids]
@@ -134,15 +138,6 @@ def read_pairs(
             f"{n_equal} have the same final answer twice"
         )
     return Pairs(pairs, n_too_long, n_equal, sum(is_not_train for _, is_not_train in found))
-
-
-def _to_pair(row: dict, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str) -> Pair:
-    prompt_ids, question = _prompt(row.get("prompt"), tokenizer, template_arguments, system)
-    chosen_ids, rejected_ids = (_answer_ids(_answer(row, name), tokenizer) for name in ("chosen", "rejected"))
-    margin = row.get("margin", 0.0)
-    if type(margin) not in (int, float) or not math.isfinite(margin):
-        raise ValueError(f"expected a finite number 'margin', found {margin!r:.60}")
-    return Pair(prompt_ids, chosen_ids, rejected_ids, float(margin), question)
 
 
 def _prompt(
