@@ -53,6 +53,7 @@ class Miniature:
     words: list[str]
     width: int = 128
     mlp_width: int = 256
+    n_layers: int = 2
     n_heads: int = 4
     steps: int = 800
     tokens_per_step: int = 2_400
@@ -296,7 +297,7 @@ def new_model(miniature: Miniature, vocab_size: int, seed: int) -> Transformer:
             vocab_size=vocab_size,
             hidden_size=miniature.width,
             intermediate_size=miniature.mlp_width,
-            num_hidden_layers=2,
+            num_hidden_layers=miniature.n_layers,
             num_attention_heads=miniature.n_heads,
             num_key_value_heads=1,
             head_dim=miniature.width // miniature.n_heads,

@@ -43,6 +43,9 @@ class Item:
     sampler_logp: float | list[float] = 0.0
     weight: float | list[float] = 1.0
 
+    def __post_init__(self):
+        assert self.prompt_ids or not self.ids or not self.each("is_learned")[0], "nothing predicts a text's first id"
+
     def each(self, name: str) -> list:
         value = getattr(self, name)
         values = value if isinstance(value, list) else [value] * len(self.ids)

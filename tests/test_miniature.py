@@ -40,7 +40,7 @@ PROMPTS = {
 
 
 def tiny(name, **changes):
-    return dataclasses.replace(MINIATURES[name], width=32, mlp_width=48, n_heads=2, **changes)
+    return dataclasses.replace(MINIATURES[name], width=32, mlp_width=48, n_layers=1, n_heads=2, **changes)
 
 
 def corpus(name, n, seed=0):
