@@ -102,28 +102,22 @@ def divergence_loss(
 
 def _chunk(logits, teacher_logits, target, error: Tensor | None, settings: DivergenceSettings) -> tuple[Tensor, Tensor]:
     """Divergence and nll of the tokens, as many at a time as fit a CPU's cache; their losses' gradient into `error`."""
-    V = settings.vocab_size
+    V, tau = settings.vocab_size, settings.temperature
     n_rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
     divergence, nll = logits.new_empty(2, len(logits))
     for start in range(0, len(logits), n_rows):
         at = slice(start, start + n_rows)
-        divergence[at], nll[at], gradient = _block(logits[at, :V], teacher_logits[at, :V], target[at], settings)
+        log_p = logits[at, :V].log_softmax(1)
+        log_s = log_p if tau == 1 else (logits[at, :V] / tau).log_softmax(1)
+        log_t = (teacher_logits[at, :V] / tau).log_softmax(1)
+        divergence[at], gradient = DIVERGENCES[settings.kind](log_s, log_t, settings.beta)
+        logp = log_p.gather(1, target[at, None])
+        nll[at] = -logp.squeeze(1)
         if error is not None:
-            error[at, :V] = gradient
+            hard_gradient = log_p.exp().scatter_(1, target[at, None], logp.expm1())
+            error[at, :V] = torch.lerp(tau * gradient, hard_gradient, settings.hard_weight)
             error[at, V:] = 0
     return divergence, nll
-
-
-def _block(logits, teacher_logits, target, settings: DivergenceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """(divergence [n], nll [n], gradient of the tokens' losses with respect to the student's logits [n, V])."""
-    tau = settings.temperature
-    log_p = logits.log_softmax(1)
-    log_s = log_p if tau == 1 else (logits / tau).log_softmax(1)
-    log_t = (teacher_logits / tau).log_softmax(1)
-    divergence, gradient = DIVERGENCES[settings.kind](log_s, log_t, settings.beta)
-    logp = log_p.gather(1, target[:, None])
-    hard_gradient = log_p.exp().scatter_(1, target[:, None], logp.expm1())
-    return divergence, -logp.squeeze(1), torch.lerp(tau * gradient, hard_gradient, settings.hard_weight)
 
 
 # Each: (divergence [n], its gradient with respect to z [n, V]). In logarithms throughout: where a probability is 0 in
