@@ -280,7 +280,11 @@ def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int,
     """
     length_B, length_k_B = cu_seqlens_q_B1.diff(), cu_seqlens_k_B1.diff()
     offset_B = length_k_B - length_B  # query i sees the keys up to i + offset
-    number_B, number_k_B = _first_tiles(cu_seqlens_q_B1), _first_tiles(cu_seqlens_k_B1)
+    # of each sequence's first tile, so that all its tiles have a number before the next sequence's first
+    number_B, number_k_B = (
+        cu_B1[:-1] // TILE + torch.arange(len(cu_B1) - 1, device=cu_B1.device)
+        for cu_B1 in (cu_seqlens_q_B1, cu_seqlens_k_B1)
+    )
     sequence_B5 = torch.stack((cu_seqlens_q_B1[:-1], length_B, cu_seqlens_k_B1[:-1], length_k_B, number_B * TILE), 1)
 
     row_T, first_T = _cut(number_B, n_queries)
@@ -293,11 +297,6 @@ def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int,
         for first_T, row_T, work_T in entries
     )
     return TileTable(*(table_T6.flatten().int() for table_T6 in tables))
-
-
-def _first_tiles(cu_seqlens_B1: Tensor) -> Tensor:
-    """Numbers of each sequence's first tile, so that all its tiles have one before the next sequence's first."""
-    return cu_seqlens_B1[:-1] // TILE + torch.arange(len(cu_seqlens_B1) - 1, device=cu_seqlens_B1.device)
 
 
 def _cut(number_B: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
