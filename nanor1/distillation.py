@@ -33,22 +33,22 @@ undoes both, so that the mixture means the same at every temperature (1503.02531
 divergence without tau^2.
 
 Left out: teachers of another vocabulary, stored or truncated teacher distributions, the mixing of texts with samples.
-
-Letters: V vocabulary, C width (the two models' may differ), M tokens with a loss.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from nanor1.grpo import Rollout, completion_logprobs, pack
+from nanor1.grpo import Rollout, completion_logprobs, to_items
 from nanor1.logprobs import BLOCK_BYTES, logit_chunks, loss_of_logits
+from nanor1.packing import Batch, pack
 from nanor1.parallel import Workers
-from nanor1.sft import Example, TextBatch, pack_examples, text_end, text_states, turn_end
+from nanor1.sft import Example, pack_examples, text_end, turn_end
 from nanor1.tokenizer import Tokenizer
 
 # ---- the teacher's distributions, on given texts
@@ -65,14 +65,9 @@ class DivergenceSettings:
     hard_weight: float = 0.0  # of the target's own loss; the divergence gets the rest
 
     def __post_init__(self):
-        if self.kind not in DIVERGENCES:
-            raise ValueError(f"divergence is {self.kind!r}; choose {', '.join(DIVERGENCES)}")
+        assert self.kind in DIVERGENCES and self.temperature > 0 and 0 <= self.hard_weight <= 1, self
         if not 0 < self.beta < 1:
             raise ValueError(f"beta is {self.beta}, where jsd is 0; choose between 0 and 1, or forward or reverse")
-        if self.temperature <= 0:
-            raise ValueError(f"the divergence's temperature is {self.temperature}; it must be above 0")
-        if not 0 <= self.hard_weight <= 1:
-            raise ValueError(f"the hard loss's weight is {self.hard_weight}; it must be from 0 to 1")
 
 
 def divergence_loss(
@@ -107,28 +102,22 @@ def divergence_loss(
 
 def _chunk(logits, teacher_logits, target, error: Tensor | None, settings: DivergenceSettings) -> tuple[Tensor, Tensor]:
     """Divergence and nll of the tokens, as many at a time as fit a CPU's cache; their losses' gradient into `error`."""
-    V = settings.vocab_size
+    V, tau = settings.vocab_size, settings.temperature
     n_rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
     divergence, nll = logits.new_empty(2, len(logits))
     for start in range(0, len(logits), n_rows):
         at = slice(start, start + n_rows)
-        divergence[at], nll[at], gradient = _block(logits[at, :V], teacher_logits[at, :V], target[at], settings)
+        log_p = logits[at, :V].log_softmax(1)
+        log_s = log_p if tau == 1 else (logits[at, :V] / tau).log_softmax(1)
+        log_t = (teacher_logits[at, :V] / tau).log_softmax(1)
+        divergence[at], gradient = DIVERGENCES[settings.kind](log_s, log_t, settings.beta)
+        logp = log_p.gather(1, target[at, None])
+        nll[at] = -logp.squeeze(1)
         if error is not None:
-            error[at, :V] = gradient
+            hard_gradient = log_p.exp().scatter_(1, target[at, None], logp.expm1())
+            error[at, :V] = torch.lerp(tau * gradient, hard_gradient, settings.hard_weight)
             error[at, V:] = 0
     return divergence, nll
-
-
-def _block(logits, teacher_logits, target, settings: DivergenceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """(divergence [n], nll [n], gradient of the tokens' losses with respect to the student's logits [n, V])."""
-    tau = settings.temperature
-    log_p = logits.log_softmax(1)
-    log_s = log_p if tau == 1 else (logits / tau).log_softmax(1)
-    log_t = (teacher_logits / tau).log_softmax(1)
-    divergence, gradient = DIVERGENCES[settings.kind](log_s, log_t, settings.beta)
-    logp = log_p.gather(1, target[:, None])
-    hard_gradient = log_p.exp().scatter_(1, target[:, None], logp.expm1())
-    return divergence, -logp.squeeze(1), torch.lerp(tau * gradient, hard_gradient, settings.hard_weight)
 
 
 # Each: (divergence [n], its gradient with respect to z [n, V]). In logarithms throughout: where a probability is 0 in
@@ -164,54 +153,29 @@ def add_gradient(
     tokens_per_batch: int,
     settings: DivergenceSettings,
     loss_scale: float = 1.0,
+    learns: bool = True,
 ) -> dict[str, float]:
     """Add the gradient of one update to the parameters; returns `loss`, `divergence` and `nll`, means a target token.
 
-    The gradient is multiplied by `loss_scale` (see nanor1/optim.py). All workers read the one teacher, which sees the
-    very batches of the student.
+    The gradient is multiplied by `loss_scale` (see nanor1/optim.py); without `learns` there is none. All workers read
+    the one teacher, which sees the very batches of the student.
     """
 
-    def backward(model, batch: TextBatch) -> Tensor:
-        loss, means = _batch_loss(model, teacher, batch, settings)
-        loss.backward()
-        return means
+    def loss_and_means(model, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher_MC = batch.predictor_states(teacher)
+        student_MC, target_M, weight_M = batch.predictor_states(model), batch.target_M, batch.weight_M
+        loss, divergence_M, nll_M = divergence_loss(
+            student_MC, model.head_weight_VC, teacher_MC, teacher.head_weight_VC, target_M, weight_M, settings
+        )
+        return loss, torch.stack([loss.detach(), weight_M @ divergence_M, weight_M @ nll_M])
 
-    means = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
-    workers.gather_gradients()
-    return {name: scaled / loss_scale for name, scaled in _sum(means).items()}
-
-
-def mean_loss(
-    workers: Workers, teacher, examples: Sequence[Example], tokens_per_batch: int, settings: DivergenceSettings
-) -> dict[str, float]:
-    """What `add_gradient` returns, and no gradient: for held-out examples."""
-
-    @torch.no_grad()  # here: it holds for the calling thread alone
-    def forward(model, batch: TextBatch) -> Tensor:
-        return _batch_loss(model, teacher, batch, settings)[1]
-
-    return _sum(workers.map(forward, pack_examples(examples, tokens_per_batch)))
+    means = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_and_means, learns)
+    loss, divergence, nll = (torch.stack(means).sum(0) / loss_scale).tolist()
+    return {"loss": loss, "divergence": divergence, "nll": nll}
 
 
-def _batch_loss(model, teacher, batch: TextBatch, settings: DivergenceSettings) -> tuple[Tensor, Tensor]:
-    """(loss of a batch, its part of the means that are reported [3])."""
-    batch = batch.to(model.head_weight_VC.device)
-    with torch.no_grad():
-        teacher_MC = text_states(teacher, batch)
-    loss, divergence_M, nll_M = divergence_loss(
-        text_states(model, batch),
-        model.head_weight_VC,
-        teacher_MC,
-        teacher.head_weight_VC,
-        batch.target_M,
-        batch.weight_M,
-        settings,
-    )
-    return loss, torch.stack([loss.detach(), batch.weight_M @ divergence_M, batch.weight_M @ nll_M])
-
-
-def _sum(means: list[Tensor]) -> dict[str, float]:
-    return dict(zip(("loss", "divergence", "nll"), torch.stack(means).sum(0).tolist(), strict=True))
+mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples
 
 
 # ---- on the student's own samples
@@ -229,12 +193,11 @@ def teacher_advantages(
     2025, has it; GKD, 2306.13649, takes the full divergence at the same contexts).
     """
     advantages: list[list[float]] = [[] for _ in rollouts]
-    unused = [0.0] * len(rollouts)
-    for batch in pack(rollouts, unused, unused, tokens_per_batch):
+    for batch in pack(to_items(rollouts), tokens_per_batch):
         batch = batch.to(teacher.head_weight_VC.device)
         teacher_logp_M, _ = completion_logprobs(teacher, batch, temperature, vocab_size)
         of_tokens = (teacher_logp_M - batch.sampler_logp_M).tolist()
-        for i, advantage in zip(batch.rollout_M.tolist(), of_tokens, strict=True):
+        for i, advantage in zip(batch.item_M.tolist(), of_tokens, strict=True):
             advantages[i].append(advantage)
     return advantages
 
@@ -272,21 +235,19 @@ def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: s
     The two are compared at that token too: a teacher that ends with another would teach the student to go on. Their
     vocabularies are the same (see `check_same_vocabulary`). `why` opens the message: what needs one end.
     """
-    ends = [_answer_end(tokenizer, template) for tokenizer in (student, teacher)]
-    if ends[0] == ends[1]:
+
+    def ends(name: str) -> list[int]:
+        return [turn_end(tokenizer) if name == "chat" else text_end(tokenizer) for tokenizer in (student, teacher)]
+
+    mine, theirs = ends(template)
+    if mine == theirs:
         return
-    others = [other for other in ("chat", "r1-zero") if other != template]
-    same = [other for other in others if _answer_end(student, other) == _answer_end(teacher, other)]
+    same = [name for name in ("chat", "r1-zero") if len({*ends(name)}) == 1]
     remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
-    shown = [repr(_text(tokenizer, end)) for tokenizer, end in zip((student, teacher), ends, strict=True)]
     raise ValueError(
-        f"{why}, and under --template {template} the student's answers end with {shown[0]} and the teacher's with "
-        f"{shown[1]}, which would teach the student not to end; {remedy}--method traces"
+        f"{why}, and under --template {template} the student's answers end with {_text(student, mine)!r} and the "
+        f"teacher's with {_text(teacher, theirs)!r}, which would teach the student not to end; {remedy}--method traces"
     )
-
-
-def _answer_end(tokenizer: Tokenizer, template: str) -> int:
-    return turn_end(tokenizer) if template == "chat" else text_end(tokenizer)
 
 
 def _text(tokenizer: Tokenizer, token_id: int) -> str | None:

@@ -11,22 +11,18 @@ paper where later work found a bias or no use:
 - the upper clip is wider than the lower (DAPO's clip-higher);
 - no KL term. Where one is asked for, k2 has the right gradient on-policy; DeepSeek's k3 as a loss is a biased
   approximation (2510.01555), and k1 as a loss has zero expected gradient, so k1 goes into the reward or nowhere.
-
-Letters: P problems, G completions a problem, B sequences, N packed tokens, M tokens with a loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss, token_logprobs
-from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
+from nanor1.packing import Batch, Item, attended_pairs, pack
 from nanor1.parallel import Workers
 
 Advantage = float | list[float]  # of a completion, or of each of its tokens
@@ -44,28 +40,6 @@ class Rollout:
     parts: dict[str, float | None]
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """Rollouts laid end to end (see nanor1/packing.py); the loss falls on completion tokens, the stop token included.
-
-    A prompt that several completions continue is there once. A completion's last token predicts nothing: it is left
-    out, and is a target only.
-    """
-
-    ids_N: Tensor  # int64, and so the five below
-    cu_seqlens_B1: Tensor
-    parent_B: Tensor  # the sequence of a completion's prompt; -1: prompts, and completions that lie behind their own
-    predictor_M: Tensor  # the packed token whose hidden state predicts the target; for the first the prompt's last
-    target_M: Tensor  # the completion tokens
-    rollout_M: Tensor  # which of the rollouts given to `pack` they are of
-    advantage_M: Tensor  # fp32, and so the two below
-    sampler_logp_M: Tensor
-    weight_M: Tensor  # in an update's loss (see `token_weights`)
-
-    def to(self, device) -> "PackedBatch":
-        return to_device(self, device, stays=MAKES_LAYOUT)
-
-
 def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mean") -> list[list[float | None]]:
     """Reward minus the group's mean; with `normalize="std"` also divided by the group's deviation (G - 1 in it).
 
@@ -77,18 +51,16 @@ def group_advantages(rewards_PG: list[list[float | None]], normalize: str = "mea
     """
     if normalize not in ("mean", "std"):
         raise ValueError(f"advantage normalization is {normalize!r}; choose mean or std")
-    return [_center(rewards, normalize) for rewards in rewards_PG]
-
-
-def _center(rewards: list[float | None], normalize: str) -> list[float | None]:
-    known = [r for r in rewards if r is not None]
-    if len(set(known)) <= 1:
-        return [None if r is None else 0.0 for r in rewards]
-    mean = sum(known) / len(known)
-    scale = 1.0
-    if normalize == "std":
-        scale = (sum((r - mean) ** 2 for r in known) / (len(known) - 1)) ** 0.5 + 1e-6
-    return [None if r is None else (r - mean) / scale for r in rewards]
+    advantages_PG = []
+    for rewards in rewards_PG:
+        known = [r for r in rewards if r is not None]
+        center, scale = sum(known) / max(1, len(known)), 1.0
+        if len(set(known)) <= 1:
+            center = known[0] if known else 0.0  # a sum could round
+        elif normalize == "std":
+            scale = (sum((r - center) ** 2 for r in known) / (len(known) - 1)) ** 0.5 + 1e-6
+        advantages_PG.append([None if r is None else (r - center) / scale for r in rewards])
+    return advantages_PG
 
 
 def token_weights(
@@ -120,86 +92,20 @@ def token_weights(
     raise ValueError(f"aggregate is {aggregate!r}; choose token, sequence or constant")
 
 
-def pack(
-    rollouts: list[Rollout], advantages: list[Advantage], weights: list[float], tokens_per_batch: int
-) -> list[PackedBatch]:
-    """Lay rollouts end to end, in batches of at most `tokens_per_batch` packed tokens (or of one rollout).
-
-    An advantage is a number for all tokens of a completion, or a list of one number a token, the stop token included.
-    Neighbours with the same prompt share one copy of it in a batch. Groups come longest first: the first batch is then
-    the most demanding, so that a run that does not fit in memory fails at once.
-    """
-    groups = groupby((i for i, r in enumerate(rollouts) if r.completion.ids), lambda i: rollouts[i].prompt_ids)
-    by_length = [sorted(group, key=lambda i: -_n_tokens(rollouts[i])) for _, group in groups]
-    by_length.sort(key=lambda group: -_n_tokens(rollouts[group[0]]))
-
-    def n_new(i: int, before: int | None) -> int:
-        is_shared = before is not None and rollouts[before].prompt_ids == rollouts[i].prompt_ids
-        return _n_tokens(rollouts[i]) - (len(rollouts[i].prompt_ids) if is_shared else 0)
-
-    batches = in_batches((i for group in by_length for i in group), n_new, tokens_per_batch)
-    return [_pack_one(rollouts, batch, advantages, weights) for batch in batches]
+def to_items(
+    rollouts: list[Rollout], advantages: Sequence[Advantage] | None = None, weights: Sequence[float] | None = None
+) -> list[Item]:
+    """What packing lays end to end: the loss falls on all tokens of the completions, the stop token included."""
+    zeros = [0.0] * len(rollouts)
+    return [
+        Item(rollout.prompt_ids, rollout.completion.ids, True, advantage, rollout.completion.logprobs, weight)
+        for rollout, advantage, weight in zip(rollouts, advantages or zeros, weights or zeros, strict=True)
+    ]
 
 
-def _n_tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion.ids) - 1
-
-
-def _pack_one(
-    rollouts: list[Rollout], chosen: list[int], advantages: list[Advantage], weights: list[float]
-) -> PackedBatch:
-    """Prompts first, then the completions that continue them, both longest first: see nanor1/attention.py.
-
-    A prompt with one completion is one sequence with it.
-    """
-    groups = [list(group) for _, group in groupby(chosen, lambda i: rollouts[i].prompt_ids)]
-    row = {i: b for b, group in enumerate(groups) for i in group}  # of the sequence that a rollout's prompt opens
-    alone = {i for i, *others in groups if not others}
-    shared = [i for i in chosen if i not in alone and len(rollouts[i].completion.ids) > 1]
-    shared.sort(key=lambda i: -_n_tokens(rollouts[i]))
-    sequences = [rollouts[i].prompt_ids + (rollouts[i].completion.ids[:-1] if i in alone else []) for i, *_ in groups]
-    sequences += [rollouts[i].completion.ids[:-1] for i in shared]
-    starts = list(accumulate(map(len, sequences), initial=0))
-    start_of = dict(zip(shared, starts[len(groups) :], strict=False))
-
-    completions = [rollouts[i].completion for i in chosen]
-    n_tokens = torch.tensor([len(completion.ids) for completion in completions])
-    prompt_end = [starts[row[i]] + len(rollouts[i].prompt_ids) for i in chosen]
-    start = [start_of.get(i, end) for i, end in zip(chosen, prompt_end, strict=True)]
-    first = n_tokens.cumsum(0) - n_tokens
-    predictor_M = torch.arange(int(n_tokens.sum())) + (torch.tensor(start) - 1 - first).repeat_interleave(n_tokens)
-    predictor_M[first] = torch.tensor(prompt_end) - 1
-    rollout_M = torch.tensor(chosen).repeat_interleave(n_tokens)
-    return PackedBatch(
-        end_to_end(sequences),
-        torch.tensor(starts),
-        torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
-        predictor_M,
-        end_to_end([completion.ids for completion in completions]),
-        rollout_M,
-        end_to_end([_of_tokens(advantages[i], len(rollouts[i].completion.ids)) for i in chosen], torch.float32),
-        end_to_end([completion.logprobs for completion in completions], torch.float32),
-        torch.tensor(weights)[rollout_M],
-    )
-
-
-def _of_tokens(advantage: Advantage, n_tokens: int) -> list[float]:
-    if isinstance(advantage, list):
-        assert len(advantage) == n_tokens, f"{len(advantage)} advantages for a completion of {n_tokens} tokens"
-        return advantage
-    return [advantage] * n_tokens
-
-
-def predictor_states(model, batch: PackedBatch) -> Tensor:
-    """The hidden state that predicts each completion token: [M, C]."""
-    hidden_NC = model(batch.ids_N, batch.cu_seqlens_B1, parent_B=batch.parent_B)
-    # the first tokens of a group share their predictor; this gather's backward always adds up in the same order
-    return F.embedding(batch.predictor_M, hidden_NC)
-
-
-def completion_logprobs(model, batch: PackedBatch, temperature: float, vocab_size: int) -> tuple[Tensor, Tensor]:
+def completion_logprobs(model, batch: Batch, temperature: float, vocab_size: int) -> tuple[Tensor, Tensor]:
     """The model's log-probability of each completion token, and its entropy there: fp32 [M]."""
-    states_MC = predictor_states(model, batch)
+    states_MC = batch.predictor_states(model)
     return token_logprobs(states_MC, model.head_weight_VC, batch.target_M, temperature, vocab_size)
 
 
@@ -282,61 +188,56 @@ def add_gradient(
 ) -> list["BatchTerms"]:
     """Add the gradient of one optimizer update to the parameters, micro-batch by micro-batch.
 
-    Advantages are those of `pack`: one a rollout, or a list of one a token. `reference` is the model of the KL term, or
-    None. Returns what each micro-batch adds to the step's metrics.
+    An advantage is a number for all tokens of a completion, or a list of one number a token. `reference` is the model
+    of the KL term, or None. Returns what each micro-batch adds to the step's metrics.
     """
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(
         lengths, settings.aggregate, settings.constant_length, settings.n_sequences, settings.mean_length
     )
     weights = [weight * settings.loss_scale for weight in weights]  # at the root: all of the backward is in its range
-    batches = pack(rollouts, advantages, weights, settings.tokens_per_batch)
-    terms = workers.map(lambda model, batch: _backward(model, reference, batch, settings), batches)
-    workers.gather_gradients()
-    return terms
+    batches = pack(to_items(rollouts, advantages, weights), settings.tokens_per_batch)
+    reports = workers.accumulate(batches, partial(_loss_and_sums, reference=reference, settings=settings))
+    return [BatchTerms(*counts, *sums.tolist()) for counts, sums in reports]
 
 
-def _backward(model, reference, batch: PackedBatch, settings: LossSettings) -> "BatchTerms":
-    n_pairs = attended_pairs(batch.cu_seqlens_B1, batch.parent_B)
-    batch, ref_logp_M = batch.to(model.head_weight_VC.device), None
+def _loss_and_sums(model, batch: Batch, reference, settings: LossSettings) -> tuple[Tensor, tuple]:
+    """The loss of a batch; and of the fields of BatchTerms the counts, and the sums as one tensor."""
+    temperature, vocab_size, cap, ref_logp_M = settings.temperature, settings.vocab_size, settings.importance_cap, None
     if reference is not None:
         with torch.no_grad():
-            ref_logp_M, _ = completion_logprobs(reference, batch, settings.temperature, settings.vocab_size)
-    loss_of = partial(_batch_loss, batch, ref_logp_M, settings)
+            ref_logp_M, _ = completion_logprobs(reference, batch, temperature, vocab_size)
+
+    def loss_of(logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        sampler_logp = batch.sampler_logp_M[at]
+        return policy_loss(
+            logp,
+            sampler_logp if settings.is_batch_reused else logp.detach(),
+            batch.advantage_M[at],
+            batch.weight_M[at],
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance_M=importance_weights(logp, sampler_logp, cap) if cap else None,
+            ref_logp_M=None if ref_logp_M is None else ref_logp_M[at],
+            kl_coef=settings.kl_coef,
+            kl=settings.kl,
+        )
+
     loss, logp_M, entropy_M = chunked_loss(
-        predictor_states(model, batch),
+        batch.predictor_states(model),
         model.head_weight_VC,
         batch.target_M,
         lambda logp, at: loss_of(logp, at)[0],
-        settings.temperature,
-        settings.vocab_size,
+        temperature,
+        vocab_size,
     )
-    loss.backward()
-    _, is_clipped_M = loss_of(logp_M, slice(None))
-    gap_M = (logp_M - batch.sampler_logp_M).abs()
+    gap_M, is_clipped_M = (logp_M - batch.sampler_logp_M).abs(), loss_of(logp_M, slice(None))[1]
     sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
     if reference is not None:
         sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
-    flops = model.training_flops(len(batch.ids_N), n_pairs, len(batch.target_M))
-    return BatchTerms(len(batch.ids_N), len(batch.target_M), flops, *torch.stack(sums).tolist())
-
-
-def _batch_loss(batch: PackedBatch, ref_logp_M: Tensor | None, settings: LossSettings, logp: Tensor, at: slice):
-    """`policy_loss` of the tokens `at` of a batch, whose log-probabilities are `logp`."""
-    sampler_logp = batch.sampler_logp_M[at]
-    is_capped = settings.importance_cap > 0
-    return policy_loss(
-        logp,
-        sampler_logp if settings.is_batch_reused else logp.detach(),
-        batch.advantage_M[at],
-        batch.weight_M[at],
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        importance_M=importance_weights(logp, sampler_logp, settings.importance_cap) if is_capped else None,
-        ref_logp_M=None if ref_logp_M is None else ref_logp_M[at],
-        kl_coef=settings.kl_coef,
-        kl=settings.kl,
-    )
+    n_packed, n_tokens = len(batch.ids_N), len(batch.target_M)
+    n_pairs = attended_pairs(batch.cu_seqlens_B1, batch.parent_B)
+    return loss, ((n_packed, n_tokens, model.training_flops(n_packed, n_pairs, n_tokens)), torch.stack(sums))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from nanor1.coding import code_accuracies
-from nanor1.grpo import Rollout, completion_logprobs, group_advantages, kl_estimate, pack
+from nanor1.grpo import Rollout, completion_logprobs, group_advantages, kl_estimate, to_items
 from nanor1.model import Transformer
+from nanor1.packing import pack
 from nanor1.prompts import NEXT_TURN, Prompt, Prompter
 from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, marked, overlong_penalty
 from nanor1.sampler import Completion, Sampler
@@ -129,12 +130,11 @@ def charge(rollouts_PG: list[list[Rollout]], reference: Transformer | None, acto
 def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -> list[float]:
     """The k1 estimate of KL(policy || reference), summed over each completion, under the policy that sampled it."""
     config, values = actor.config, torch.zeros(len(rollouts))
-    zeros = [0.0] * len(rollouts)
-    for batch in pack(rollouts, zeros, zeros, actor.tokens_per_batch):
+    for batch in pack(to_items(rollouts), actor.tokens_per_batch):
         batch = batch.to(reference.head_weight_VC.device)
         ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
-        values.index_add_(0, batch.rollout_M.cpu(), k1_M.cpu())
+        values.index_add_(0, batch.item_M.cpu(), k1_M.cpu())
     return values.tolist()
 
 

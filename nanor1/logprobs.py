@@ -1,14 +1,13 @@
 """Log-probabilities and entropy of given tokens, and losses on them, without ever holding all the logits.
 
 With a vocabulary of 150,000 the logits of a training batch are larger than the model. Here they are made for a chunk of
-tokens at a time. Three functions share the chunk:
+tokens at a time, and a loss's gradient is formed while its chunk's logits are there: three matrix products of
+N x C x V, where a backward that made the logits again would take four.
 
-- `token_logprobs` is a plain differentiable function: its backward makes each chunk's logits again. Four matrix
-  products of N x C x V: one forward; logits, gradient of hidden and gradient of weight backward.
-- `chunked_loss` also takes the loss, and so can form the gradient while a chunk's logits are there. Three products. It
-  asks that a token's loss depend on its own log-probability only, as in every policy loss and in cross-entropy.
-- `loss_of_logits` does the same for a loss that knows its own gradient with respect to a chunk's logits; `chunked_loss`
-  is one of these.
+- `token_logprobs` only looks.
+- `chunked_loss` asks that a token's loss depend on its own log-probability only, as in every policy loss and in
+  cross-entropy.
+- `loss_of_logits`, of which that is one, is for a loss that knows its gradient with respect to a chunk's logits.
 
 The maths, with l = hidden weight^T / temperature, lse = log sum_v exp(l_v), p = exp(l - lse):
 
@@ -44,16 +43,19 @@ PART_ROWS = 2**12  # of the output matrix that a CPU multiplies in bf16 at a tim
 ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes, as tensor cores want
 
 
+@torch.no_grad()
 def token_logprobs(
     hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, temperature: float = 1.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p(target) at the sampling temperature, and the entropy of the whole distribution in nats; both fp32 [N].
 
-    hidden and weight are of one dtype, fp32 or bf16, and get gradients of it (in fp64 all is fp64). Targets, int64, are
-    below `vocab_size`; ids at or above it (padding of the output matrix) get probability 0, as in the sampler. The
-    entropy carries no gradient; differentiating twice raises RuntimeError.
+    hidden and weight are of one dtype, fp32 or bf16 (in fp64 all is fp64). Targets, int64, are below `vocab_size`; ids
+    at or above it (padding of the output matrix) get probability 0, as in the sampler. No gradient.
     """
-    return _TokenLogprobs.apply(hidden_NC, weight_VC, targets_N, temperature, vocab_size or len(weight_VC))
+    logp_N, entropy_N = hidden_NC.new_empty(2, len(hidden_NC), dtype=_wide(hidden_NC.dtype))
+    for at, logits in logit_chunks(hidden_NC, weight_VC, temperature, vocab_size):
+        logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
+    return logp_N, entropy_N
 
 
 def chunked_loss(
@@ -69,7 +71,7 @@ def chunked_loss(
     `loss_fn(logp of some tokens, their slice of N)` returns a scalar, the sum of those tokens' losses, each a function
     of that token's own logp alone. Its gradient is formed at once, so the loss's backward only multiplies it by what
     comes from above; a second backward, and differentiating twice, raise RuntimeError. Shapes and dtypes are those of
-    `token_logprobs`.
+    `token_logprobs`; hidden and weight get gradients of their dtype.
 
     >>> hidden, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(8, 4)
     >>> loss, _, _ = chunked_loss(hidden, weight, torch.tensor([3, 5]), lambda logp, at: -logp.sum() / 2)
@@ -80,8 +82,11 @@ def chunked_loss(
 
     def loss_of_chunk(logits: Tensor, at: slice, error: Tensor | None) -> tuple[Tensor, Tensor]:
         logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at], error)
-        loss, grad_logp = _loss_and_gradient(loss_fn, logp_N[at], at)
-        return loss, grad_logp / -temperature
+        with torch.enable_grad():
+            logp = logp_N[at].detach().requires_grad_()
+            loss = loss_fn(logp, at)
+            (grad_logp,) = torch.autograd.grad(loss, logp)
+        return loss.detach(), grad_logp / -temperature
 
     return loss_of_logits(hidden_NC, weight_VC, loss_of_chunk, temperature, vocab_size), logp_N, entropy_N
 
@@ -113,55 +118,26 @@ def logit_chunks(
     No gradient; the next chunk's logits are written over these.
     """
     vocab_size = vocab_size or len(weight_VC)
-    hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-    for at, buffer, _ in _chunks(hidden, weight):
-        yield at, _logits(buffer, hidden[at], weight, temperature, vocab_size)
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, targets_N, temperature, vocab_size):
-        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-        logp_N, entropy_N = hidden.new_empty(2, len(hidden), dtype=_wide(hidden.dtype))
-        for at, buffer, _ in _chunks(hidden, weight):
-            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
-        ctx.save_for_backward(hidden_NC, weight_VC, targets_N)
-        ctx.settings = temperature, vocab_size
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp_N, _):
-        hidden_NC, weight_VC, targets_N = ctx.saved_tensors
-        temperature, vocab_size = ctx.settings
-        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-        gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
-        scale_N = grad_logp_N / -temperature
-        factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
-        for at, buffer, error in _chunks(hidden, weight, has_error=True):
-            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            _statistics(logits, targets_N[at], error)
-            _add_gradients(gradients, at, error, scale_N[at], *factors)
-        return *_in_dtype(gradients, hidden_NC.dtype), None, None, None
+    for at, logits, _ in _chunks(*_operands(hidden_NC, weight_VC, vocab_size), temperature, vocab_size):
+        yield at, logits
 
 
 class _LossOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NC, weight_VC, loss_fn, temperature, vocab_size):
         hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
-        gradients = _zero_gradients(hidden_NC, weight_VC, ctx.needs_input_grad)
-        loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        factors = _gradient_operands(hidden_NC, weight_VC, hidden, weight)
-        has_gradient = any(ctx.needs_input_grad)
-        for at, buffer, error in _chunks(hidden, weight, has_gradient):
-            logits = _logits(buffer, hidden[at], weight, temperature, vocab_size)
-            chunk_loss, scale = loss_fn(logits, at, error if has_gradient else None)
+        factors = hidden, weight  # what the error is multiplied with
+        if hidden_NC.dtype == torch.bfloat16 and hidden_NC.device.type == "cpu" and _cpu_multiplies_bf16():
+            factors = hidden_NC, weight_VC[: len(weight)]
+        loss, gradients = hidden.new_zeros((), dtype=_wide(hidden.dtype)), []
+        if any(ctx.needs_input_grad):
+            gradients = [torch.zeros_like(x, dtype=loss.dtype) for x in (hidden_NC, weight_VC)]
+        for at, logits, error in _chunks(hidden, weight, temperature, vocab_size, has_error=bool(gradients)):
+            chunk_loss, scale = loss_fn(logits, at, error)
             loss += chunk_loss
-            if has_gradient:
+            if gradients:
                 _add_gradients(gradients, at, error, scale, *factors)
-        ctx.gradients = _in_dtype(gradients, hidden_NC.dtype)
+        ctx.gradients = [gradient.to(hidden_NC.dtype) for gradient in gradients]
         return loss
 
     @staticmethod
@@ -170,15 +146,7 @@ class _LossOfLogits(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("this loss has no second backward: its gradient is formed once, in the forward")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
-
-
-def _loss_and_gradient(loss_fn, logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        logp = logp.detach().requires_grad_()
-        loss = loss_fn(logp, at)
-        (grad_logp,) = torch.autograd.grad(loss, logp)
-    return loss.detach(), grad_logp
+        return *(gradient.mul_(grad_loss) for gradient in gradients), None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -198,18 +166,9 @@ def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Te
     return hidden_NC.to(_wide(hidden_NC.dtype)), weight.to(_wide(weight.dtype))
 
 
-def _gradient_operands(hidden_NC: Tensor, weight_VC: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What the error is multiplied with: the operands of the logits, but bf16 also on a CPU with instructions for it.
-
-    The products are then twice as fast (Zen 4); without, they take five times as long (Zen 3).
-    """
-    if hidden_NC.dtype == torch.bfloat16 and hidden_NC.device.type == "cpu" and _cpu_multiplies_bf16():
-        return hidden_NC, weight_VC[: len(weight)]
-    return hidden, weight
-
-
 @cache
 def _cpu_multiplies_bf16() -> bool:
+    """Products of bf16 are then twice as fast (Zen 4); without these instructions they take five times as long."""
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
@@ -224,12 +183,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, has_error: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the tokens, each with room for its logits, and for an error of the operands' dtype.
+def _chunks(
+    hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int, has_error: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Slices of the tokens, each with its logits, and with room for an error of the operands' dtype.
 
-    That is the same memory where their dtypes are the same. The room is that of all chunks, as new memory pages cost
-    more than exp. The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary
-    have the same.
+    That is the same memory where their dtypes are the same. The memory is that of all chunks, as new pages cost more
+    than exp. The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary have the
+    same.
     """
     N, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
@@ -241,16 +202,12 @@ def _chunks(hidden: Tensor, weight: Tensor, has_error: bool = False) -> Iterator
     for start in range(0, N, n):
         at = slice(start, min(start + n, N))
         # data: torch.compile would make another program for a view of a larger tensor than for all of it
-        logits = buffer[: at.stop - start].data
-        yield at, logits, logits if room is buffer else room[: at.stop - start].data
-
-
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    logits = _product(hidden, weight.T, out=buffer)
-    if temperature != 1:
-        logits /= temperature
-    logits[:, vocab_size:] = -1e30  # probability 0; -inf would make 0 * inf of it in the entropy
-    return logits
+        logits = _product(hidden[at], weight.T, out=buffer[: at.stop - start].data)
+        if temperature != 1:
+            logits /= temperature
+        logits[:, vocab_size:] = -1e30  # probability 0; -inf would make 0 * inf of it in the entropy
+        error = logits if room is buffer else room[: at.stop - start].data
+        yield at, logits, error if has_error else None
 
 
 def _statistics(logits: Tensor, targets: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -298,43 +255,24 @@ def _softmax(
     return highest.squeeze(1) + total.log(), total.log() - mean_shifted
 
 
-def _zero_gradients(hidden_NC: Tensor, weight_VC: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor | None]:
-    wanted = zip((hidden_NC, weight_VC), needs_grad, strict=False)
-    return [torch.zeros_like(x, dtype=_wide(x.dtype)) if is_wanted else None for x, is_wanted in wanted]
+def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Add a chunk's part to both gradients; `scale` is multiplied into the small matrices, not into the error.
 
-
-def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC: Tensor, weight: Tensor) -> None:
-    """Add a chunk's part to both gradients; `scale` is multiplied into the small matrices, not into the error."""
+    Where the error is fp32 and the operands bf16, a CPU rounds products too: then a part of the vocabulary at a time,
+    so that the rounded error and the products are small, and their sums are fp32.
+    """
+    grad_hidden_NC, total = gradients[0], gradients[1][: len(weight)]
+    scaled = (hidden[at] * scale[:, None]).to(weight.dtype)
     if error.dtype != weight.dtype:
-        return _add_rounded(gradients, at, error, scale, hidden_NC, weight)
-    grad_hidden_NC, grad_weight_VC = gradients
-    if grad_hidden_NC is not None:
-        _product(error, weight, out=grad_hidden_NC[at]).mul_(scale[:, None])
-    if grad_weight_VC is not None:
-        scaled, total = (hidden_NC[at] * scale[:, None]).to(error.dtype), grad_weight_VC[: len(weight)]
+        for start in range(0, len(weight), PART_ROWS):
+            part = slice(start, start + PART_ROWS)
+            rounded = error[:, part].to(weight.dtype)
+            grad_hidden_NC[at] += rounded @ weight[part]
+            total[part] += rounded.T @ scaled
+    else:
+        _product(error, weight, out=grad_hidden_NC[at])
         if total.dtype == error.dtype:
             total.addmm_(error.T, scaled)
         else:
             total += _product(error.T, scaled, out=torch.empty_like(total))
-
-
-def _add_rounded(gradients, at: slice, error: Tensor, scale: Tensor, hidden_NC: Tensor, weight: Tensor) -> None:
-    """The same where the error is fp32 and the others bf16, to which a CPU rounds products as well.
-
-    A part of the vocabulary at a time: the rounded error and the products are small, and their sums are fp32.
-    """
-    grad_hidden_NC, grad_weight_VC = gradients
-    scaled = (hidden_NC[at] * scale[:, None]).to(weight.dtype)
-    for start in range(0, len(weight), PART_ROWS):
-        part = slice(start, min(start + PART_ROWS, len(weight)))
-        rounded = error[:, part].to(weight.dtype)
-        if grad_hidden_NC is not None:
-            grad_hidden_NC[at] += rounded @ weight[part]
-        if grad_weight_VC is not None:
-            grad_weight_VC[part] += rounded.T @ scaled
-    if grad_hidden_NC is not None:
-        grad_hidden_NC[at] *= scale[:, None]
-
-
-def _in_dtype(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
+    grad_hidden_NC[at] *= scale[:, None]

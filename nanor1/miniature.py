@@ -24,22 +24,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.checkpoint import model_folder
-from nanor1.logprobs import chunked_loss
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
-from nanor1.packing import end_to_end
 from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
+from nanor1.sft import Example, add_gradient
 from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 
 NAMESPACE = "miniature/"  # opens the name by which scripts take a miniature for a model
 END = "<end>"
-N_SHARES = 2  # of a pretraining batch, for as many workers; fixed, so that their number changes nothing
+MUON_LR, ADAMW_LR = 0.01, 3e-3  # peaks
 CORPUS_SEED = 1_000_000  # training draws its problems with the seeds below
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 WAIT, YES = ("wait", "等"), ("yes", "对")  # in English and in Chinese
@@ -59,8 +57,6 @@ class Miniature:
     n_heads: int = 4
     steps: int = 800
     tokens_per_step: int = 2_400
-    muon_lr: float = 0.01
-    adamw_lr: float = 3e-3
 
 
 MINIATURES = {
@@ -333,44 +329,27 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, see
     adamw = torch.optim.AdamW([p for n, p in named if not is_hidden_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
     workers, texts, losses = start_workers(model), documents(miniature, seed), []
     for step in range(miniature.steps):
-        batch = next_batch(texts, tokenizer, miniature.tokens_per_step)
-        n_targets = sum(len(ids) - 1 for ids in batch)
-        shares = [share for i in range(N_SHARES) if (share := batch[i::N_SHARES])]
-        loss = sum(workers.map(lambda model, share, n=n_targets: backward(model, share, n), shares))
-        workers.gather_gradients()
+        examples = next_examples(texts, tokenizer, miniature.tokens_per_step)
+        sizes = [len(example.ids) - 1 for example in examples]
+        two_batches = (sum(sizes) + max(sizes)) // 2  # never three: the number of workers then changes nothing
+        losses.append(add_gradient(workers, examples, two_batches))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = learning_rate(step, miniature.steps, 1.0, 50, "linear", 0.02)
-        muon.step(miniature.muon_lr * scale)
-        adamw.param_groups[0]["lr"] = miniature.adamw_lr * scale
+        muon.step(MUON_LR * scale)
+        adamw.param_groups[0]["lr"] = ADAMW_LR * scale
         adamw.step()
         model.zero_grad()
-        losses.append(loss)
-        log.progress(step + 1, miniature.steps, f"pretraining, loss {loss:.2f}, step")
+        log.progress(step + 1, miniature.steps, f"pretraining, loss {losses[-1]:.2f}, step")
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
 
 
-def next_batch(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
-    """Whole documents of at least `n_tokens` together, sorted by length."""
+def next_examples(texts: Iterator[str], tokenizer: Tokenizer, n_tokens: int) -> list[Example]:
+    """Whole documents of at least `n_tokens` together; nothing comes before the first token of each."""
     batch: list[list[int]] = []
     while sum(map(len, batch)) < n_tokens:
         batch.append(tokenizer.encode(next(texts), allow_special=True))
-    return sorted(batch, key=len)
-
-
-def backward(model: Transformer, documents: list[list[int]], n_targets: int) -> float:
-    """Add the gradient of the documents' part of the mean negative log-likelihood; returns that part."""
-    ids_N = end_to_end(documents)
-    cu_seqlens_B1 = F.pad(torch.tensor([len(ids) for ids in documents]).cumsum(0), (1, 0))
-    is_target_N = torch.ones_like(ids_N, dtype=torch.bool)
-    is_target_N[cu_seqlens_B1[:-1]] = False  # nothing comes before a document's first token
-    at_M = is_target_N.nonzero().squeeze(1)
-    hidden_NC = model(ids_N, cu_seqlens_B1)
-    loss, _, _ = chunked_loss(
-        hidden_NC[at_M - 1], model.head_weight_VC, ids_N[at_M], lambda logp, _: -logp.sum() / n_targets
-    )
-    loss.backward()
-    return loss.item()
+    return [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in batch]
 
 
 class Muon:

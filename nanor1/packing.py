@@ -1,4 +1,4 @@
-"""Packed sequences: where each token stands, and what it attends to; a prompt may be shared.
+"""Packed sequences: where each token stands, what it attends to, and the one batch that all training uses.
 
 Sequences lie end to end, `cu_seqlens_B1 = [0, len_0, len_0 + len_1, ...]`. The G completions of a prompt need not each
 carry a copy of it: with `parent_B` a sequence says which earlier one it continues, so the prompt is embedded, projected
@@ -7,24 +7,170 @@ and gradients are those of the full copies. The idea is Prefix Grouper's (2506.0
 
 Left out: continuations of continuations.
 
-Letters: N packed tokens, M packed keys (N and the copies), B sequences, G continuations of a sequence at most.
+Letters: N packed tokens, M packed keys (N and the copies) or tokens with a loss, B sequences, G continuations of a
+sequence at most.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from itertools import accumulate, chain, groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Item = TypeVar("Item")
 TILE = 128  # tokens of one sequence, that a few of the attention kernels' programs work on
 TABLE_COLUMNS = 6
-MAKES_LAYOUT = ("cu_seqlens_B1", "parent_B")  # fields of a batch that stay on the CPU
 NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
+
+# ---- a batch to learn from
+
+
+@dataclass(frozen=True)
+class Item:
+    """What continues a prompt, or without one a whole text; and which loss falls on predicting each of `ids`.
+
+    The last four are one for all of `ids`, or a list with one for each. The last id predicts nothing: it is a target
+    only.
+    """
+
+    prompt_ids: list[int]  # never learned; neighbours in a batch share an equal one
+    ids: list[int]
+    is_learned: bool | list[bool] = True  # not the first one of a text: nothing predicts it
+    advantage: float | list[float] = 0.0
+    sampler_logp: float | list[float] = 0.0
+    weight: float | list[float] = 1.0
+
+    def __post_init__(self):
+        assert self.prompt_ids or not self.ids or not self.each("is_learned")[0], "nothing predicts a text's first id"
+
+    def each(self, name: str) -> list:
+        value = getattr(self, name)
+        values = value if isinstance(value, list) else [value] * len(self.ids)
+        assert len(values) == len(self.ids), f"{len(values)} of {name} for {len(self.ids)} tokens"
+        return values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items laid end to end; a prompt that several of them continue is there once."""
+
+    ids_N: Tensor  # int64, and so the five below
+    cu_seqlens_B1: Tensor
+    parent_B: Tensor  # the sequence that holds an item's prompt; -1: prompts, and items that lie behind their own
+    predictor_M: Tensor  # the packed token whose hidden state predicts the target; for the first the prompt's last
+    target_M: Tensor  # the learned ids
+    item_M: Tensor  # which of the items given to `pack` they are of
+    advantage_M: Tensor  # fp32, and so the two below
+    sampler_logp_M: Tensor
+    weight_M: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """On the device, but for what the layout is made of."""
+        return to_device(self, device, stays=("cu_seqlens_B1", "parent_B"))
+
+    def predictor_states(self, model) -> Tensor:
+        """The hidden state that predicts each target: [M, C]."""
+        hidden_NC = model(self.ids_N, self.cu_seqlens_B1, parent_B=self.parent_B)
+        # the first tokens of a group share their predictor; this gather's backward always adds up in the same order
+        return F.embedding(self.predictor_M, hidden_NC)
+
+
+def pack(items: Sequence[Item], tokens_per_batch: int, together: int = 1) -> list[Batch]:
+    """Lay items end to end, in batches of at most `tokens_per_batch` packed tokens (or of one item).
+
+    Each `together` neighbours, which have one prompt, stay in one batch. Groups with the same prompt come longest
+    first: the first batch is then the most demanding, so that a run that does not fit in memory fails at once.
+    """
+
+    def n_tokens(unit: range) -> int:
+        return len(items[unit[0]].prompt_ids) + sum(len(items[i].ids) - 1 for i in unit)
+
+    units = [range(i, i + together) for i in range(0, len(items), together) if items[i].ids]
+    groups = groupby(units, lambda unit: items[unit[0]].prompt_ids or unit)
+    by_length = [sorted(group, key=n_tokens, reverse=True) for _, group in groups]
+    by_length.sort(key=lambda group: n_tokens(group[0]), reverse=True)
+    batches: list[list[int]] = []
+    n_packed = 0
+    for unit in chain.from_iterable(by_length):
+        prompt_ids, n_new = items[unit[0]].prompt_ids, n_tokens(unit)
+        n_shared = len(prompt_ids) if batches and items[batches[-1][-1]].prompt_ids == prompt_ids else 0
+        if not batches or n_packed + n_new - n_shared > tokens_per_batch:
+            batches.append([])
+            n_packed, n_shared = 0, 0
+        batches[-1] += unit
+        n_packed += n_new - n_shared
+    return [pack_one(items, batch) for batch in batches]
+
+
+def pack_one(items: Sequence[Item], chosen: Sequence[int]) -> Batch:
+    """One batch of the items of these numbers: prompts, then what continues them, longest first.
+
+    A prompt with one item is one sequence with it. Longest first: see nanor1/attention.py.
+    """
+    groups = [list(group) for _, group in groupby(chosen, lambda i: items[i].prompt_ids or i)]
+    row = {i: b for b, group in enumerate(groups) for i in group}  # of the sequence that an item's prompt opens
+    alone = {i for i, *others in groups if not others}
+    shared = [i for i in chosen if i not in alone and len(items[i].ids) > 1]
+    shared.sort(key=lambda i: len(items[i].prompt_ids) + len(items[i].ids), reverse=True)
+    sequences = [items[i].prompt_ids + (items[i].ids[:-1] if i in alone else []) for i, *_ in groups]
+    sequences += [items[i].ids[:-1] for i in shared]
+    starts = list(accumulate(map(len, sequences), initial=0))
+    start_of = dict(zip(shared, starts[len(groups) :], strict=False))
+    predictors = []
+    for i in chosen:
+        end = starts[row[i]] + len(items[i].prompt_ids)
+        start = start_of.get(i, end)
+        predictors.append([end - 1, *range(start, start + len(items[i].ids) - 1)])
+    is_learned = end_to_end([items[i].each("is_learned") for i in chosen], torch.bool)
+
+    def learned(lists: list[list], dtype: torch.dtype = torch.int64) -> Tensor:
+        return end_to_end(lists, dtype)[is_learned]
+
+    return Batch(
+        end_to_end(sequences),
+        torch.tensor(starts),
+        torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
+        learned(predictors),
+        learned([items[i].ids for i in chosen]),
+        learned([[i] * len(items[i].ids) for i in chosen]),
+        *(
+            learned([items[i].each(name) for i in chosen], torch.float32)
+            for name in ("advantage", "sampler_logp", "weight")
+        ),
+    )
+
+
+def end_to_end(lists: Sequence[Sequence[float]], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers of all lists in one tensor on the CPU.
+
+    >>> end_to_end([[7, 8], [], [9]]).tolist()
+    [7, 8, 9]
+    """
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), NUMPY[dtype], sum(map(len, lists))))
+
+
+def to_device(x: Any, device: torch.device | str, stays: Collection[str] = ()) -> Any:
+    """A tensor, or a dataclass with its tensors but for the fields that stay, on the device; the rest as it is.
+
+    Nothing waits for CUDA: a copy from memory that is not pinned would.
+    """
+    if isinstance(x, Tensor):
+        is_copied = torch.device(device).type == "cuda" and not x.is_cuda
+        return x.pin_memory().to(device, non_blocking=True) if is_copied else x.to(device)
+    if not is_dataclass(x):
+        return x
+    return replace(x, **{name: to_device(value, device) for name, value in vars(x).items() if name not in stays})
+
+
+def index_tensor(numbers: Iterable[int], device: torch.device) -> Tensor:
+    """Numbers as int64 on the device, without a wait."""
+    return to_device(torch.tensor(list(numbers), dtype=torch.int64), device)
+
+
+# ---- the layout of a forward
 
 # None of these is frozen: torch 2.11 guards on every field of a frozen dataclass that compiled code passes on, so a
 # block would be compiled anew for shared prompts, even where attention lies outside the graph.
@@ -88,77 +234,27 @@ class Layout:
 def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor | None = None) -> Layout:
     """The layout of sequences of which `parent_B` (None: none; -1: this one not) continue an earlier one.
 
-    With `past_B` sequence b lies behind so many tokens, whose keys and values a cache holds. ValueError for both, and
-    where a parent does not come before its continuation or continues another one itself.
+    With `past_B` sequence b lies behind so many tokens, whose keys and values a cache holds; not with parents.
 
     Best of tensors on the CPU, and then moved (`to_device`): each length that is asked for makes a GPU finish its work.
     """
     lengths_B = cu_seqlens_B1.diff()
-    row_N = _rows(lengths_B)
-    column_N = torch.arange(len(row_N), device=row_N.device) - cu_seqlens_B1[row_N]
+    _, row_N, column_N = _places(lengths_B)
+    plain = Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, column_N)
     if past_B is not None:
-        if parent_B is not None:
-            raise ValueError("parent_B and past_B are two ways to lie behind other tokens; give one")
-        position_N, cached = column_N + past_B[row_N], _cached_keys(lengths_B + past_B)
-        return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, cached=cached)
+        assert parent_B is None, "parent_B and past_B are two ways to lie behind other tokens"
+        lengths_k_B = lengths_B + past_B
+        cu_keys_B1, *place_M = _places(lengths_k_B)
+        cached = CachedKeys(cu_keys_B1, int(lengths_k_B.max()), *place_M)
+        return replace(plain, position_N=column_N + past_B[row_N], cached=cached)
     if parent_B is None or not bool((parent_B >= 0).any()):
-        return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, column_N)
+        return plain
     index_B, is_child_B = torch.arange(len(parent_B), device=parent_B.device), parent_B >= 0
-    if (parent_B >= index_B).any() or is_child_B[parent_B[is_child_B]].any():
-        raise ValueError(f"parents {parent_B.tolist()}: each must be -1 or an earlier sequence that has none itself")
+    is_right = (parent_B < index_B).all() and not is_child_B[parent_B[is_child_B]].any()
+    assert is_right, f"parents {parent_B.tolist()}: each must be -1 or an earlier sequence that has none itself"
     prefix_B = torch.where(is_child_B, lengths_B[parent_B], 0)
-    position_N = column_N + prefix_B[row_N]
     shared = _share(cu_seqlens_B1, parent_B, prefix_B, row_N, column_N)
-    return Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, position_N, shared)
-
-
-def to_device(x: Any, device: torch.device | str, stays: Collection[str] = ()) -> Any:
-    """A tensor, or a dataclass with its tensors but for the fields that stay, on the device; the rest as it is.
-
-    Nothing waits for CUDA: a copy from memory that is not pinned would.
-    """
-    if isinstance(x, Tensor):
-        is_copied = torch.device(device).type == "cuda" and not x.is_cuda
-        return x.pin_memory().to(device, non_blocking=True) if is_copied else x.to(device)
-    if not is_dataclass(x):
-        return x
-    return replace(x, **{name: to_device(value, device) for name, value in vars(x).items() if name not in stays})
-
-
-def index_tensor(numbers: Iterable[int], device: torch.device) -> Tensor:
-    """Numbers as int64 on the device, without a wait."""
-    return to_device(torch.tensor(list(numbers), dtype=torch.int64), device)
-
-
-def in_batches(
-    items: Iterable[Item], n_new: Callable[[Item, Item | None], int], tokens_per_batch: int
-) -> list[list[Item]]:
-    """Batches of neighbours of at most `tokens_per_batch` tokens (or of one item).
-
-    `n_new(item, before)` is how many tokens an item adds to a batch behind `before`; None: to an empty one.
-
-    >>> in_batches([3, 3, 2, 9], lambda n, before: n, 6)
-    [[3, 3], [2], [9]]
-    """
-    batches, n_tokens = [], 0
-    for item in items:
-        n_more = n_new(item, batches[-1][-1] if batches else None)
-        if not batches or n_tokens + n_more > tokens_per_batch:
-            batches.append([])
-            n_tokens, n_more = 0, n_new(item, None)
-        batches[-1].append(item)
-        n_tokens += n_more
-    return batches
-
-
-def end_to_end(lists: Sequence[Sequence[float]], dtype: torch.dtype = torch.int64) -> Tensor:
-    """The numbers of all lists in one tensor on the CPU.
-
-    >>> end_to_end([[7, 8], [], [9]]).tolist()
-    [7, 8, 9]
-    """
-    flat = np.fromiter(chain.from_iterable(lists), NUMPY[dtype], sum(map(len, lists)))
-    return torch.from_numpy(flat)
+    return replace(plain, position_N=column_N + prefix_B[row_N], shared=shared)
 
 
 def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:
@@ -184,7 +280,11 @@ def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int,
     """
     length_B, length_k_B = cu_seqlens_q_B1.diff(), cu_seqlens_k_B1.diff()
     offset_B = length_k_B - length_B  # query i sees the keys up to i + offset
-    number_B, number_k_B = _first_tiles(cu_seqlens_q_B1), _first_tiles(cu_seqlens_k_B1)
+    # of each sequence's first tile, so that all its tiles have a number before the next sequence's first
+    number_B, number_k_B = (
+        cu_B1[:-1] // TILE + torch.arange(len(cu_B1) - 1, device=cu_B1.device)
+        for cu_B1 in (cu_seqlens_q_B1, cu_seqlens_k_B1)
+    )
     sequence_B5 = torch.stack((cu_seqlens_q_B1[:-1], length_B, cu_seqlens_k_B1[:-1], length_k_B, number_B * TILE), 1)
 
     row_T, first_T = _cut(number_B, n_queries)
@@ -199,11 +299,6 @@ def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int,
     return TileTable(*(table_T6.flatten().int() for table_T6 in tables))
 
 
-def _first_tiles(cu_seqlens_B1: Tensor) -> Tensor:
-    """Numbers of each sequence's first tile, so that all its tiles have one before the next sequence's first."""
-    return cu_seqlens_B1[:-1] // TILE + torch.arange(len(cu_seqlens_B1) - 1, device=cu_seqlens_B1.device)
-
-
 def _cut(number_B: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
     """For each tile its sequence and its first token within that; spare tiles begin behind the sequence's end."""
     tile_T = torch.arange(n_tokens // TILE + len(number_B), device=number_B.device)
@@ -211,44 +306,30 @@ def _cut(number_B: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
     return row_T, (tile_T - number_B[row_T]) * TILE
 
 
-def _cached_keys(lengths_B: Tensor) -> CachedKeys:
-    row_M, cu_keys_B1 = _rows(lengths_B), F.pad(lengths_B.cumsum(0), (1, 0))
-    position_M = torch.arange(len(row_M), device=row_M.device) - cu_keys_B1[row_M]
-    return CachedKeys(cu_keys_B1, int(lengths_B.max()), row_M, position_M)
+def _places(lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where sequences of these lengths start, and of each token its sequence and its place in that."""
+    cu_seqlens_B1 = F.pad(lengths_B.cumsum(0), (1, 0))
+    row_N = torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
+    return cu_seqlens_B1, row_N, torch.arange(len(row_N), device=row_N.device) - cu_seqlens_B1[row_N]
 
 
 def _share(cu_seqlens_B1: Tensor, parent_B: Tensor, prefix_B: Tensor, row_N: Tensor, column_N: Tensor) -> SharedKeys:
     lengths_B = cu_seqlens_B1.diff() + prefix_B
-    cu_keys_B1 = F.pad(lengths_B.cumsum(0), (1, 0))
-    row_M = _rows(lengths_B)
-    column_M = torch.arange(len(row_M), device=row_M.device) - cu_keys_B1[row_M]
+    cu_keys_B1, row_M, column_M = _places(lengths_B)
     behind_M = column_M - prefix_B[row_M]  # negative in the prompt
     source_M = torch.where(behind_M < 0, cu_seqlens_B1[parent_B[row_M]] + column_M, cu_seqlens_B1[row_M] + behind_M)
 
-    children_BG = _children(parent_B)
+    children: list[list[int]] = [[] for _ in parent_B]
+    for child, parent in enumerate(parent_B.tolist()):
+        if parent >= 0:
+            children[parent].append(child)
+    G = max(2, *map(len, children))  # for a size of 1 torch.compile would make another program
+    children_BG = torch.tensor([row + [-1] * (G - len(row)) for row in children], device=parent_B.device)
     prompt_R = (children_BG[row_N, 0] >= 0).nonzero().squeeze(1)
     children_RG = children_BG[row_N[prompt_R]]
     copies_RG = torch.where(children_RG >= 0, cu_keys_B1[children_RG] + column_N[prompt_R, None], len(row_M))
     own_N = cu_keys_B1[row_N] + prefix_B[row_N] + column_N
     return SharedKeys(cu_keys_B1, int(lengths_B.max()), source_M, own_N, prompt_R, copies_RG)
-
-
-def _children(parent_B: Tensor) -> Tensor:
-    """The continuations of each sequence, -1 behind the last: [B, G].
-
-    >>> _children(torch.tensor([-1, 0, 0, -1, 3])).tolist()
-    [[1, 2], [-1, -1], [-1, -1], [4, -1], [-1, -1]]
-    """
-    children = [[] for _ in parent_B]
-    for child, parent in enumerate(parent_B.tolist()):
-        if parent >= 0:
-            children[parent].append(child)
-    width = max(2, *map(len, children))  # for a size of 1 torch.compile would make another program
-    return torch.tensor([row + [-1] * (width - len(row)) for row in children], device=parent_B.device)
-
-
-def _rows(lengths_B: Tensor) -> Tensor:
-    return torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
 
 
 def spread(x_NKD: Tensor, shared: SharedKeys) -> Tensor:

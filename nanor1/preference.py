@@ -7,13 +7,11 @@ eq. 1, one pair a prompt). As in DeepSeek-R1 (2501.12948, section 2.3.4) helpful
 what stands before `</think>` is cut off, in training and in use alike.
 
 Left out: ensembles, several labels, scores of single steps, human-written scales.
-
-Letters: P pairs, B sequences, N packed tokens, M answers, C width.
 """
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanor1.model import Transformer
-from nanor1.packing import MAKES_LAYOUT, attended_pairs, end_to_end, in_batches, to_device
+from nanor1.packing import Batch, Item, attended_pairs, pack, to_device
 from nanor1.parallel import Workers
 from nanor1.pretrained import ModelConfig, is_reward_model, read_config
 from nanor1.prompts import render
 from nanor1.rewards import after_thinking
-from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, text_end, thought_in, with_system
+from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, is_message, text_end, thought_in, with_system
 from nanor1.tasks import read_json_lines
 from nanor1.tokenizer import Tokenizer
-
-Answered = tuple[list[int], list[int]]  # the ids of a prompt and of an answer to it
 
 
 class RewardModel(Transformer):
@@ -97,10 +93,6 @@ class Pair:
     margin: float = 0.0  # by how much the chosen one's score is to be higher
     question: str = field(default="", compare=False)  # its bare text: decides what is held out
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -127,11 +119,18 @@ def read_pairs(
     """
 
     def to_pair(row: dict) -> tuple[Pair, bool]:
-        return _to_pair(row, tokenizer, template_arguments or {}, system), row.get("split") not in (None, "train")
+        prompt_ids, question = _prompt(row.get("prompt"), tokenizer, template_arguments or {}, system)
+        chosen_ids, rejected_ids = (_answer_ids(_answer(row, name), tokenizer) for name in ("chosen", "rejected"))
+        margin = row.get("margin", 0.0)
+        if type(margin) not in (int, float) or not math.isfinite(margin):
+            raise ValueError(f"expected a finite number 'margin', found {margin!r:.60}")
+        pair = Pair(prompt_ids, chosen_ids, rejected_ids, float(margin), question)
+        return pair, row.get("split") not in (None, "train")
 
     found = read_json_lines(path, to_pair)
     different = [pair for pair, _ in found if pair.chosen_ids != pair.rejected_ids]
-    pairs = [pair for pair in different if _longest(pair) <= max_tokens]
+    longest = lambda pair: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))  # noqa: E731
+    pairs = [pair for pair in different if longest(pair) <= max_tokens]
     n_equal, n_too_long = len(found) - len(different), len(different) - len(pairs)
     if not pairs:
         raise ValueError(
@@ -139,19 +138,6 @@ def read_pairs(
             f"{n_equal} have the same final answer twice"
         )
     return Pairs(pairs, n_too_long, n_equal, sum(is_not_train for _, is_not_train in found))
-
-
-def _longest(pair: Pair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def _to_pair(row: dict, tokenizer: Tokenizer, template_arguments: dict[str, object], system: str) -> Pair:
-    prompt_ids, question = _prompt(row.get("prompt"), tokenizer, template_arguments, system)
-    chosen_ids, rejected_ids = (_answer_ids(_answer(row, name), tokenizer) for name in ("chosen", "rejected"))
-    margin = row.get("margin", 0.0)
-    if type(margin) not in (int, float) or not math.isfinite(margin):
-        raise ValueError(f"expected a finite number 'margin', found {margin!r:.60}")
-    return Pair(prompt_ids, chosen_ids, rejected_ids, float(margin), question)
 
 
 def _prompt(
@@ -162,7 +148,7 @@ def _prompt(
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
         return render(prompt, tokenizer, {})[1], prompt.strip()
-    if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
+    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
         for message in prompt:
             thought_in(message)  # refuses what cannot be one text; the template does with it what it does
         return render(with_system(prompt, system), tokenizer, template_arguments)[1], first_question(prompt)
@@ -171,13 +157,9 @@ def _prompt(
     )
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
 def _answer(row: dict, name: str) -> str:
     answer = row.get(name)
-    if isinstance(answer, list) and len(answer) == 1 and _is_message(answer[0]) and answer[0]["role"] == "assistant":
+    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]) and answer[0]["role"] == "assistant":
         return answer[0]["content"]
     if not isinstance(answer, str):
         raise ValueError(f"expected {name!r}: a text or a list of one assistant message, found {answer!r:.60}")
@@ -198,44 +180,12 @@ def _answer_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(final_part(text)), text_end(tokenizer)]
 
 
-# ---- scores of packed sequences
+# ---- scores
 
 
-@dataclass(frozen=True)
-class PackedAnswers:
-    """Prompts, then the answers that continue them, laid end to end (see nanor1/packing.py); int64 tensors."""
-
-    ids_N: Tensor
-    cu_seqlens_B1: Tensor
-    parent_B: Tensor
-    last_M: Tensor  # the packed token at which each answer's score is read
-
-    def to(self, device: torch.device) -> "PackedAnswers":
-        return to_device(self, device, stays=MAKES_LAYOUT)
-
-
-def pack(answered: list[Answered]) -> PackedAnswers:
-    """Lay answers behind their prompts, longest first (see nanor1/attention.py); neighbours share an equal prompt."""
-    prompts, parents = [], []
-    for prompt_ids, group in groupby(answered, lambda item: item[0]):
-        parents += [len(prompts)] * len(list(group))
-        prompts.append(prompt_ids)
-    order = sorted(range(len(answered)), key=lambda i: -sum(map(len, answered[i])))
-    sequences = prompts + [answered[i][1] for i in order]
-    starts = list(accumulate(map(len, sequences), initial=0))
-    last = {i: end - 1 for i, end in zip(order, starts[len(prompts) + 1 :], strict=True)}
-    return PackedAnswers(
-        end_to_end(sequences),
-        torch.tensor(starts),
-        torch.tensor([-1] * len(prompts) + [parents[i] for i in order]),
-        torch.tensor([last[i] for i in range(len(answered))]),
-    )
-
-
-def packed_scores(model: RewardModel, packed: PackedAnswers) -> Tensor:
-    """The score of each answer, in the order in which they were given to `pack`: fp32 [M]."""
-    packed = packed.to(model.score.weight.device)
-    return model.scores(model(packed.ids_N, packed.cu_seqlens_B1, parent_B=packed.parent_B)[packed.last_M])
+def to_item(prompt_ids: list[int], answer_ids: list[int]) -> Item:
+    """The score is read where what comes behind the answer would be predicted: a token that is not there."""
+    return Item(prompt_ids, [*answer_ids, 0], [False] * len(answer_ids) + [True])
 
 
 @torch.no_grad()
@@ -251,17 +201,14 @@ def score(
     `tokenizer` is the reward model's and the one of the prompts' ids. A sequence that is longer than the model's
     context scores nan. Give the completions of a prompt as neighbours: they then share it.
     """
-    answer_ids_B = [_answer_ids(text, tokenizer) for text in answers_B]
-    sequences = list(zip(prompt_ids_B, answer_ids_B, strict=True))
-    fits_B = [sum(map(len, sequence)) <= model.config.max_position_embeddings for sequence in sequences]
-    batches = in_batches([s for s, fits in zip(sequences, fits_B, strict=True) if fits], _n_new, tokens_per_batch)
-    scores = iter([x for batch in batches for x in packed_scores(model, pack(batch)).tolist()])
-    return [next(scores) if fits else math.nan for fits in fits_B]
-
-
-def _n_new(item: Answered, before: Answered | None) -> int:
-    prompt_ids, answer_ids = item
-    return len(answer_ids) + (0 if before is not None and before[0] == prompt_ids else len(prompt_ids))
+    items = [to_item(ids, _answer_ids(text, tokenizer)) for ids, text in zip(prompt_ids_B, answers_B, strict=True)]
+    scores, longest = [math.nan] * len(items), model.config.max_position_embeddings + 1
+    fitting = [item if len(item.prompt_ids + item.ids) <= longest else replace(item, ids=[]) for item in items]
+    for batch in pack(fitting, tokens_per_batch):
+        batch = batch.to(model.head_weight_VC.device)
+        for i, x in zip(batch.item_M.tolist(), model.scores(batch.predictor_states(model)).tolist(), strict=True):
+            scores[i] = x
+    return scores
 
 
 def preference(score: float) -> float | None:
@@ -309,54 +256,35 @@ class PairTerms:
 
 
 def add_gradient(
-    workers: Workers, pairs: list[Pair], tokens_per_batch: int, center_coef: float = 0.0, loss_scale: float = 1.0
+    workers: Workers,
+    pairs: list[Pair],
+    tokens_per_batch: int,
+    center_coef: float = 0.0,
+    loss_scale: float = 1.0,
+    learns: bool = True,
 ) -> PairTerms:
     """Add the gradient of one update, of the mean loss over `pairs`, to the parameters, however they are split.
 
-    It is multiplied by `loss_scale` (see nanor1/optim.py).
+    It is multiplied by `loss_scale` (see nanor1/optim.py). Without `learns` there is none.
     """
+    items = [to_item(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    margins = torch.tensor([pair.margin for pair in pairs])
 
-    def backward(model: RewardModel, batch: list[Pair]) -> list[float]:
-        loss, sums = _loss_and_sums(model, batch, center_coef)
-        (loss_scale * loss / len(pairs)).backward()
-        return sums
+    def loss_and_sums(model: RewardModel, batch: Batch) -> tuple[Tensor, tuple[Tensor, int, float]]:
+        score_P2 = model.scores(batch.predictor_states(model)).view(-1, 2)
+        margin_P = to_device(margins, score_P2.device)[batch.item_M[::2] // 2]
+        loss = pair_loss(score_P2, margin_P, center_coef).sum()
+        score_P2 = score_P2.detach()
+        difference_P = score_P2[:, 0] - score_P2[:, 1]
+        n_right = (difference_P.sign() + 1).sum() / 2
+        sums = torch.stack([n_right, loss.detach(), difference_P.sum(), score_P2.mean(1).sum()])
+        n_tokens, n_pairs = len(batch.ids_N), attended_pairs(batch.cu_seqlens_B1, batch.parent_B)
+        return loss_scale * loss / len(pairs), (sums, n_tokens, model.training_flops(n_tokens, n_pairs, n_targets=0))
 
-    sums = workers.map(backward, _batches(pairs, tokens_per_batch))
-    workers.gather_gradients()
-    return _terms(len(pairs), sums)
-
-
-def evaluate_pairs(workers: Workers, pairs: list[Pair], tokens_per_batch: int) -> PairTerms:
-    """The same of held-out pairs, without gradient and centring."""
-
-    @torch.no_grad()  # here: it holds for the calling thread alone
-    def forward(model: RewardModel, batch: list[Pair]) -> list[float]:
-        return _loss_and_sums(model, batch, center_coef=0.0)[1]
-
-    return _terms(len(pairs), workers.map(forward, _batches(pairs, tokens_per_batch)))
-
-
-def _batches(pairs: list[Pair], tokens_per_batch: int) -> list[list[Pair]]:
-    """Longest first: the first batch is the most demanding, so a run that does not fit in memory fails at once."""
-    by_length = sorted(pairs, key=lambda pair: -pair.n_tokens)
-    return in_batches(by_length, lambda pair, _: pair.n_tokens, tokens_per_batch)
-
-
-def _loss_and_sums(model: RewardModel, pairs: list[Pair], center_coef: float) -> tuple[Tensor, list[float]]:
-    """The sum of the pairs' losses; and sums of n_right, loss, difference, score, n_tokens, flops."""
-    packed = pack([(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
-    score_P2 = packed_scores(model, packed).view(-1, 2)
-    margin_P = torch.tensor([pair.margin for pair in pairs], device=score_P2.device)
-    loss = pair_loss(score_P2, margin_P, center_coef).sum()
-    score_P2 = score_P2.detach()
-    difference_P = score_P2[:, 0] - score_P2[:, 1]
-    n_right = (difference_P.sign() + 1).sum() / 2
-    sums = torch.stack([n_right, loss.detach(), difference_P.sum(), score_P2.mean(1).sum()]).tolist()
-    n_tokens = len(packed.ids_N)
-    flops = model.training_flops(n_tokens, attended_pairs(packed.cu_seqlens_B1, packed.parent_B), n_targets=0)
-    return loss, [*sums, n_tokens, flops]
-
-
-def _terms(n: int, sums: list[list[float]]) -> PairTerms:
-    n_right, loss, difference, score, n_tokens, flops = map(sum, zip(*sums, strict=True))
+    reports = workers.accumulate(pack(items, tokens_per_batch, together=2), loss_and_sums, learns)
+    of_batches = [[*sums.tolist(), *counts] for sums, *counts in reports]
+    n, (n_right, loss, difference, score, n_tokens, flops) = len(pairs), map(sum, zip(*of_batches, strict=True))
     return PairTerms(n, n_right, loss / n, difference / n, score / n, n_tokens, flops)
+
+
+evaluate_pairs = partial(add_gradient, learns=False)  # of held-out pairs, without centring

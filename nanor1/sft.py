@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: files become token sequences with a loss mask, packed batches, and the loss of an update.
+"""Supervised fine-tuning: files become token sequences with a loss mask, and these the loss of an update.
 
 A model learns what it would have had to sample. The prompt of a chat's answer is rendered and encoded as it is for
 sampling, the answer is encoded apart from it, as sampled ids begin anew there, and the stop token that ends a turn is
@@ -11,8 +11,6 @@ tokens that are not special (Qwen3's `<think>`) are what they are in sampling. I
 as for the sampler (see Tokenizer.apply_chat_template): strip untrusted text first.
 
 Left out: loss weights within an example, tools, loss on the user's turns, packing that fills batches to the brim.
-
-Letters: N packed tokens, B sequences, M tokens with a loss, C width.
 """
 
 import functools
@@ -21,7 +19,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,13 +26,13 @@ import torch
 from torch import Tensor
 
 from nanor1.logprobs import chunked_loss
-from nanor1.packing import MAKES_LAYOUT, end_to_end, in_batches, to_device
+from nanor1.packing import Batch, Item, pack
 from nanor1.parallel import Workers
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
 
-Item = TypeVar("Item")
-Source = tuple[Sequence[Item], float]  # what a file holds, and how often an epoch has it
+Element = TypeVar("Element")  # an example, or anything else
+Source = tuple[Sequence[Element], float]  # what a file holds, and how often an epoch has it
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
 TAG = re.compile("</?think>")
 # fields of a message that hold words to learn, and not as one of these texts does
@@ -72,20 +69,6 @@ class Examples:
     n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """Examples laid end to end (see nanor1/packing.py). An example's last token predicts nothing: it is left out."""
-
-    ids_N: Tensor  # int64, and so the three below
-    cu_seqlens_B1: Tensor
-    predictor_M: Tensor  # the packed token whose hidden state predicts the target
-    target_M: Tensor
-    weight_M: Tensor  # fp32; sums to 1 over all batches of an update
-
-    def to(self, device) -> "TextBatch":
-        return to_device(self, device, stays=MAKES_LAYOUT)
-
-
 # ---- examples from JSON lines
 
 
@@ -106,28 +89,26 @@ def read_examples(
     """
     write = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **(template_arguments or {}))
 
-    n_beside = 0
-
-    def to_example(row: dict) -> tuple[Example, int, bool]:
-        nonlocal n_beside
+    def to_example(row: dict) -> tuple[Example, int, bool, bool]:
+        """An example, and what of it adds to n_rewritten, n_beside and n_not_train."""
         is_not_train = row.get("split") not in (None, "train")
-        if "messages" in row:
-            _check_messages(row["messages"])
-            n_beside += _thinking_beside(row, " ".join(map(said, row["messages"]))) is not None
-            return *_chat_example(with_system(row["messages"], system), tokenizer, write), is_not_train
-        if system:
-            raise ValueError(NO_PLACE_FOR_SYSTEM)
-        return _text_example(row, tokenizer), 0, is_not_train
+        if "messages" not in row:
+            if system:
+                raise ValueError(NO_PLACE_FOR_SYSTEM)
+            return _text_example(row, tokenizer), 0, False, is_not_train
+        _check_messages(messages := row["messages"])
+        is_beside = _thinking_beside(row, " ".join(map(said, messages))) is not None
+        return *_chat_example(with_system(messages, system), tokenizer, write), is_beside, is_not_train
 
     found = read_json_lines(path, to_example)
-    kept = [(example, n) for example, n, _ in found if len(example.ids) <= max_tokens]
+    kept = [(example, n) for example, n, *_ in found if len(example.ids) <= max_tokens]
     if not kept:
         raise ValueError(f"{path}: all of its {len(found)} examples are longer than {max_tokens} tokens; allow more")
     return Examples(
         [example for example, _ in kept],
         n_too_long=len(found) - len(kept),
         n_rewritten=sum(n for _, n in kept),
-        n_beside=n_beside,
+        n_beside=sum(is_beside for *_, is_beside, _ in found),
         n_not_train=sum(is_not_train for *_, is_not_train in found),
     )
 
@@ -152,30 +133,26 @@ def _thinking_beside(row: dict, learned: str) -> str | None:
     return next((n for n, text in found.items() if not isinstance(text, str) or text.strip() not in learned), None)
 
 
-def _chat_example(
-    messages: list[dict], tokenizer: Tokenizer, write: Callable[[list[dict]], str]
-) -> tuple[Example, int]:
+def _chat_example(messages: list[dict], tokenizer: Tokenizer, write: Callable) -> tuple[Example, int]:
     """The example, and how many of the assistant's earlier turns got no loss."""
-    before, answer = _turn(messages, len(messages) - 1, tokenizer, write)
+
+    def turn(i: int) -> tuple[list[int], list[int]]:
+        """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
+        prompt = write(messages[:i])
+        answer = continuation(prompt, said(messages[i]))
+        return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), turn_end(tokenizer)]
+
+    before, answer = turn(len(messages) - 1)
     is_target, n_rewritten = [False] * len(before) + [True] * len(answer), 0
     for i, message in enumerate(messages[:-1]):
         if message["role"] == "assistant":
-            start, made = _turn(messages, i, tokenizer, write)
+            start, made = turn(i)
             end = len(start) + len(made)
             if before[:end] == start + made:
                 is_target[len(start) : end] = [True] * len(made)
             else:
                 n_rewritten += 1
     return _example(before + answer, is_target, first_question(messages)), n_rewritten
-
-
-def _turn(
-    messages: list[dict], i: int, tokenizer: Tokenizer, write: Callable[[list[dict]], str]
-) -> tuple[list[int], list[int]]:
-    """The prompt at which a sampler would have begun message `i`, and the ids it would have made."""
-    prompt = write(messages[:i])
-    answer = continuation(prompt, said(messages[i]))
-    return tokenizer.encode(prompt, allow_special=True), [*tokenizer.encode(answer), turn_end(tokenizer)]
 
 
 def _example(ids: list[int], is_target: list[bool], question: str = "") -> Example:
@@ -188,24 +165,24 @@ def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected 'messages': a list of messages, found {messages!r:.60}")
     for n, message in enumerate(messages, 1):
-        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
+        if not is_message(message):
             raise ValueError(f"expected texts 'role' and 'content', found {message!r:.60} as message {n}")
-        if message["role"] == "assistant":
-            _check_said(message, n)
+        if message["role"] != "assistant":
+            continue
+        if not message["content"].strip():
+            raise ValueError(f"expected the assistant to say something, found message {n} without content")
+        if thought_in(message) and TAG.search(message["content"] + thought_in(message)):
+            raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
+        if unlearned := [name for name in UNLEARNED if message.get(name)]:
+            raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"expected the last message to be the assistant's, found role {messages[-1]['role']!r}")
     if messages[0]["role"] == "assistant":
         raise ValueError("expected a message for the assistant to answer, found the assistant's first")
 
 
-def _check_said(message: dict, n: int) -> None:
-    if not message["content"].strip():
-        raise ValueError(f"expected the assistant to say something, found message {n} without content")
-    if thought_in(message) and TAG.search(message["content"] + thought_in(message)):
-        raise ValueError(f"expected thinking in a field of its own or in tags, found both in message {n}")
-    if unlearned := [name for name in UNLEARNED if message.get(name)]:
-        raise ValueError(f"expected texts to learn, found {unlearned[0]!r} in message {n}, which cannot be learned")
+def is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def thought_in(message: dict) -> str:
@@ -289,18 +266,16 @@ def read_text(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> Exampl
         ids = [*_text_start(tokenizer), *tokenizer.encode(text), text_end(tokenizer)]
         return _example(ids, [True] * len(ids)).ids
 
-    is_lines = Path(path).suffix == ".jsonl"
-    documents = read_json_lines(path, to_ids) if is_lines else [_read_document(path, to_ids)]
+    if Path(path).suffix == ".jsonl":
+        documents = read_json_lines(path, to_ids)
+    else:
+        try:
+            documents = [to_ids({"text": Path(path).read_text(encoding="utf-8")})]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as plain text ({error})") from error
     pieces = [piece for ids in documents for piece in cut(ids, max_tokens)]
     examples = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in pieces]
     return Examples(examples, n_cut=sum(len(ids) > max_tokens for ids in documents))
-
-
-def _read_document(path: str | Path, to_ids: Callable[[dict], list[int]]) -> list[int]:
-    try:
-        return to_ids({"text": Path(path).read_text(encoding="utf-8")})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as plain text ({error})") from error
 
 
 def cut(ids: list[int], max_tokens: int) -> list[list[int]]:
@@ -322,18 +297,17 @@ def parse_data(text: str) -> list[tuple[str, float]]:
     >>> parse_data("a.jsonl:3,C:/b.jsonl,c.jsonl:0.5")
     [('a.jsonl', 3.0), ('C:/b.jsonl', 1.0), ('c.jsonl', 0.5)]
     """
-    return [_parse_source(part.strip()) for part in text.split(",")]
-
-
-def _parse_source(part: str) -> tuple[str, float]:
-    path, colon, number = part.rpartition(":")
-    if not colon or not NUMBER.fullmatch(number):
-        path, number = part, "1"
-    if not path:
-        raise ValueError(f"data {part!r} names no file; expected FILE or FILE:WEIGHT, separated by commas")
-    if not 0 < float(number) < float("inf"):
-        raise ValueError(f"the weight of {path} is {number}; it must be above 0, as in {path}:0.5")
-    return path, float(number)
+    sources = []
+    for part in map(str.strip, text.split(",")):
+        path, colon, number = part.rpartition(":")
+        if not colon or not NUMBER.fullmatch(number):
+            path, number = part, "1"
+        if not path:
+            raise ValueError(f"data {part!r} names no file; expected FILE or FILE:WEIGHT, separated by commas")
+        if not 0 < float(number) < float("inf"):
+            raise ValueError(f"the weight of {path} is {number}; it must be above 0, as in {path}:0.5")
+        sources.append((path, float(number)))
+    return sources
 
 
 def sample_examples(sources: Sequence[Source], n: int, seed: int, step: int) -> list:
@@ -389,49 +363,38 @@ def question(example: Example) -> str | list[int]:
 
 
 def split(
-    items: Sequence[Item], share: float, key: Callable[[Item], object] = question
-) -> tuple[list[Item], list[Item]]:
+    items: Sequence[Element], share: float, key: Callable[[Element], object] = question
+) -> tuple[list[Element], list[Element]]:
     """(to train on, held out): a hash of `key(item)` that never changes holds out about this share.
 
     Items of the same key, all answers to a question, come to the same side, in whichever file they are: the side that
     nanor1/tasks.py gives a problem of this text. Either side can come out empty.
     """
-    is_out = [is_in_share(str(key(item)), share) for item in items]
-    pairs = list(zip(items, is_out, strict=True))
-    return [item for item, out in pairs if not out], [item for item, out in pairs if out]
+    sides: tuple[list, list] = [], []
+    for item in items:
+        sides[is_in_share(str(key(item)), share)].append(item)
+    return sides
 
 
-# ---- packing and the loss
+# ---- the loss
 
 
-def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[TextBatch]:
-    """Lay the examples of an update end to end, in batches of at most `tokens_per_batch` tokens (or of one example).
-
-    The weights are those of the mean over all their target tokens, times `loss_scale`. The longest come first: the
-    first batch is then the most demanding, so that a run that does not fit in memory fails at once.
-    """
+def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[Batch]:
+    """The weights are those of the mean over all target tokens of the examples, times `loss_scale`."""
     weight = loss_scale / sum(sum(example.is_target) for example in examples)
-    by_length = sorted(examples, key=lambda example: -len(example.ids))
-    batches = in_batches(by_length, lambda example, _: len(example.ids) - 1, tokens_per_batch)
-    return [_pack_one(batch, weight) for batch in batches]
+    return pack([Item([], e.ids, e.is_target, weight=weight) for e in examples], tokens_per_batch)
 
 
-def _pack_one(examples: list[Example], weight: float) -> TextBatch:
-    starts = list(accumulate((len(example.ids) - 1 for example in examples), initial=0))
-    is_next_target_N = end_to_end([example.is_target[1:] for example in examples], torch.bool)
-    predictor_M = is_next_target_N.nonzero().squeeze(1)
-    return TextBatch(
-        end_to_end([example.ids[:-1] for example in examples]),
-        torch.tensor(starts),
-        predictor_M,
-        end_to_end([example.ids[1:] for example in examples])[predictor_M],
-        torch.full((len(predictor_M),), weight),
+def batch_loss(model, batch: Batch, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the targets' negative log-likelihoods, with a gradient and without."""
+    loss, _, _ = chunked_loss(
+        batch.predictor_states(model),
+        model.head_weight_VC,
+        batch.target_M,
+        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
+        vocab_size=vocab_size,
     )
-
-
-def text_states(model, batch: TextBatch) -> Tensor:
-    """The hidden state that predicts each target: [M, C]."""
-    return model(batch.ids_N, batch.cu_seqlens_B1).index_select(0, batch.predictor_M)
+    return loss, loss.detach()
 
 
 def add_gradient(
@@ -440,42 +403,16 @@ def add_gradient(
     tokens_per_batch: int,
     vocab_size: int | None = None,
     loss_scale: float = 1.0,
+    learns: bool = True,
 ) -> float:
     """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
 
     Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
-    `loss_scale` (see nanor1/optim.py).
+    `loss_scale` (see nanor1/optim.py). Without `learns` there is none.
     """
-
-    def backward(model, batch: TextBatch) -> Tensor:
-        loss = _loss(model, batch, vocab_size)
-        loss.backward()
-        return loss.detach()
-
-    losses = workers.map(backward, pack_examples(examples, tokens_per_batch, loss_scale))
-    workers.gather_gradients()
+    batches = pack_examples(examples, tokens_per_batch, loss_scale)
+    losses = workers.accumulate(batches, partial(batch_loss, vocab_size=vocab_size), learns)
     return torch.stack(losses).sum().item() / loss_scale
 
 
-def mean_loss(
-    workers: Workers, examples: Sequence[Example], tokens_per_batch: int, vocab_size: int | None = None
-) -> float:
-    """What `add_gradient` returns, and no gradient: for held-out examples."""
-
-    @torch.no_grad()  # here: it holds for the calling thread alone
-    def forward(model, batch: TextBatch) -> Tensor:
-        return _loss(model, batch, vocab_size)
-
-    return torch.stack(workers.map(forward, pack_examples(examples, tokens_per_batch))).sum().item()
-
-
-def _loss(model, batch: TextBatch, vocab_size: int | None) -> Tensor:
-    batch = batch.to(model.head_weight_VC.device)
-    loss, _, _ = chunked_loss(
-        text_states(model, batch),
-        model.head_weight_VC,
-        batch.target_M,
-        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
-        vocab_size=vocab_size,
-    )
-    return loss
+mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanor1 import packing
 from nanor1.grpo import (
     LossSettings,
-    PackedBatch,
     Rollout,
     add_gradient,
     completion_logprobs,
@@ -19,11 +19,12 @@ from nanor1.grpo import (
     importance_weights,
     kl_estimate,
     mean,
-    pack,
     policy_loss,
     step_metrics,
+    to_items,
     token_weights,
 )
+from nanor1.logprobs import chunked_loss
 from nanor1.model import ModelConfig, Transformer
 from nanor1.parallel import Workers
 from nanor1.sampler import Completion, generate
@@ -76,6 +77,10 @@ def sampled():
     return rollouts, [1.0, -1.0, 0.5, -0.5, 2.0, -1.5] * 4
 
 
+def pack(rollouts, advantages, weights, tokens_per_batch):
+    return packing.pack(to_items(rollouts, advantages, weights), tokens_per_batch)
+
+
 def add_up(model, rollouts, advantages, tokens_per_batch=ALL_IN_ONE, reference=None, **settings):
     """Add one update's gradient to the model's parameters; returns the metrics."""
     settings = LossSettings(TEMPERATURE, VOCAB_SIZE, tokens_per_batch, constant_length=20, **settings)
@@ -96,12 +101,21 @@ def full_copies(items, advantages, weights):
     first = [end - len(item.completion.ids) for item, end in zip(items, ends, strict=True)]
     at_M = torch.cat([torch.arange(a, b) for a, b in zip(first, ends, strict=True)])
     ids_N = torch.tensor([token for sequence in sequences for token in sequence])
-    rollout_M = torch.cat([torch.full((len(item.completion.ids),), i) for i, item in enumerate(items)])
-    return PackedBatch(
-        ids_N, torch.tensor(starts), torch.full((len(items),), -1), at_M - 1, ids_N[at_M], rollout_M,
-        torch.tensor(advantages)[rollout_M], torch.tensor([x for item in items for x in item.completion.logprobs]),
-        torch.tensor(weights)[rollout_M],
+    item_M = torch.cat([torch.full((len(item.completion.ids),), i) for i, item in enumerate(items)])
+    return packing.Batch(
+        ids_N, torch.tensor(starts), torch.full((len(items),), -1), at_M - 1, ids_N[at_M], item_M,
+        torch.tensor(advantages)[item_M], torch.tensor([x for item in items for x in item.completion.logprobs]),
+        torch.tensor(weights)[item_M],
     )  # fmt: skip
+
+
+def policy_gradient(model, batch, temperature, vocab_size):
+    """Add the gradient of the policy loss of a batch that is used once."""
+    chunked_loss(
+        batch.predictor_states(model), model.head_weight_VC, batch.target_M,
+        lambda logp, at: policy_loss(logp, logp.detach(), batch.advantage_M[at], batch.weight_M[at])[0],
+        temperature, vocab_size,
+    )[0].backward()  # fmt: skip
 
 
 def naive_logprobs(model, item):
@@ -312,13 +326,13 @@ def test_a_group_shares_its_prompt_and_a_lone_rollout_lies_behind_its_own():
     assert batch.ids_N.tolist() == [1, 2, 6, 7, 4, 5, 3]  # a last token predicts nothing
     assert batch.cu_seqlens_B1.tolist() == [0, 2, 4, 6, 7]
     assert batch.parent_B.tolist() == [-1, -1, 0, 0]
-    assert batch.rollout_M.tolist() == [1, 1, 1, 0, 0, 2, 2]
+    assert batch.item_M.tolist() == [1, 1, 1, 0, 0, 2, 2]
     assert batch.target_M.tolist() == [4, 5, STOP, 3, STOP, 7, STOP]
     assert batch.predictor_M.tolist() == [1, 4, 5, 1, 6, 2, 3]  # the prompt's last token predicts both first ones
     assert batch.advantage_M.tolist() == [-2, -2, -2, 1, 1, 3, 3]
     assert batch.weight_M.tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
     assert batch.sampler_logp_M.tolist() == pytest.approx([-0.3, -0.4, -0.5, -0.1, -0.2, -0.6, -0.7])
-    integers = ("ids_N", "cu_seqlens_B1", "parent_B", "predictor_M", "target_M", "rollout_M")
+    integers = ("ids_N", "cu_seqlens_B1", "parent_B", "predictor_M", "target_M", "item_M")
     for name, x in vars(batch.to("cpu")).items():
         assert x.dtype == (torch.int64 if name in integers else torch.float32), name
 
@@ -349,14 +363,14 @@ def groups_of(sizes):
 def test_every_token_is_trained_once_and_only_a_lone_rollout_exceeds_the_limit(sizes, tokens_per_batch):
     items = groups_of(sizes)
     batches = pack(items, [0.0] * len(items), [0.0] * len(items), tokens_per_batch)
-    trained = [i for batch in batches for i in batch.rollout_M.tolist()]
+    trained = [i for batch in batches for i in batch.item_M.tolist()]
     assert sorted(trained) == [i for i, item in enumerate(items) for _ in item.completion.ids]
     for batch in batches:
-        assert len(batch.ids_N) <= tokens_per_batch or len(batch.rollout_M.unique()) == 1
+        assert len(batch.ids_N) <= tokens_per_batch or len(batch.item_M.unique()) == 1
         assert (batch.cu_seqlens_B1.diff() > 0).all() and batch.cu_seqlens_B1[-1] == len(batch.ids_N)
-        prompts = {tuple(items[i].prompt_ids) for i in batch.rollout_M.tolist()}
+        prompts = {tuple(items[i].prompt_ids) for i in batch.item_M.tolist()}
         assert sum(batch.ids_N.tolist().count(p[0]) for p in prompts) == sum(map(len, prompts))  # each once
-    longest = [max(len(items[i].prompt_ids + items[i].completion.ids) for i in b.rollout_M.tolist()) for b in batches]
+    longest = [max(len(items[i].prompt_ids + items[i].completion.ids) for i in b.item_M.tolist()) for b in batches]
     assert longest[:1] == [max(p + max(c) for p, c in sizes)] if sizes else not batches
 
 
@@ -375,14 +389,14 @@ def test_packing_is_that_of_a_loop_token_by_token(sizes, tokens_per_batch, rng):
     weights = [rng.random() for _ in items]
     for batch in pack(items, advantages, weights, tokens_per_batch):
         ids, at = batch.ids_N.tolist(), 0
-        chosen = list(dict.fromkeys(batch.rollout_M.tolist()))
+        chosen = list(dict.fromkeys(batch.item_M.tolist()))
         for i in chosen:
             item, before = items[i], None
             for t, token in enumerate(item.completion.ids):
                 before = item.prompt_ids[-1] if t == 0 else before  # every id is another one: it says where it lies
                 advantage = advantages[i] if isinstance(advantages[i], float) else advantages[i][t]
                 numbers_here = torch.tensor([advantage, item.completion.logprobs[t], weights[i]])
-                assert batch.rollout_M[at] == i and batch.target_M[at] == token
+                assert batch.item_M[at] == i and batch.target_M[at] == token
                 assert batch.predictor_M[at] == ids.index(before)
                 assert [batch.advantage_M[at], batch.sampler_logp_M[at], batch.weight_M[at]] == numbers_here.tolist()
                 before, at = token, at + 1
@@ -401,7 +415,7 @@ def test_what_has_no_token_to_train_never_enters():
     items = [rollout([1, 2], []), rollout([1, 2], []), rollout([3], [STOP]), rollout([4, 5], [])]
     (batch,) = pack(items, [0.0] * 4, [0.0] * 4, ALL_IN_ONE)
     assert batch.ids_N.tolist() == [3] and batch.target_M.tolist() == [STOP]
-    assert batch.rollout_M.tolist() == [2]
+    assert batch.item_M.tolist() == [2]
 
 
 ODD_GROUPS = {
@@ -428,9 +442,9 @@ def test_sharing_prompts_changes_neither_values_nor_gradients(sizes):
     assert len(shared.ids_N) < len(copies.ids_N)
     for batch in (shared, copies):
         model.zero_grad()
-        logp_M, entropy_M = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-        ((logp_M + entropy_M.detach()) * batch.weight_M).sum().backward()
-        values = [logp_M[batch.rollout_M == i] for i in range(len(items))]
+        logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
+        policy_gradient(model, batch, TEMPERATURE, VOCAB_SIZE)
+        values = [logp_M[batch.item_M == i] for i in range(len(items))]
         gradients.append((torch.cat(values), torch.cat([p.grad.flatten() for p in model.parameters()])))
     (values, gradient), (wanted_values, wanted_gradient) = gradients
     torch.testing.assert_close(values, wanted_values, atol=1e-5, rtol=1e-5)
@@ -444,8 +458,7 @@ def test_sharing_prompts_changes_neither_values_nor_gradients(sizes):
 def test_the_stop_token_is_trained_and_the_prompt_is_not():
     model = BareLogits([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     (batch,) = pack([rollout([0, 1], [0, 1])], [2.0], [0.5], ALL_IN_ONE)  # the second 1 is the stop token
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # of -A * w * log p: -1 * (chosen - p), at the position before the chosen token
     assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-0.5, 0.5], [0.5, -0.5]]
 
@@ -453,8 +466,7 @@ def test_the_stop_token_is_trained_and_the_prompt_is_not():
 def test_the_first_tokens_of_a_group_are_all_trained_at_the_prompts_last():
     model = BareLogits([[0.0, 0.0], [0.0, 0.0]])
     (batch,) = pack([rollout([0, 1], [0]), rollout([0, 1], [1])], [2.0, -4.0], [0.5, 0.5], ALL_IN_ONE)
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # -1 * (chosen - p) for token 0 and +2 * (chosen - p) for token 1
     assert model.logits_NV.grad.tolist() == [[0.0, 0.0], [-1.5, 1.5]]
 
@@ -467,7 +479,7 @@ def test_completion_logprobs_equal_the_samplers_and_a_naive_log_softmax(sampled)
     for tokens_per_batch in (ONE_EACH, 50, ALL_IN_ONE):
         for batch in pack(rollouts, advantages, [0.0] * len(rollouts), tokens_per_batch):
             logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-            naive = torch.cat([naive_logprobs(model, rollouts[i]) for i in batch.rollout_M.unique_consecutive()])
+            naive = torch.cat([naive_logprobs(model, rollouts[i]) for i in batch.item_M.unique_consecutive()])
             torch.testing.assert_close(logp_M, naive, atol=1e-5, rtol=0)
             torch.testing.assert_close(logp_M, batch.sampler_logp_M, atol=1e-5, rtol=0)
 
@@ -514,15 +526,14 @@ def test_each_token_is_trained_with_its_own_advantage():
     assert batch.target_M.tolist() == [1, 0, 1, 0, 1]
     assert batch.advantage_M.tolist() == [3.0, 4.0, -5.0, 1.0, -2.0]
     model = BareLogits([[0.0, 0.0]] * 5)  # the prompt's two, two of the longer, one of the shorter
-    logp_M, _ = completion_logprobs(model, batch, 1.0, 2)
-    policy_loss(logp_M, logp_M.detach(), batch.advantage_M, batch.weight_M)[0].backward()
+    policy_gradient(model, batch, 1.0, 2)
     # -A * w * (chosen - 1/2) of token 1, at the predictor of each; the prompt's last predicts both first tokens
     at_1 = [0.0, -3 * 0.25 / 2 + 1 * 0.5 / 2, 4 * 0.25 / 2, 5 * 0.25 / 2, 2 * 0.5 / 2]
     assert model.logits_NV.grad.tolist() == [[-g, g] for g in at_1]
 
 
 def test_as_many_advantages_as_tokens_are_asked_for():
-    with pytest.raises(AssertionError, match="2 advantages for a completion of 3 tokens"):
+    with pytest.raises(AssertionError, match="2 of advantage for 3 tokens"):
         pack([rollout([0, 1], [1, 0, 1])], [[1.0, 2.0]], [1.0], ALL_IN_ONE)
 
 
@@ -531,7 +542,7 @@ def test_completions_of_one_token_and_prompts_of_one_token_are_trained():
     model = random_model()
     (batch,) = pack(items, [1.0, 1.0, 1.0], token_weights([1, 1, 1], "token"), ALL_IN_ONE)
     logp_M, _ = completion_logprobs(model, batch, TEMPERATURE, VOCAB_SIZE)
-    naive = torch.cat([naive_logprobs(model, items[i]) for i in batch.rollout_M])
+    naive = torch.cat([naive_logprobs(model, items[i]) for i in batch.item_M])
     torch.testing.assert_close(logp_M, naive, atol=1e-5, rtol=0)
 
 

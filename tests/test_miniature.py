@@ -11,7 +11,6 @@ from nanor1.checkpoint import save_checkpoint
 from nanor1.miniature import (
     MINIATURES,
     Muon,
-    backward,
     base_model,
     calculate,
     documents,
@@ -20,13 +19,15 @@ from nanor1.miniature import (
     make_tokenizer,
     miniature_task,
     new_model,
-    next_batch,
+    next_examples,
     orthogonalize,
     own_miniature,
     pretrain,
     tries,
 )
 from nanor1.model import Transformer
+from nanor1.parallel import Workers
+from nanor1.sft import mean_loss
 from nanor1.tasks import Problem, check_countdown, is_held_out
 from nanor1.tokenizer import Tokenizer
 
@@ -212,25 +213,22 @@ def test_a_new_model_starts_with_idle_blocks_and_follows_from_its_seed(name):
 
 def test_a_batch_holds_whole_documents_of_enough_tokens():
     tokenizer = make_tokenizer(COUNTDOWN)
-    batch = next_batch(iter(corpus("countdown", 100)), tokenizer, 300)
-    lengths = [len(ids) for ids in batch]
-    assert 300 <= sum(lengths) < 300 + max(lengths)
-    assert lengths == sorted(lengths)
-    assert all(ids[-1] == tokenizer.eos_id for ids in batch)
+    examples = next_examples(iter(corpus("countdown", 100)), tokenizer, 300)
+    lengths = [len(example.ids) for example in examples]
+    assert 300 <= sum(lengths) < 300 + lengths[-1]
+    assert all(example.ids[-1] == tokenizer.eos_id for example in examples)
+    assert all(example.is_target == [False] + [True] * (n - 1) for example, n in zip(examples, lengths, strict=True))
 
 
-def test_the_loss_and_its_gradient_are_the_mean_over_every_token_but_the_first_of_each_document():
-    model = new_model(tiny("arithmetic"), 40, 0)
-    sequences = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    losses = []
-    for ids in sequences:
-        logits = model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)])))
-        losses += [-logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)]
-    mean = torch.stack(losses).mean()
-    expected = torch.autograd.grad(mean, model.head_weight_VC)[0]
-    parts = [backward(model, sequences[:1], 6), backward(model, sequences[1:], 6)]  # whatever the split
-    assert sum(parts) == pytest.approx(mean.item(), abs=1e-6)
-    torch.testing.assert_close(model.head_weight_VC.grad, expected)
+def test_the_number_of_workers_changes_no_bit(monkeypatch):
+    miniature = tiny("countdown", steps=20, tokens_per_step=150)
+    tokenizer, found = make_tokenizer(miniature), []
+    for n in (1, 2, 3):
+        monkeypatch.setattr("nanor1.miniature.start_workers", lambda model, n=n: Workers(model, n))
+        model = new_model(miniature, tokenizer.vocab_size, 0)
+        pretrain(model, tokenizer, miniature, 0, Log())
+        found.append(model.state_dict())
+    assert all(torch.equal(x, other[name]) for other in found[1:] for name, x in found[0].items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,12 +236,10 @@ def test_a_few_steps_of_pretraining_lower_the_loss_on_text_not_seen(name):
     miniature = tiny(name, steps=40, tokens_per_step=300)
     tokenizer = make_tokenizer(miniature)
     model = new_model(miniature, tokenizer.vocab_size, 0)
-    unseen = next_batch(documents(miniature, seed=99), tokenizer, 2000)
-    n_targets = sum(len(ids) - 1 for ids in unseen)
-    before = backward(model, unseen, n_targets)
-    model.zero_grad()
+    unseen = next_examples(documents(miniature, seed=99), tokenizer, 2000)
+    before = mean_loss(Workers(model), unseen, 10_000)
     reported = pretrain(model, tokenizer, miniature, 0, Log())
-    after = backward(model, unseen, n_targets)
+    after = mean_loss(Workers(model), unseen, 10_000)
     assert after < before - 0.5
     assert reported == pytest.approx(after, abs=0.5)
 

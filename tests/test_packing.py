@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.packing import attended_pairs, layout, spread, tile_table, to_device
-from nanor1.sft import TextBatch
+from nanor1.packing import Item, attended_pairs, layout, pack, spread, tile_table, to_device
 
 
 def starts(lengths):
@@ -37,12 +36,12 @@ def test_parents_that_are_all_absent_are_no_sharing():
     "parents", [[-1, 2, -1], [0, -1, -1], [-1, 0, 1], [-1, 3, 0]], ids=["later", "itself", "of a child", "beyond"]
 )
 def test_a_parent_that_does_not_come_first_is_refused(parents):
-    with pytest.raises(ValueError, match="must be -1 or an earlier sequence"):
+    with pytest.raises(AssertionError, match="must be -1 or an earlier sequence"):
         layout(starts([2, 2, 2]), torch.tensor(parents))
 
 
 def test_sequences_lie_behind_others_in_one_way_only():
-    with pytest.raises(ValueError, match="parent_B and past_B are two ways"):
+    with pytest.raises(AssertionError, match="parent_B and past_B are two ways"):
         layout(starts([2, 2]), torch.tensor([-1, 0]), torch.tensor([0, 3]))
 
 
@@ -60,8 +59,25 @@ def test_a_layout_is_moved_with_all_its_tensors_and_a_batch_but_for_those_that_i
     assert moved.shared.max_len == 5 and moved.cached is None
     tensors = [x for part in (moved, moved.shared) for x in vars(part).values() if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 8 and all(x.is_meta for x in tensors)
-    batch = TextBatch(*torch.arange(5)[:, None]).to("meta")
-    assert {name for name, x in vars(batch).items() if not x.is_meta} == {"cu_seqlens_B1"}
+    batch = pack([Item([1], [2, 3])], 9)[0].to("meta")
+    assert {name for name, x in vars(batch).items() if not x.is_meta} == {"cu_seqlens_B1", "parent_B"}
+
+
+def test_what_is_not_learned_is_seen_and_no_target_whether_the_prompt_is_shared_or_not():
+    masked, whole = Item([1, 2], [3, 4, 5], [False, True, True], advantage=[0.0, 2.0, 3.0]), Item([1, 2], [6, 7])
+    (batch,) = pack([whole, masked, Item([], [8, 9], [False, True], weight=0.5)], 100)
+    assert batch.ids_N.tolist() == [1, 2, 8, 3, 4, 6] and batch.cu_seqlens_B1.tolist() == [0, 2, 3, 5, 6]
+    assert batch.parent_B.tolist() == [-1, -1, 0, 0] and batch.item_M.tolist() == [1, 1, 0, 0, 2]
+    assert batch.target_M.tolist() == [4, 5, 6, 7, 9] and batch.predictor_M.tolist() == [3, 4, 1, 5, 2]
+    assert batch.advantage_M.tolist() == [2, 3, 0, 0, 0] and batch.weight_M.tolist() == [1, 1, 1, 1, 0.5]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=6), st.integers(1, 30))
+def test_items_that_belong_together_stay_in_one_batch(sizes, tokens_per_batch):
+    items = [Item([i] * p, [9] * (n + k)) for i, (p, n) in enumerate(sizes) for k in (0, 1)]
+    batches = [dict.fromkeys(batch.item_M.tolist()) for batch in pack(items, tokens_per_batch, together=2)]
+    pairs = [list(batch)[i : i + 2] for batch in batches for i in range(0, len(batch), 2)]
+    assert sorted(pairs) == [[i, i + 1] for i in range(0, len(items), 2)]
 
 
 SHARED = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=4)

@@ -224,11 +224,11 @@ def test_pairs_are_packed_longest_first_within_the_limit():
 
 
 def test_the_work_of_an_update_counts_blocks_and_attended_pairs_and_no_output_matrix():
-    (item,) = pairs = [pair("a b c", "d", "e f g h")]  # 3 tokens, then 2 and 5
+    pairs = [pair("a b c", "d", "e f g h")]  # 3 tokens, then 2 and 5
     terms = add_gradient(Workers(random_scorer()), pairs, ALL_IN_ONE)
     matrices = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40)  # q and o, k and v, the MLP; two layers
     attended = (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6 + 7 + 8)
-    assert terms.flops == 6 * matrices * item.n_tokens + 12 * 2 * 4 * 6 * attended
+    assert terms.flops == 6 * matrices * 10 + 12 * 2 * 4 * 6 * attended
 
 
 def test_evaluating_leaves_no_gradient_in_any_worker():

@@ -32,7 +32,6 @@ from nanor1.sft import (
     sample_examples,
     split,
     text_end,
-    text_states,
     turn_end,
 )
 from nanor1.tasks import Problem, is_in_share, make_task
@@ -554,7 +553,7 @@ class BareLogits:
         self.logits_NV = torch.zeros(n_tokens, vocab_size, requires_grad=True)
         self.head_weight_VC = torch.eye(vocab_size)
 
-    def __call__(self, ids_N, cu_seqlens_B1):
+    def __call__(self, ids_N, cu_seqlens_B1, parent_B):
         return self.logits_NV
 
     def parameters(self):
@@ -584,7 +583,7 @@ def test_each_target_stands_behind_its_predictor_and_all_weights_sum_to_one():
     assert batch.ids_N.tolist() == [1, 2, 3, 5, 6] and batch.cu_seqlens_B1.tolist() == [0, 3, 5]
     assert batch.predictor_M.tolist() == [0, 2, 4] and batch.target_M.tolist() == [2, 4, 7]
     assert batch.weight_M.tolist() == pytest.approx([1 / 3] * 3)
-    assert text_states(lambda ids, _: ids[:, None], batch).tolist() == [[1], [3], [6]]
+    assert batch.predictor_states(lambda ids, *_, parent_B: ids[:, None]).tolist() == [[1], [3], [6]]
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(1, 20))

@@ -668,16 +668,16 @@ def make_actor(world, base):
 
 def rewarded(patch, rewards_of):
     """Let `rewards_of(number of the group in the run)` be the accuracies, and with them the rewards, of each group."""
-    judge_all, count = judge.judge_all, iter(range(10_000))
+    answer, count = judge.Actor.answer, iter(range(10_000))
 
-    def judge_so(*arguments):
-        groups = [(group, rewards_of(next(count))) for group in judge_all(*arguments)]
+    def answer_so(*arguments):
+        groups = [(group, rewards_of(next(count))) for group in answer(*arguments)]
         return [
             [dataclasses.replace(r, reward=v, parts=r.parts | {"accuracy": v}) for r, v in zip(*pair, strict=True)]
             for pair in groups
         ]
 
-    patch.setattr(judge, "judge_all", judge_so)
+    patch.setattr(judge.Actor, "answer", answer_so)
 
 
 EQUAL, MIXED = [1.0] * 4, [1.0, 0.0, 0.0, 0.0]

@@ -5,9 +5,9 @@
 The variants do the same work, forward and backward, to the gradients of hidden and weight:
 
 - plain: all logits, cross-entropy in fp32, no entropy (what most trainers do);
-- plain_entropy: the same with the entropy, which the three below also give;
+- plain_entropy: the same with the entropy, which the two below also give;
 - checkpoint: chunks of tokens under torch.utils.checkpoint;
-- recompute: `token_logprobs`; in_forward: `chunked_loss`.
+- in_forward: `chunked_loss`.
 
 Times are medians over repeats that take turns, so that a busy machine slows all alike. TFLOP/s counts the 6 N C V
 operations that are needed, also where a variant does 8; the limit is the rate of the product hidden weight^T, timed in
@@ -30,7 +30,7 @@ from measure import commit, processor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nanor1.logprobs import chunked_loss, token_logprobs
+from nanor1.logprobs import chunked_loss
 
 CUDA_SHAPES = [(16384, 896, 151936), (16384, 1536, 151936)]
 CPU_SHAPES = [(1024, 576, 49152), (512, 896, 151936)]
@@ -87,10 +87,6 @@ def run_checkpoint(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     (-torch.cat(parts).mean()).backward()
 
 
-def run_recompute(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    (-token_logprobs(hidden, weight, targets)[0].mean()).backward()
-
-
 def run_in_forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     N = len(targets)
     chunked_loss(hidden, weight, targets, lambda logp, at: -logp.sum() / N)[0].backward()
@@ -100,7 +96,6 @@ VARIANTS = {
     "plain": run_plain,
     "plain_entropy": run_plain_entropy,
     "checkpoint": run_checkpoint,
-    "recompute": run_recompute,
     "in_forward": run_in_forward,
 }
 

@@ -23,9 +23,10 @@ from bench_train_step import sft_rollouts
 from measure import SHAPES, attempt, forget_the_last_case, random_model, seconds
 
 from nanor1.evaluate import accuracy_interval
-from nanor1.grpo import LossSettings, Rollout, add_gradient, completion_logprobs, pack, token_weights
+from nanor1.grpo import LossSettings, Rollout, add_gradient, completion_logprobs, to_items
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW
+from nanor1.packing import pack
 from nanor1.paired import paired_difference
 from nanor1.parallel import start_workers
 from nanor1.pretrained import ModelConfig
@@ -132,8 +133,7 @@ def requests(args, model: Transformer, n_prompts: int) -> tuple[list[list[int]],
 @torch.no_grad()
 def gap(model: Transformer, rollouts: list[Rollout]) -> torch.Tensor:
     """|log-probability of the trainer - of the sampler| of each token."""
-    weights, zeros = token_weights([len(r.completion.ids) for r in rollouts], "token"), [0.0] * len(rollouts)
-    batches = [batch.to(model.head_weight_VC.device) for batch in pack(rollouts, zeros, weights, 4096)]
+    batches = [batch.to(model.head_weight_VC.device) for batch in pack(to_items(rollouts), 4096)]
     scored = [completion_logprobs(model, batch, 1.0, model.config.vocab_size)[0] for batch in batches]
     return torch.cat([(logp - batch.sampler_logp_M).abs() for logp, batch in zip(scored, batches, strict=True)])
 
