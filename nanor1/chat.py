@@ -14,9 +14,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from nanor1.prefill import Kept
 from nanor1.prompts import Prompt, Prompter, render
-from nanor1.sampler import Sampler
+from nanor1.sampler import Kept, Sampler
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
 A request is one completion of one prompt. Requests wait in line for a slot of the cache (continuous batching); all that
 have one advance by a token a step. A finished request frees its slot for the next in line. A prompt is prefilled once,
 through the packed forward of training; its keys and values are copied to each of its n slots. What all prompts of a
-call begin with, such as worked examples, is read once (prefill.py).
+call begin with, such as worked examples, is read once.
 
 On a GPU the step is captured in CUDA graphs, one for each of a few numbers of rows, and replayed several times between
 looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
@@ -22,20 +22,71 @@ else asks for one thing after another, are sessions: generators that yield promp
 
 Left out: paged caches, sharing a prompt's cache between slots (copies are read as fast up to some hundred tokens).
 
-Letters: P prompts.
+Letters: P prompts, B rows of a step, F finished rows, L new tokens, N packed tokens, C hidden width.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from nanor1.batching import Batch, Completion, Prompt, Result, Session, Sessions
 from nanor1.draw import request_key
-from nanor1.model import Transformer
-from nanor1.prefill import Kept
-from nanor1.slots import Sampling, SlotPool
+from nanor1.model import KVCache, Transformer
+from nanor1.packing import end_to_end, index_tensor, to_device
+from nanor1.slots import Look, Sampling, SlotPool
 
-__all__ = ["Completion", "Prompt", "Sampler", "Session", "generate"]
+MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
+PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
+STEPS_A_LOOK = 4  # on a GPU: decode steps between looks at which requests have finished; it reads the one before
+
+
+# ---- what is asked, and what is made
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The keys and values of some tokens: a row of a cache, which lives as long as somebody holds this."""
+
+    cache: KVCache
+    row: int
+    ids: Sequence[int]
+
+    def n_shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens a prompt begins with that are kept; never its last one, whose hidden state is wanted."""
+        return _n_alike(self.ids, prompt, min(len(self.ids), len(prompt) - 1))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer: its token ids, their log-probabilities, and why it ended."""
+
+    ids: list[int]  # the stop token included
+    logprobs: list[float]  # at the sampling temperature, before top-k and top-p; those of temperature 1 when greedy
+    finish: str  # "stop" or "length"
+    confidences: list[float] | None = None  # of its tokens, where they were asked for (see draw.token_confidence)
+    kept: Kept | None = field(default=None, repr=False, compare=False)  # the cache of its prompt and it, if asked for
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be completed n times."""
+
+    ids: Sequence[int]
+    n: int
+    max_new_tokens: int
+    seed: int
+    behind: Kept | None = None  # what it begins with, as far as it does, is not read again
+
+
+Result = TypeVar("Result")
+# Yields prompts and is sent their completions, until it returns a result.
+Session = Generator[list[Prompt], list[list[Completion]], Result]
 
 
 def generate(
@@ -65,30 +116,17 @@ class Sampler:
         *,
         n: int = 1,
         max_new_tokens: int | Sequence[int],
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop_ids: Sequence[int] = (),
-        stop_texts: Sequence[str] = (),
-        decode: Callable[[list[int]], str] | None = None,
         seed: int | Sequence[int] = 0,
-        vocab_size: int | None = None,
-        on_token: Callable[[int, int, int], None] | None = None,
-        on_progress: Callable[[int, list[int]], None] | None = None,
-        confidence_k: int = 0,
         keep: bool = False,
         behind: Sequence[Kept | None] | None = None,
+        **how,
     ) -> list[list[Completion]]:
         """Sample n completions of each prompt; returns one inner list a prompt, n long.
 
-        A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids
-        into text): finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's
-        context: finish "length". Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above
-        `vocab_size` are never sampled. `seed` is one number, or one a prompt, with which a prompt draws the same
-        wherever it stands in the list. `on_token(prompt, completion, id)` hears of each token as it is made, for which
-        a GPU is waited for at each step; `on_progress(n_tokens, lengths)` of how many were made, and how long those are
-        that ended, since it was last called. With `confidence_k` completions have confidences, over so many likeliest
-        tokens.
+        A completion ends by `how` tokens are drawn (temperature, top_k, top_p, stop_ids, stop_texts: see Sampling) with
+        finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's context,
+        with finish "length". `seed` is one number, or one a prompt, with which a prompt draws the same wherever it
+        stands in the list. `on_token(prompt, completion, id)` and `on_progress` are those of `run`.
 
         With `keep` completions have their caches, which hold memory as long as they live; the model's weights must stay
         as they are. `behind` has one a prompt (None: none): what a prompt begins with of it is not read again.
@@ -103,59 +141,402 @@ class Sampler:
         for name, values in (("seeds", seeds), ("limits of max_new_tokens", limits), ("kept caches", behind)):
             if len(values) != P:
                 raise ValueError(f"{len(values)} {name} for {P} prompts; give one number, or one a prompt")
-        _check_sampling(temperature, top_k, top_p, stop_texts, decode)
-        asked = [
-            Prompt(ids, n, limit, of_prompt, kept)
-            for ids, limit, of_prompt, kept in zip(prompts, limits, seeds, behind, strict=True)
-        ]
-        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size, confidence_k)
-        texts = dict(stop_texts=stop_texts, decode=decode)
-        batch = Batch(self.pool, sampling, keep=keep, on_progress=on_progress, on_token=on_token, **texts)
-        with torch.inference_mode():
-            self.pool.reorder_weights()
-            batch.prepare(asked)
-            requests_P = batch.add(asked)
-            while batch.is_busy:
-                batch.advance()
-            made = batch.collect()
-            self.pool.rest()
-        return [[made[request] for request in requests] for requests in requests_P]
+
+        def ask() -> Session[list[list[Completion]]]:
+            asked = zip(prompts, limits, seeds, behind, strict=True)
+            return (yield [Prompt(ids, n, *of_prompt) for ids, *of_prompt in asked]) if prompts else []
+
+        return self.run([ask()], keep=keep, **how)[0]
 
     def run(
         self,
         sessions: Sequence[Session[Result]],
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop_ids: Sequence[int] = (),
-        stop_texts: Sequence[str] = (),
-        decode: Callable[[list[int]], str] | None = None,
-        vocab_size: int | None = None,
+        keep: bool = True,
+        on_token: Callable[[int, int, int], None] | None = None,
         on_progress: Callable[[int, list[int]], None] | None = None,
+        **sampling,
     ) -> list[Result]:
         """Complete what sessions ask for, one thing after another, and return what each comes to in the end.
 
         A session is a generator that yields prompts, and is sent their completions, with their caches, when all of them
         are there. Sessions do not wait for each other: the slots that one leaves free are another's. New ones begin
         where slots would stand empty, while fewer than two waves of requests are under way, for their caches take
-        memory. Arguments and errors are those of `generate`.
+        memory. `sampling` are the arguments of Sampling; the errors are those of `generate`.
+
+        `on_token(prompt, completion, id)` hears of each token as it is made, for which a GPU is waited for at each
+        step; `on_progress(n_tokens, lengths)` of how many were made, and how long those are that ended, since it was
+        last called.
         """
-        _check_sampling(temperature, top_k, top_p, stop_texts, decode)
-        sampling = Sampling(temperature, top_k, top_p, tuple(stop_ids), vocab_size)
-        texts = dict(stop_texts=stop_texts, decode=decode)
+        batch = _Batch(self.pool, Sampling(**sampling), keep, on_token, on_progress)
         with torch.inference_mode():
-            self.pool.reorder_weights()
-            batch = Batch(self.pool, sampling, keep=True, on_progress=on_progress, **texts)
-            results = Sessions(sessions, batch).finish()
-            self.pool.rest()
+            if not self.pool.is_stepwise:  # fixed steps are compiled instead
+                self.model.reorder_weights()
+            results = _Sessions(sessions, batch).finish()
+            if not self.pool.is_stepwise and self.pool.slots:
+                self.pool.slots.cache.resize(0)  # it grows again, and between calls its memory is wanted
         return results
 
 
-def _check_sampling(temperature: float, top_k: int, top_p: float, stop_texts, decode) -> None:
-    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 0 and in (0, 1]")
-    if isinstance(stop_texts, str) or "" in stop_texts:
-        raise ValueError(f"stop_texts is {stop_texts!r}; it must be a list of texts of at least one character")
-    if stop_texts and decode is None:
-        raise ValueError("stop_texts need decode, the tokenizer's way from ids to text")
+# ---- sessions
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A prompt in line, the first one asked for being number 0, and its place among those that are read together."""
+
+    prompt: Prompt
+    number: int
+    session: int
+    limit: int  # of new tokens, which the end of the model's context may cut
+    row: int = 0
+
+
+_Request = tuple[_Asked, int]  # a prompt, and which of its completions
+
+
+class _Sessions:
+    """Sessions that share a batch: which of them wait, which live, and what they came to."""
+
+    def __init__(self, sessions: Sequence[Session], batch: "_Batch"):
+        self.sessions, self.batch, self.results = sessions, batch, [None] * len(sessions)
+        self.n_asked = 0
+        self.waiting = deque((i, asked) for i in range(len(sessions)) if (asked := self.send(i, None)))
+        self.live: dict[int, list[_Asked]] = {}  # what each one has asked for
+        self.n_left: dict[int, int] = {}  # requests of it that have not ended
+        self.made: dict[_Request, Completion] = {}
+        batch.prepare([one for _, asked in self.waiting for one in asked])
+
+    def send(self, i: int, made_PG: list[list[Completion]] | None) -> list[_Asked]:
+        """What a session asks for next; nothing when it has ended."""
+        try:
+            prompts = self.sessions[i].send(made_PG)
+        except StopIteration as end:
+            self.results[i] = end.value
+            return []
+        numbers = range(self.n_asked, self.n_asked + len(prompts))
+        self.n_asked = numbers.stop
+        return [_ask(self.batch.model, prompt, number, i) for prompt, number in zip(prompts, numbers, strict=True)]
+
+    def finish(self) -> list:
+        while self.waiting or self.live:
+            self.begin()
+            ended = [asked.session for asked, _ in self.batch.advance()]
+            for i in ended:
+                self.n_left[i] -= 1
+            if ready := sorted(i for i in set(ended) if not self.n_left[i]):
+                self.made |= self.batch.collect()  # not before, for it waits for the device
+            for i in ready:
+                made_PG = [[self.made.pop((one, g)) for g in range(one.prompt.n)] for one in self.live.pop(i)]
+                if asked := self.send(i, made_PG):
+                    self.add(i, asked)
+        return self.results
+
+    def begin(self) -> None:
+        """Let sessions begin while slots are free that nothing waits for."""
+        while self.waiting and self.batch.n_slots - len(self.batch.request_of) > self.batch.n_waiting:
+            n_under_way = sum(one.prompt.n for asked in self.live.values() for one in asked)
+            n_next = sum(one.prompt.n for one in self.waiting[0][1])
+            if self.live and n_under_way + n_next > 2 * self.batch.n_slots:
+                return
+            self.add(*self.waiting.popleft())
+
+    def add(self, i: int, asked: list[_Asked]) -> None:
+        self.live[i], self.n_left[i] = asked, sum(one.prompt.n for one in asked)
+        self.batch.add(asked)
+
+
+def _ask(model: Transformer, prompt: Prompt, number: int, session: int) -> _Asked:
+    """ValueError for a prompt that cannot be completed."""
+    context = model.config.max_position_embeddings
+    if not len(prompt.ids):
+        raise ValueError(f"prompt {number} is empty; a prompt needs at least one token")
+    if len(prompt.ids) >= context:
+        raise ValueError(
+            f"prompt {number} is {len(prompt.ids)} tokens; the model's context is {context}: shorten the prompt"
+        )
+    if min(prompt.n, prompt.max_new_tokens) < 1:
+        raise ValueError(f"n {prompt.n}, max_new_tokens {prompt.max_new_tokens}: each must be at least 1")
+    return _Asked(prompt, number, session, min(prompt.max_new_tokens, context - len(prompt.ids)))
+
+
+# ---- continuous batching
+
+
+class _Harvest(NamedTuple):
+    """What some requests have generated, still on the device."""
+
+    requests: list[_Request]
+    columns_F: list[Tensor]  # lengths, is_stopped, ids [F, L], log-probabilities; confidences if asked for
+    cache: KVCache | None
+
+
+class _Batch:
+    """The requests that wait, those that run, and what has been generated; prompts may be added at any time."""
+
+    def __init__(self, pool: SlotPool, sampling: Sampling, keep: bool, on_token, on_progress):
+        self.pool, self.model, self.sampling, self.keep = pool, pool.model, sampling, keep
+        self.on_token, self.on_progress = on_token, on_progress
+        self.index = partial(index_tensor, device=pool.device)
+        self.may_end_text = lru_cache(maxsize=None)(partial(_may_end_text, sampling))
+        # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
+        is_late = pool.is_stepwise and not (on_token or sampling.stop_texts)
+        self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
+        self.beginning: Kept | None = None
+        self.unread: deque[_Asked] = deque()
+        self.n_waiting = 0  # requests of these, and of those that were read and have no slot yet
+        # requests whose prompts stand in `read_cache`, with the logits of their last tokens in `read_logits`
+        self.read: deque[_Request] = deque()
+        self.request_of: dict[int, _Request] = {}  # slot -> request, of the active ones
+        self.looks: deque[Look] = deque()
+        self.n_new_of: dict[_Request, int] = {}  # tokens made, of the last look that was read
+        self.harvests: list[_Harvest] = []
+
+    def prepare(self, asked: Sequence[_Asked]) -> None:
+        """Make slots for prompts that will be added, and read what all of them begin with."""
+        if asked:
+            self._reserve(sum(one.prompt.n for one in asked), asked)
+            prompts = [one.prompt.ids for one in asked if one.prompt.behind is None]
+            self.beginning = read_beginning(self.model, prompts)
+
+    def _reserve(self, n_requests: int, asked: Sequence[_Asked]) -> None:
+        self.slots = None  # so that their memory is free before larger ones are made
+        self.pool.reserve(n_requests, max(len(one.prompt.ids) for one in asked), max(one.limit for one in asked))
+        self.slots = self.pool.slots
+        self.n_slots = min(self.slots.n_slots, self.pool.max_rows, n_requests)
+        self.slots.is_running.fill_(False)
+        self.slots.position.zero_()
+
+    def add(self, asked: Sequence[_Asked]) -> None:
+        self.unread += asked
+        self.n_waiting += sum(one.prompt.n for one in asked)
+
+    def advance(self) -> list[_Request]:
+        """Let requests begin, or those that run go on; returns which have ended."""
+        self.admit() if self.should_admit() else self.decode()
+        return self.look()
+
+    @property
+    def n_free(self) -> int:
+        """Slots that are free and wanted."""
+        return min(self.n_slots - len(self.request_of), self.n_waiting)
+
+    def should_admit(self) -> bool:
+        """Refill when an eighth of the slots is free, so that prompts are prefilled several at a time."""
+        if not self.n_free or self.n_free < min(-(-self.n_slots // 8), self.n_waiting):
+            return False
+        if not self.read and not self._fits(self.unread[0]):
+            if self.request_of:  # larger slots are made when these are empty
+                return False
+            self._reserve(self.n_slots, [self.unread[0]])
+        return True
+
+    def _fits(self, asked: _Asked) -> bool:
+        return len(asked.prompt.ids) + asked.limit <= self.slots.room and asked.limit <= self.slots.n_new_tokens
+
+    def admit(self) -> None:
+        """Give free slots to the next requests, and draw the first tokens of those whose prompts were read."""
+        if not self.read:
+            self._read_prompts()
+        free = [slot for slot in range(self.n_slots) if slot not in self.request_of]
+        next_ones = [self.read.popleft() for _ in range(min(self.n_free, len(self.read)))]
+        placed = dict(zip(free, next_ones, strict=False))
+        slot_B, source_B = self.index(placed), self.index(asked.row for asked, _ in next_ones)
+        self.slots.extend(self.read_cache.max_len)
+        self.slots.cache.copy_rows(self.read_cache, source_B, slot_B, self.read_cache.max_len)
+        has_logits = self.read_logits is not None
+        self.slots.start(
+            slot_B,
+            self.index(asked.prompt.ids[-1] for asked, _ in next_ones),
+            self.index(len(asked.prompt.ids) - (not has_logits) for asked, _ in next_ones),
+            self.index(asked.limit for asked, _ in next_ones),
+            self.index(request_key(asked.prompt.seed, g) for asked, g in next_ones),
+        )
+        self.request_of |= placed
+        self.n_waiting -= len(placed)
+        if has_logits:
+            self.slots.record(slot_B, self.read_logits[source_B], self.sampling)
+            self._hear(placed)
+
+    def _read_prompts(self) -> None:
+        """Read the next prompts, as many as free slots will want and the budget allows; the cache is a rectangle.
+
+        Those of which all but the last token is kept are not read: the next step takes that token.
+        """
+        asked, longest, is_kept = [], 0, _is_kept(self.unread[0].prompt)
+        while self.unread and sum(one.prompt.n for one in asked) < self.n_free:
+            one = self.unread[0]
+            longest = max(longest, len(one.prompt.ids))
+            is_too_much = asked and longest * (len(asked) + 1) > PREFILL_TOKENS
+            if is_too_much or _is_kept(one.prompt) != is_kept or not self._fits(one):
+                break
+            asked.append(self.unread.popleft())
+        prompts, behind = [one.prompt.ids for one in asked], [one.prompt.behind or self.beginning for one in asked]
+        if is_kept:
+            (self.read_cache, _), self.read_logits = _take_over(self.model, prompts, behind), None
+        else:
+            self.read_cache, hidden_BC = prefill(self.model, prompts, behind)
+            self.read_logits = self.model.logits(hidden_BC)
+        for row, one in enumerate(asked):
+            one.prompt, one.row = replace(one.prompt, behind=None), row  # None: so that its memory is free
+            self.read += [(one, g) for g in range(one.prompt.n)]
+
+    def decode(self) -> None:
+        """Advance every active slot by a token, or by several where nobody looks in between."""
+        n_rows = len(self.request_of)
+        if self.pool.is_stepwise:
+            self.pool.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
+        else:
+            max_len = self.slots.extend(int(self.slots.position[:n_rows].max()) + 1)
+            self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
+        self._hear(self.request_of)
+
+    def _hear(self, request_of: dict[int, _Request]) -> None:
+        """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
+        if not self.on_token and not self.sampling.stop_texts:
+            return
+        token_of = dict(zip(request_of, self.slots.token[self.index(request_of)].tolist(), strict=True))
+        if self.on_token:
+            for slot, token in token_of.items():
+                asked, g = request_of[slot]
+                self.on_token(asked.number, g, token)
+        # few tokens can be the last one of a text, and only these are worth reading what stands before them
+        if self.sampling.stop_texts and (
+            slots := [slot for slot, token in token_of.items() if self.may_end_text(token)]
+        ):
+            slot_F = self.index(self._slots_with_text(slots))
+            self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
+
+    def _slots_with_text(self, slots: list[int]) -> list[int]:
+        """Those whose last tokens, as many as a text can be made of, hold one of the texts."""
+        texts, decode = self.sampling.stop_texts, self.sampling.decode
+        n_tail = max(len(text.encode()) for text in texts) + 4  # a byte a token or more; 4: a cut character
+        slot_B1 = self.index(slots)[:, None]
+        column_BT = self.slots.n_new[slot_B1] - n_tail + torch.arange(n_tail, device=self.pool.device)
+        ids_BT, n_before_B = self.slots.ids[slot_B1, column_BT.clamp(min=0)], (column_BT < 0).sum(-1)
+        tails = (decode(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
+        return [slot for slot, tail in zip(slots, tails, strict=True) if any(text in tail for text in texts)]
+
+    def look(self) -> list[_Request]:
+        """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
+        self.looks.append(Look(dict(self.request_of), self.slots))
+        if len(self.looks) <= self.looks_late:
+            return []
+        finished, n_new_of = self.looks.popleft().read()
+        # slots that have another request by now are left alone
+        finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
+        if finished:
+            self.retire(finished)
+        if self.on_progress:
+            n_before = sum(self.n_new_of.get(request, 0) for request in n_new_of)
+            self.on_progress(sum(n_new_of.values()) - n_before, [n_new_of[request] for request in finished.values()])
+            self.n_new_of = n_new_of
+        return list(finished.values())
+
+    def retire(self, finished: dict[int, _Request]) -> None:
+        """Keep what finished slots have made, and free them."""
+        slot_F, slots = self.index(finished), self.slots
+        cache = None
+        if self.keep:
+            length = int(slots.position[slot_F].max())
+            cache = KVCache.of(self.model, len(finished), length)
+            cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
+        columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
+        if self.sampling.confidence_k:
+            columns_F.append(slots.confidence[slot_F, :-1])
+        self.harvests.append(_Harvest(list(finished.values()), columns_F, cache))
+        for slot in finished:
+            del self.request_of[slot]
+        if not self.pool.is_stepwise:
+            self._move_to_front()
+
+    def _move_to_front(self) -> None:
+        """Move the last active rows into the places of finished ones."""
+        n_active = len(self.request_of)
+        holes = [slot for slot in range(n_active) if slot not in self.request_of]
+        movers = [slot for slot in self.request_of if slot >= n_active]
+        if holes:
+            self.slots.move(self.index(movers), self.index(holes))
+        for hole, mover in zip(holes, movers, strict=True):
+            self.request_of[hole] = self.request_of.pop(mover)
+        self.request_of = dict(sorted(self.request_of.items()))
+        self.slots.position[n_active:] = 0
+
+    def collect(self) -> dict[_Request, Completion]:
+        """What was generated since this was last asked."""
+        harvests, self.harvests, made = self.harvests, [], {}
+        columns = zip(*(harvest.columns_F for harvest in harvests), strict=True)
+        n_F, is_stopped_F = torch.cat(next(columns)).tolist(), torch.cat(next(columns)).tolist()
+        longest = max(n_F)  # rows have room for the limit, which few of them reach
+        rows_FL = [torch.cat([rows_FL[:, :longest] for rows_FL in column]).cpu() for column in columns]
+        places = ((request, h.cache, f) for h in harvests for f, request in enumerate(h.requests))
+        for (request, cache, row), n, is_stopped, *rows_L in zip(places, n_F, is_stopped_F, *rows_FL, strict=True):
+            ids, logp, *confidence = (row_L[:n].tolist() for row_L in rows_L)
+            asked, _ = request
+            if any(map(math.isnan, logp)):
+                raise ValueError(
+                    f"the model's logits after prompt {asked.number} are not numbers: look for nan in its weights"
+                )
+            kept = Kept(cache, row, [*asked.prompt.ids, *ids[:-1]]) if cache else None
+            finish = "stop" if is_stopped else "length"
+            made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
+        return made
+
+
+def _is_kept(prompt: Prompt) -> bool:
+    return prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
+
+
+def _may_end_text(sampling: Sampling, token: int) -> bool:
+    """Whether the last character of a text may be this token's: it is there, is cut, or is a blank between tokens."""
+    piece = sampling.decode([token])
+    return "\ufffd" in piece or any(text[-1] in piece or text[-1].isspace() for text in sampling.stop_texts)
+
+
+# ---- reading prompts: what a cache already holds of one is taken from there, and only the rest is read
+
+
+def prefill(
+    model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
+) -> tuple[KVCache, Tensor]:
+    """Read each prompt, from where it leaves what is kept, all at once, through the packed forward of training.
+
+    Returns a cache with a row a prompt, and the hidden state of the last token of each, [B, C].
+    """
+    cache, past = _take_over(model, prompts, behind)
+    device = cache.k[0].device
+    new = [prompt[n:] for prompt, n in zip(prompts, past, strict=True)]
+    cu_seqlens_B1 = torch.tensor([0, *accumulate(map(len, new))])
+    past_B = torch.tensor(past) if any(past) else None
+    hidden_NC = model(to_device(end_to_end(new), device), cu_seqlens_B1, cache, past_B=past_B)
+    return cache, hidden_NC[to_device(cu_seqlens_B1[1:] - 1, device)]
+
+
+def _take_over(
+    model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
+) -> tuple[KVCache, list[int]]:
+    """A cache with a row a prompt, and how many of its first tokens stand there: those that are kept."""
+    cache = KVCache.of(model, len(prompts), max(map(len, prompts)))
+    index = partial(index_tensor, device=cache.k[0].device)
+    past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
+    for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():
+        rows = [b for b, kept in enumerate(behind) if kept and kept.cache is source]
+        cache.copy_rows(source, index(behind[b].row for b in rows), index(rows), max(past[b] for b in rows))
+    return cache, past
+
+
+def read_beginning(model: Transformer, prompts: Sequence[Sequence[int]]) -> Kept | None:
+    """What all prompts begin with, of which none is a whole prompt, read; None where that is too little."""
+    if len(prompts) < 2:
+        return None
+    first, last = min(prompts), max(prompts)  # in the order of a dictionary, so all others agree as far as these do
+    shared = first[: _n_alike(first, last, min(map(len, prompts)) - 1)]
+    if len(shared) < MIN_SHARED:
+        return None
+    cache, _ = prefill(model, [shared], [None])
+    return Kept(cache, 0, shared)
+
+
+def _n_alike(first: Sequence[int], second: Sequence[int], most: int) -> int:
+    """How many tokens, at most `most`, both begin with."""
+    return next((i for i in range(most) if first[i] != second[i]), most)

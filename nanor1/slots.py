@@ -7,7 +7,8 @@ it once and replay it.
 Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,14 +32,32 @@ ONE_ROW_OPTIONS: dict | None = {"coordinate_descent_tuning": True}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits, and which tokens end a completion."""
+    """How tokens are drawn from logits, and what ends a completion; ValueError for what is not possible.
 
-    temperature: float
-    top_k: int
-    top_p: float
-    stop_ids: tuple[int, ...]
-    vocab_size: int | None
-    confidence_k: int = 0  # 0: confidences are not asked for
+    Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above `vocab_size` are never sampled.
+    A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids into
+    text). With `confidence_k` completions have confidences, over so many likeliest tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: Sequence[int] = ()
+    vocab_size: int | None = None
+    confidence_k: int = 0
+    # the host's part, which is nothing to a captured step
+    stop_texts: Sequence[str] = field(default=(), compare=False)
+    decode: Callable[[list[int]], str] | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # so that steps can be told by it
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 0 and in (0, 1]")
+        if isinstance(self.stop_texts, str) or "" in self.stop_texts:
+            raise ValueError(f"stop_texts is {self.stop_texts!r}; it must be a list of texts of at least one character")
+        if self.stop_texts and self.decode is None:
+            raise ValueError("stop_texts need decode, the tokenizer's way from ids to text")
 
     def stops(self, token_B: Tensor) -> Tensor:
         stopped_B = torch.zeros_like(token_B, dtype=torch.bool)
@@ -202,11 +221,6 @@ class SlotPool:
         self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
         self.steps: dict[tuple[int, Sampling], Step] = {}
 
-    def reorder_weights(self) -> None:
-        """Before rows are decoded at once on a CPU: see the model's; fixed steps are compiled instead."""
-        if not self.is_stepwise:
-            self.model.reorder_weights()
-
     def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
         """Make slots for requests of so many tokens, if those there are do not suffice."""
         room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
@@ -221,11 +235,6 @@ class SlotPool:
         budget = int(free_memory(self.device) * self.memory_share)
         n_slots = slots_that_fit(self.model, room, wanted, budget)
         self.slots = Slots(self.model, n_slots, room, n_new, is_fixed=self.is_stepwise)
-
-    def rest(self) -> None:
-        """Between calls, give back the memory of a cache that grows."""
-        if self.slots and not self.is_stepwise:
-            self.slots.cache.resize(0)
 
     def step(self, n_rows: int, sampling: Sampling) -> Step:
         """The repeatable step over at least `n_rows` slots."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from nanor1.model import KVCache, Transformer
-from nanor1.prefill import prefill, read_beginning
-from nanor1.sampler import Completion
+from nanor1.sampler import Completion, prefill, read_beginning
 from nanor1.search import Found
 
 

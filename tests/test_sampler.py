@@ -11,14 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanor1.attention
 import nanor1.model
+import nanor1.sampler
 import nanor1.slots
-from nanor1 import batching, draw
-from nanor1.batching import Batch
+from nanor1 import draw
 from nanor1.draw import PART, hash_uniform, request_key, sample_by_parts, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
-from nanor1.prefill import n_common
-from nanor1.sampler import Prompt, Sampler, generate
+from nanor1.sampler import Prompt, Sampler, generate, read_beginning
 from nanor1.slots import Sampling, Slots, slots_that_fit
 
 VOCAB = 61
@@ -218,29 +217,31 @@ def test_a_stepwise_sampler_runs_idle_for_less_than_two_looks(n_new, monkeypatch
     n_steps, decode = [], Transformer.decode
     monkeypatch.setattr(Transformer, "decode", lambda *rest: (n_steps.append(1), decode(*rest))[1])
     Sampler(counting_model(), 2, is_stepwise=True).generate([[1]], n=2, max_new_tokens=n_new)
-    assert n_new - 1 <= len(n_steps) < n_new - 1 + 2 * batching.STEPS_A_LOOK <= n_new + 7
+    assert n_new - 1 <= len(n_steps) < n_new - 1 + 2 * nanor1.sampler.STEPS_A_LOOK <= n_new + 7
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device_while_it_steps_but_the_read_of_a_look():
+def test_nothing_waits_for_the_device_while_it_steps_but_the_read_of_a_look(monkeypatch):
     """Requests of one length twice through the slots: admitted, stepped, looked at, retired."""
-    prompt = Prompt([1, 2, 3], 32, 40, seed=0)
-    batch = Batch(
-        Sampler(gpu_model(), 16).pool, Sampling(1.0, 0, 1.0, (), None), keep=False, stop_texts=[], decode=None,
-        on_progress=None,
-    )  # fmt: skip
-    with torch.inference_mode():
-        batch.prepare([prompt])
-        batch.add([prompt])
-        for _ in range(3):  # prefill, compile, capture
-            batch.advance()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            while batch.is_busy:
-                batch.advance()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert [len(completion.ids) for completion in batch.collect().values()] == [40] * 32
+    advance, collect, n_advanced = nanor1.sampler._Batch.advance, nanor1.sampler._Batch.collect, []
+
+    def watched(batch):
+        n_advanced.append(1)
+        if len(n_advanced) == 4:  # before: prefill, compile, capture
+            torch.cuda.set_sync_debug_mode("error")
+        return advance(batch)
+
+    def collected(batch):
+        torch.cuda.set_sync_debug_mode("default")
+        return collect(batch)
+
+    monkeypatch.setattr(nanor1.sampler._Batch, "advance", watched)
+    monkeypatch.setattr(nanor1.sampler._Batch, "collect", collected)
+    try:
+        (made,) = Sampler(gpu_model(), 16).generate([[1, 2, 3]], n=32, max_new_tokens=40)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(completion.ids) for completion in made] == [40] * 32 and len(n_advanced) > 4
 
 
 def test_a_stepwise_sampler_hears_tokens_and_stop_texts_after_each_step():
@@ -443,7 +444,7 @@ def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
         return forward(self, ids_N, cu_seqlens_B1, cache, *rest, **more)
 
     monkeypatch.setattr(Transformer, "forward", measuring_forward)
-    monkeypatch.setattr(batching, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(nanor1.sampler, "PREFILL_TOKENS", 40)
     prompts = random_prompts([3] * 15 + [50] + [30, 3, 3, 3])
     completions = generate(model, prompts, max_new_tokens=4)
     assert sizes == [(13, 3), (2, 3), (1, 50), (1, 30), (3, 3)]  # a prompt longer than the budget runs alone
@@ -1203,9 +1204,13 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(is_stepwis
         torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
 def test_the_common_beginning_is_the_longest_that_leaves_each_prompt_a_token(prompts):
-    n = n_common(prompts)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(nanor1.sampler, "MIN_SHARED", 1)
+        kept = read_beginning(counting_model(), prompts)
+    n = len(kept.ids) if kept else 0
     assert len({tuple(prompt[:n]) for prompt in prompts}) == 1 and n < min(map(len, prompts))
     longer = {tuple(prompt[: n + 1]) for prompt in prompts}
     assert len(longer) > 1 or n + 1 == min(map(len, prompts))
