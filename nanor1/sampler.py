@@ -26,12 +26,12 @@ Letters: P prompts, B rows of a step, F finished rows, L new tokens, N packed to
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from torch import Tensor
 from nanor1.draw import request_key
 from nanor1.model import KVCache, Transformer
 from nanor1.packing import end_to_end, index_tensor, to_device
-from nanor1.slots import Look, Sampling, SlotPool
+from nanor1.slots import Sampling, SlotPool
 
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
@@ -183,13 +183,14 @@ class Sampler:
 
 @dataclass(eq=False)
 class _Asked:
-    """A prompt in line, the first one asked for being number 0, and its place among those that are read together."""
+    """A prompt in line; all that are asked for have a number."""
 
     prompt: Prompt
     number: int
     session: int
     limit: int  # of new tokens, which the end of the model's context may cut
-    row: int = 0
+    is_kept: bool  # all of it but the last token
+    row: int = 0  # of the cache in which it was read
 
 
 _Request = tuple[_Asked, int]  # a prompt, and which of its completions
@@ -257,18 +258,11 @@ def _ask(model: Transformer, prompt: Prompt, number: int, session: int) -> _Aske
         )
     if min(prompt.n, prompt.max_new_tokens) < 1:
         raise ValueError(f"n {prompt.n}, max_new_tokens {prompt.max_new_tokens}: each must be at least 1")
-    return _Asked(prompt, number, session, min(prompt.max_new_tokens, context - len(prompt.ids)))
+    is_kept = prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
+    return _Asked(prompt, number, session, min(prompt.max_new_tokens, context - len(prompt.ids)), is_kept)
 
 
 # ---- continuous batching
-
-
-class _Harvest(NamedTuple):
-    """What some requests have generated, still on the device."""
-
-    requests: list[_Request]
-    columns_F: list[Tensor]  # lengths, is_stopped, ids [F, L], log-probabilities; confidences if asked for
-    cache: KVCache | None
 
 
 class _Batch:
@@ -278,6 +272,9 @@ class _Batch:
         self.pool, self.model, self.sampling, self.keep = pool, pool.model, sampling, keep
         self.on_token, self.on_progress = on_token, on_progress
         self.index = partial(index_tensor, device=pool.device)
+        # the last tokens of each request, as many as a text can be made of: a byte a token or more, and 4 of a cut character
+        n_tail = max((len(text.encode()) for text in sampling.stop_texts), default=0) + 4
+        self.tails: dict[_Request, deque[int]] = defaultdict(partial(deque, maxlen=n_tail))
         self.may_end_text = lru_cache(maxsize=None)(partial(_may_end_text, sampling))
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
         is_late = pool.is_stepwise and not (on_token or sampling.stop_texts)
@@ -288,9 +285,10 @@ class _Batch:
         # requests whose prompts stand in `read_cache`, with the logits of their last tokens in `read_logits`
         self.read: deque[_Request] = deque()
         self.request_of: dict[int, _Request] = {}  # slot -> request, of the active ones
-        self.looks: deque[Look] = deque()
+        self.looks: deque[tuple[dict[int, _Request], Callable]] = deque()
         self.n_new_of: dict[_Request, int] = {}  # tokens made, of the last look that was read
-        self.harvests: list[_Harvest] = []
+        # of requests that have ended, on the device: lengths, is_stopped, ids [F, L], log-probabilities, confidences
+        self.harvests: list[tuple[list[_Request], list[Tensor], KVCache | None]] = []
 
     def prepare(self, asked: Sequence[_Asked]) -> None:
         """Make slots for prompts that will be added, and read what all of them begin with."""
@@ -363,12 +361,12 @@ class _Batch:
 
         Those of which all but the last token is kept are not read: the next step takes that token.
         """
-        asked, longest, is_kept = [], 0, _is_kept(self.unread[0].prompt)
+        asked, longest, is_kept = [], 0, self.unread[0].is_kept
         while self.unread and sum(one.prompt.n for one in asked) < self.n_free:
             one = self.unread[0]
             longest = max(longest, len(one.prompt.ids))
             is_too_much = asked and longest * (len(asked) + 1) > PREFILL_TOKENS
-            if is_too_much or _is_kept(one.prompt) != is_kept or not self._fits(one):
+            if is_too_much or one.is_kept != is_kept or not self._fits(one):
                 break
             asked.append(self.unread.popleft())
         prompts, behind = [one.prompt.ids for one in asked], [one.prompt.behind or self.beginning for one in asked]
@@ -393,41 +391,38 @@ class _Batch:
 
     def _hear(self, request_of: dict[int, _Request]) -> None:
         """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
-        if not self.on_token and not self.sampling.stop_texts:
+        texts = self.sampling.stop_texts
+        if not self.on_token and not texts:
             return
-        token_of = dict(zip(request_of, self.slots.token[self.index(request_of)].tolist(), strict=True))
-        if self.on_token:
-            for slot, token in token_of.items():
-                asked, g = request_of[slot]
-                self.on_token(asked.number, g, token)
-        # few tokens can be the last one of a text, and only these are worth reading what stands before them
-        if self.sampling.stop_texts and (
-            slots := [slot for slot, token in token_of.items() if self.may_end_text(token)]
-        ):
-            slot_F = self.index(self._slots_with_text(slots))
+        tokens, ended = self.slots.token[self.index(request_of)].tolist(), []
+        for (slot, request), token in zip(request_of.items(), tokens, strict=True):
+            if self.on_token:
+                self.on_token(request[0].number, request[1], token)
+            if texts:
+                self.tails[request].append(token)
+                # few tokens can be the last one of a text, and only these are worth reading what stands before them
+                if self.may_end_text(token) and any(
+                    text in tail for tail in [self.sampling.decode([*self.tails[request]])] for text in texts
+                ):
+                    ended.append(slot)
+        if ended:
+            slot_F = self.index(ended)
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
-
-    def _slots_with_text(self, slots: list[int]) -> list[int]:
-        """Those whose last tokens, as many as a text can be made of, hold one of the texts."""
-        texts, decode = self.sampling.stop_texts, self.sampling.decode
-        n_tail = max(len(text.encode()) for text in texts) + 4  # a byte a token or more; 4: a cut character
-        slot_B1 = self.index(slots)[:, None]
-        column_BT = self.slots.n_new[slot_B1] - n_tail + torch.arange(n_tail, device=self.pool.device)
-        ids_BT, n_before_B = self.slots.ids[slot_B1, column_BT.clamp(min=0)], (column_BT < 0).sum(-1)
-        tails = (decode(ids[n:]) for ids, n in zip(ids_BT.tolist(), n_before_B.tolist(), strict=True))
-        return [slot for slot, tail in zip(slots, tails, strict=True) if any(text in tail for text in texts)]
 
     def look(self) -> list[_Request]:
         """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
-        self.looks.append(Look(dict(self.request_of), self.slots))
+        self.looks.append((dict(self.request_of), self.slots.look()))
         if len(self.looks) <= self.looks_late:
             return []
-        finished, n_new_of = self.looks.popleft().read()
+        request_of, read = self.looks.popleft()
+        is_running_S, n_new_S = read()
+        ended = {slot: request for slot, request in request_of.items() if not is_running_S[slot]}
         # slots that have another request by now are left alone
-        finished = {slot: request for slot, request in finished.items() if self.request_of.get(slot) == request}
+        finished = {slot: request for slot, request in ended.items() if self.request_of.get(slot) == request}
         if finished:
             self.retire(finished)
         if self.on_progress:
+            n_new_of = {request: n_new_S[slot] for slot, request in request_of.items()}
             n_before = sum(self.n_new_of.get(request, 0) for request in n_new_of)
             self.on_progress(sum(n_new_of.values()) - n_before, [n_new_of[request] for request in finished.values()])
             self.n_new_of = n_new_of
@@ -444,9 +439,9 @@ class _Batch:
         columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
         if self.sampling.confidence_k:
             columns_F.append(slots.confidence[slot_F, :-1])
-        self.harvests.append(_Harvest(list(finished.values()), columns_F, cache))
+        self.harvests.append((list(finished.values()), columns_F, cache))
         for slot in finished:
-            del self.request_of[slot]
+            self.tails.pop(self.request_of.pop(slot), None)
         if not self.pool.is_stepwise:
             self._move_to_front()
 
@@ -465,11 +460,11 @@ class _Batch:
     def collect(self) -> dict[_Request, Completion]:
         """What was generated since this was last asked."""
         harvests, self.harvests, made = self.harvests, [], {}
-        columns = zip(*(harvest.columns_F for harvest in harvests), strict=True)
+        columns = zip(*(columns_F for _, columns_F, _ in harvests), strict=True)
         n_F, is_stopped_F = torch.cat(next(columns)).tolist(), torch.cat(next(columns)).tolist()
         longest = max(n_F)  # rows have room for the limit, which few of them reach
         rows_FL = [torch.cat([rows_FL[:, :longest] for rows_FL in column]).cpu() for column in columns]
-        places = ((request, h.cache, f) for h in harvests for f, request in enumerate(h.requests))
+        places = ((request, cache, f) for requests, _, cache in harvests for f, request in enumerate(requests))
         for (request, cache, row), n, is_stopped, *rows_L in zip(places, n_F, is_stopped_F, *rows_FL, strict=True):
             ids, logp, *confidence = (row_L[:n].tolist() for row_L in rows_L)
             asked, _ = request
@@ -481,10 +476,6 @@ class _Batch:
             finish = "stop" if is_stopped else "length"
             made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
         return made
-
-
-def _is_kept(prompt: Prompt) -> bool:
-    return prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
 
 
 def _may_end_text(sampling: Sampling, token: int) -> bool:

@@ -59,12 +59,6 @@ class Sampling:
         if self.stop_texts and self.decode is None:
             raise ValueError("stop_texts need decode, the tokenizer's way from ids to text")
 
-    def stops(self, token_B: Tensor) -> Tensor:
-        stopped_B = torch.zeros_like(token_B, dtype=torch.bool)
-        for stop in self.stop_ids:
-            stopped_B |= token_B == stop
-        return stopped_B
-
 
 class Slots:
     """The cache and the state of what runs in it, by slot: fixed memory, in which captured steps work.
@@ -115,7 +109,10 @@ class Slots:
             self.confidence[slot_B, column_B] = confidence_B
         self.token[slots] = token_B
         n_new_B = n_new_B + running_B
-        stopped_B = running_B & sampling.stops(token_B)
+        stopped_B = torch.zeros_like(running_B)
+        for stop in sampling.stop_ids:
+            stopped_B |= token_B == stop
+        stopped_B &= running_B
         self.is_stopped[slots] |= stopped_B
         self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
         self.n_new[slots] = n_new_B
@@ -139,6 +136,21 @@ class Slots:
         if length > self.cache.max_len:
             self.cache.resize(min(self.room, -(-length // CACHE_STEP) * CACHE_STEP))
         return length if self.cache.k[0].dtype == torch.float32 else self.cache.max_len
+
+    def look(self) -> Callable[[], list[list[int]]]:
+        """How far slots are: is_running and n_new of each, once asked; on CUDA copied while the device goes on."""
+        state_2S = torch.stack((self.is_running.long(), self.n_new))
+        if not state_2S.is_cuda:
+            return state_2S.tolist
+        copied_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True).copy_(state_2S, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list[list[int]]:
+            arrived.synchronize()
+            return copied_2S.tolist()
+
+        return read
 
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
@@ -243,24 +255,3 @@ class SlotPool:
         if (size, sampling) not in self.steps:
             self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
         return self.steps[size, sampling]
-
-
-class Look:
-    """How far slots were at some moment; on CUDA the answer is copied while the device goes on."""
-
-    def __init__(self, request_of: dict[int, int], slots: Slots):
-        self.request_of, self.arrived = request_of, None
-        self.state_2S = state_2S = torch.stack((slots.is_running.long(), slots.n_new))
-        if state_2S.device.type == "cuda":
-            self.state_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True)
-            self.state_2S.copy_(state_2S, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self) -> tuple[dict[int, int], dict[int, int]]:
-        """slot -> request of those that had finished; request -> tokens made, of all."""
-        if self.arrived:
-            self.arrived.synchronize()
-        is_running_S, n_new_S = self.state_2S.tolist()
-        finished = {slot: request for slot, request in self.request_of.items() if not is_running_S[slot]}
-        return finished, {request: n_new_S[slot] for slot, request in self.request_of.items()}
