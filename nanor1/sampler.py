@@ -37,12 +37,17 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import request_key
+from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
 from nanor1.packing import end_to_end, index_tensor, to_device
-from nanor1.slots import Sampling, SlotPool
+from nanor1.slots import Sampling, Slots, Step, slots_that_fit
 
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once
 PREFILL_TOKENS = 16_384  # prompts are prefilled in batches whose cache holds at most this many, or one prompt
+ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
+# Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
+# for one row, and one for all other numbers.
+GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 STEPS_A_LOOK = 4  # on a GPU: decode steps between looks at which requests have finished; it reads the one before
 
 
@@ -102,13 +107,22 @@ def generate(
 class Sampler:
     """Samples from one model; keeps its cache, and on a GPU its captured steps, from call to call.
 
-    At most `max_rows` requests run at once; the other arguments are those of SlotPool. The model's weights may change
-    between calls, in place.
+    At most `max_rows` requests run at once, fewer where their cache would take more than `memory_share` of the memory
+    that is free. `is_stepwise` (None: on CUDA) says whether fixed steps over a list of slots are repeated, or the
+    active rows are kept the first ones. The model's weights may change between calls, in place.
     """
 
-    def __init__(self, model: Transformer, max_rows: int = 512, **arguments):
-        self.model, self.max_rows = model, max_rows
-        self.pool = SlotPool(model, max_rows, **arguments)
+    def __init__(
+        self, model: Transformer, max_rows: int = 512, memory_share: float = 0.8, is_stepwise: bool | None = None
+    ):
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; at least one row is needed")
+        self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
+        self.device = model.head_weight_VC.device
+        self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
+        self.slots: Slots | None = None  # made anew when more is asked of them, as are the steps over them
+        self.n_wanted = 0  # slots that were asked for, when these were made
+        self.steps: dict[tuple[int, Sampling], Step] = {}
 
     def generate(
         self,
@@ -168,14 +182,37 @@ class Sampler:
         step; `on_progress(n_tokens, lengths)` of how many were made, and how long those are that ended, since it was
         last called.
         """
-        batch = _Batch(self.pool, Sampling(**sampling), keep, on_token, on_progress)
+        how = Sampling(**sampling)
         with torch.inference_mode():
-            if not self.pool.is_stepwise:  # fixed steps are compiled instead
+            if not self.is_stepwise:  # fixed steps are compiled instead
                 self.model.reorder_weights()
-            results = _Sessions(sessions, batch).finish()
-            if not self.pool.is_stepwise and self.pool.slots:
-                self.pool.slots.cache.resize(0)  # it grows again, and between calls its memory is wanted
+            results = _Sessions(sessions, self, how, keep, on_token, on_progress).finish()
+            if not self.is_stepwise and self.slots:
+                self.slots.cache.resize(0)  # it grows again, and between calls its memory is wanted
         return results
+
+    def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
+        """Make slots for requests of so many tokens, if those there are do not suffice."""
+        room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
+        wanted, slots = min(self.max_rows, n_requests), self.slots
+        if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
+            return  # also where memory held fewer than were wanted: it would again
+        if slots:  # no smaller in any way, so that calls of changing sizes settle
+            wanted, room = max(wanted, self.n_wanted), max(room, slots.room)
+            n_new = max(n_new, slots.n_new_tokens)
+        room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
+        self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
+        budget = int(free_memory(self.device) * self.memory_share)
+        n_slots = slots_that_fit(self.model, room, wanted, budget)
+        self.slots = Slots(self.model, n_slots, room, n_new, is_fixed=self.is_stepwise)
+
+    def step(self, n_rows: int, sampling: Sampling) -> Step:
+        """The repeatable step over at least `n_rows` slots."""
+        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
+        size = next(size for size in sizes if size >= n_rows)
+        if (size, sampling) not in self.steps:
+            self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
+        return self.steps[size, sampling]
 
 
 # ---- sessions
@@ -199,14 +236,14 @@ _Request = tuple[_Asked, int]  # a prompt, and which of its completions
 class _Sessions:
     """Sessions that share a batch: which of them wait, which live, and what they came to."""
 
-    def __init__(self, sessions: Sequence[Session], batch: "_Batch"):
-        self.sessions, self.batch, self.results = sessions, batch, [None] * len(sessions)
+    def __init__(self, sessions: Sequence[Session], sampler: Sampler, *how):
+        self.sessions, self.model, self.results = sessions, sampler.model, [None] * len(sessions)
         self.n_asked = 0
         self.waiting = deque((i, asked) for i in range(len(sessions)) if (asked := self.send(i, None)))
         self.live: dict[int, list[_Asked]] = {}  # what each one has asked for
         self.n_left: dict[int, int] = {}  # requests of it that have not ended
         self.made: dict[_Request, Completion] = {}
-        batch.prepare([one for _, asked in self.waiting for one in asked])
+        self.batch = _Batch(sampler, [one for _, asked in self.waiting for one in asked], *how)
 
     def send(self, i: int, made_PG: list[list[Completion]] | None) -> list[_Asked]:
         """What a session asks for next; nothing when it has ended."""
@@ -217,7 +254,7 @@ class _Sessions:
             return []
         numbers = range(self.n_asked, self.n_asked + len(prompts))
         self.n_asked = numbers.stop
-        return [_ask(self.batch.model, prompt, number, i) for prompt, number in zip(prompts, numbers, strict=True)]
+        return [_ask(self.model, prompt, number, i) for prompt, number in zip(prompts, numbers, strict=True)]
 
     def finish(self) -> list:
         while self.waiting or self.live:
@@ -266,18 +303,22 @@ def _ask(model: Transformer, prompt: Prompt, number: int, session: int) -> _Aske
 
 
 class _Batch:
-    """The requests that wait, those that run, and what has been generated; prompts may be added at any time."""
+    """The requests that wait, those that run, and what has been generated.
 
-    def __init__(self, pool: SlotPool, sampling: Sampling, keep: bool, on_token, on_progress):
-        self.pool, self.model, self.sampling, self.keep = pool, pool.model, sampling, keep
+    Slots are made for the prompts that are `asked` at first, and what all of these begin with is read. They and others
+    are added at any time.
+    """
+
+    def __init__(self, sampler: Sampler, asked: Sequence[_Asked], sampling: Sampling, keep, on_token, on_progress):
+        self.sampler, self.model, self.sampling, self.keep = sampler, sampler.model, sampling, keep
         self.on_token, self.on_progress = on_token, on_progress
-        self.index = partial(index_tensor, device=pool.device)
-        # the last tokens of each request, as many as a text can be made of: a byte a token or more, and 4 of a cut character
+        self.index = partial(index_tensor, device=sampler.device)
+        # the last tokens of each request, as many as a text can be made of: a byte a token or more; 4: a cut character
         n_tail = max((len(text.encode()) for text in sampling.stop_texts), default=0) + 4
         self.tails: dict[_Request, deque[int]] = defaultdict(partial(deque, maxlen=n_tail))
         self.may_end_text = lru_cache(maxsize=None)(partial(_may_end_text, sampling))
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
-        is_late = pool.is_stepwise and not (on_token or sampling.stop_texts)
+        is_late = sampler.is_stepwise and not (on_token or sampling.stop_texts)
         self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
         self.beginning: Kept | None = None
         self.unread: deque[_Asked] = deque()
@@ -289,9 +330,6 @@ class _Batch:
         self.n_new_of: dict[_Request, int] = {}  # tokens made, of the last look that was read
         # of requests that have ended, on the device: lengths, is_stopped, ids [F, L], log-probabilities, confidences
         self.harvests: list[tuple[list[_Request], list[Tensor], KVCache | None]] = []
-
-    def prepare(self, asked: Sequence[_Asked]) -> None:
-        """Make slots for prompts that will be added, and read what all of them begin with."""
         if asked:
             self._reserve(sum(one.prompt.n for one in asked), asked)
             prompts = [one.prompt.ids for one in asked if one.prompt.behind is None]
@@ -299,20 +337,15 @@ class _Batch:
 
     def _reserve(self, n_requests: int, asked: Sequence[_Asked]) -> None:
         self.slots = None  # so that their memory is free before larger ones are made
-        self.pool.reserve(n_requests, max(len(one.prompt.ids) for one in asked), max(one.limit for one in asked))
-        self.slots = self.pool.slots
-        self.n_slots = min(self.slots.n_slots, self.pool.max_rows, n_requests)
+        self.sampler.reserve(n_requests, max(len(one.prompt.ids) for one in asked), max(one.limit for one in asked))
+        self.slots = self.sampler.slots
+        self.n_slots = min(self.slots.n_slots, self.sampler.max_rows, n_requests)
         self.slots.is_running.fill_(False)
         self.slots.position.zero_()
 
     def add(self, asked: Sequence[_Asked]) -> None:
         self.unread += asked
         self.n_waiting += sum(one.prompt.n for one in asked)
-
-    def advance(self) -> list[_Request]:
-        """Let requests begin, or those that run go on; returns which have ended."""
-        self.admit() if self.should_admit() else self.decode()
-        return self.look()
 
     @property
     def n_free(self) -> int:
@@ -382,8 +415,8 @@ class _Batch:
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""
         n_rows = len(self.request_of)
-        if self.pool.is_stepwise:
-            self.pool.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
+        if self.sampler.is_stepwise:
+            self.sampler.step(n_rows, self.sampling)(list(self.request_of), self.steps_a_look)
         else:
             max_len = self.slots.extend(int(self.slots.position[:n_rows].max()) + 1)
             self.slots.decode(self.model, slice(n_rows), max_len, self.sampling)
@@ -409,8 +442,12 @@ class _Batch:
             slot_F = self.index(ended)
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
 
-    def look(self) -> list[_Request]:
-        """Retire what has finished: now, or as it was one look ago, which has arrived while the next steps ran."""
+    def advance(self) -> list[_Request]:
+        """Let requests begin, or those that run go on; then retire which have finished, and return them.
+
+        Finished is what has finished now, or had a look ago, which has arrived while the next steps ran.
+        """
+        self.admit() if self.should_admit() else self.decode()
         self.looks.append((dict(self.request_of), self.slots.look()))
         if len(self.looks) <= self.looks_late:
             return []
@@ -442,7 +479,7 @@ class _Batch:
         self.harvests.append((list(finished.values()), columns_F, cache))
         for slot in finished:
             self.tails.pop(self.request_of.pop(slot), None)
-        if not self.pool.is_stepwise:
+        if not self.sampler.is_stepwise:
             self._move_to_front()
 
     def _move_to_front(self) -> None:

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
-from nanor1.machine import free_memory
 from nanor1.model import Block, KVCache, Transformer, allow_programs
 from nanor1.packing import index_tensor
 
-ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
 CACHE_STEP = 32  # tokens by which a CPU's cache grows
-# Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
-# for one row, and one for all other numbers.
-GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
 # this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
 # such a step runs as all others do.
@@ -70,14 +65,13 @@ class Slots:
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
         self.cache = KVCache.of(model, n_slots + 1, room if is_fixed else 0)
-        long = dict(dtype=torch.int64, device=weight.device)
         self.index = torch.arange(n_slots + 1, device=weight.device)
-        self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet
-        self.position = torch.zeros(n_slots + 1, **long)  # where in the cache it will go
-        self.n_new = torch.zeros(n_slots + 1, **long)  # tokens made
-        self.limit = torch.zeros(n_slots + 1, **long)  # of n_new
-        self.key = torch.zeros(n_slots + 1, **long)  # of the noise
-        self.is_running = torch.zeros(n_slots + 1, dtype=torch.bool, device=weight.device)
+        self.token = torch.zeros_like(self.index)  # the last one, which is not in the cache yet
+        self.position = torch.zeros_like(self.index)  # where in the cache it will go
+        self.n_new = torch.zeros_like(self.index)  # tokens made
+        self.limit = torch.zeros_like(self.index)  # of n_new
+        self.key = torch.zeros_like(self.index)  # of the noise
+        self.is_running = torch.zeros_like(self.index, dtype=torch.bool)
         self.is_stopped = torch.zeros_like(self.is_running)
         # the last column takes what rows that are not running write
         self.ids = torch.zeros(n_slots + 1, n_new + 1, dtype=torch.int32, device=weight.device)
@@ -155,10 +149,9 @@ class Slots:
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
         self.cache.copy_rows(self.cache, from_B, to_B, int(self.position[from_B].max()))
-        counters = (self.token, self.position, self.n_new, self.limit, self.key)
+        counters = (self.token, self.position, self.n_new, self.limit, self.key, self.is_running, self.is_stopped)
         for by_slot in (*counters, self.ids, self.logp, self.confidence):
             by_slot[to_B] = by_slot[from_B]
-        self.is_running[to_B], self.is_stopped[to_B] = self.is_running[from_B], self.is_stopped[from_B]
 
 
 def slots_that_fit(model: Transformer, room: int, wanted: int, budget: int) -> int:
@@ -211,47 +204,3 @@ class Step:
             self.listed = slots
         for _ in range(n_steps):
             self.graph.replay() if self.graph else self.run()
-
-
-class SlotPool:
-    """The slots of a model, and the steps captured over them; both are made anew when more is asked of them.
-
-    There are at most `max_rows` slots, fewer where their cache would take more than `memory_share` of the memory that
-    is free. `is_stepwise` (None: on CUDA) says whether fixed steps over a list of slots are repeated, or the active
-    rows are kept the first ones.
-    """
-
-    def __init__(
-        self, model: Transformer, max_rows: int = 512, memory_share: float = 0.8, is_stepwise: bool | None = None
-    ):
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; at least one row is needed")
-        self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
-        self.device = model.head_weight_VC.device
-        self.slots: Slots | None = None
-        self.n_wanted = 0  # slots that were asked for, when these were made
-        self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
-        self.steps: dict[tuple[int, Sampling], Step] = {}
-
-    def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
-        """Make slots for requests of so many tokens, if those there are do not suffice."""
-        room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
-        wanted, slots = min(self.max_rows, n_requests), self.slots
-        if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
-            return  # also where memory held fewer than were wanted: it would again
-        if slots:  # no smaller in any way, so that calls of changing sizes settle
-            wanted, room = max(wanted, self.n_wanted), max(room, slots.room)
-            n_new = max(n_new, slots.n_new_tokens)
-        room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
-        self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
-        budget = int(free_memory(self.device) * self.memory_share)
-        n_slots = slots_that_fit(self.model, room, wanted, budget)
-        self.slots = Slots(self.model, n_slots, room, n_new, is_fixed=self.is_stepwise)
-
-    def step(self, n_rows: int, sampling: Sampling) -> Step:
-        """The repeatable step over at least `n_rows` slots."""
-        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
-        size = next(size for size in sizes if size >= n_rows)
-        if (size, sampling) not in self.steps:
-            self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
-        return self.steps[size, sampling]

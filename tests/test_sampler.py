@@ -197,9 +197,9 @@ def test_steps_over_slots_give_what_moved_rows_give(max_rows):
 @pytest.mark.parametrize(("n_slots", "sizes"), [(1, {1}), (2, {2}), (3, {2, 3}), (6, {2, 4, 6})])
 def test_only_a_single_slot_has_steps_of_one_row(n_slots, sizes):
     """torch.compile makes a program of its own for one row, which the last of many requests is not worth."""
-    pool = Sampler(random_model(), n_slots, is_stepwise=True).pool
-    pool.reserve(n_slots, 4, 4)
-    steps = [pool.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
+    engine = Sampler(random_model(), n_slots, is_stepwise=True)
+    engine.reserve(n_slots, 4, 4)
+    steps = [engine.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
     assert {len(step.slot_B) for step in steps} == sizes
     assert all(len(step.slot_B) >= n_rows for n_rows, step in enumerate(steps, 1))
 
@@ -264,15 +264,15 @@ def test_a_sampler_keeps_its_slots_from_call_to_call_and_sees_new_weights():
     model = random_model()
     sampler_ = Sampler(model, max_rows=8)
     first = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    slots = sampler_.pool.slots
+    slots = sampler_.slots
     sampler_.generate(RAGGED[:2], max_new_tokens=5, seed=2)
-    assert sampler_.pool.slots is slots
+    assert sampler_.slots is slots
     assert ids_of(sampler_.generate(RAGGED, max_new_tokens=12, seed=1)) == ids_of(first)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
     again = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    assert sampler_.pool.slots is slots
+    assert sampler_.slots is slots
     assert ids_of(again) == ids_of(generate(model, RAGGED, max_new_tokens=12, seed=1)) != ids_of(first)
 
 
@@ -378,13 +378,13 @@ def test_slots_are_as_many_as_the_memory_holds():
 
 def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     model = random_model()  # a token: 2 * 2 layers * 2 heads * 8 * 4 bytes; logits: 16 bytes a token of the vocabulary
-    monkeypatch.setattr("nanor1.slots.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
+    monkeypatch.setattr("nanor1.sampler.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
     small = Sampler(model, max_rows=20, memory_share=1.0)  # of 44 + 20 tokens, rounded to 128
     completions = small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.pool.slots.n_slots == 3
-    slots = small.pool.slots
+    assert small.slots.n_slots == 3
+    slots = small.slots
     small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.pool.slots is slots  # too few still, but a new cache would not be larger
+    assert small.slots is slots  # too few still, but a new cache would not be larger
     monkeypatch.undo()
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
@@ -945,11 +945,11 @@ def test_who_asks_for_progress_alone_does_not_make_a_stepwise_sampler_look_more_
         sampler = Sampler(random_model(), 4, is_stepwise=True)
         n_looks.append(0)
 
-        def step(*arguments, make=sampler.pool.step):
+        def step(*arguments, make=sampler.step):
             n_looks[-1] += 1
             return make(*arguments)
 
-        sampler.pool.step = step
+        sampler.step = step
         sampler.generate(RAGGED, n=2, max_new_tokens=40, **arguments)
     assert n_looks[0] == n_looks[1] < n_looks[2] / 3
 
@@ -1135,7 +1135,7 @@ def test_sessions_read_what_all_begin_with_once_and_make_room_when_prompts_outgr
     alone = [Sampler(model).run([asking(*plan)], temperature=0)[0] for plan in plans]
     read, engine = counted_forwards(monkeypatch), Sampler(model, 2)
     assert engine.run([asking(*plan) for plan in plans], temperature=0) == alone
-    assert read[0] == 100 and sum(read) == 100 + 32 and engine.pool.slots.room == 256
+    assert read[0] == 100 and sum(read) == 100 + 32 and engine.slots.room == 256
 
 
 def test_no_session_waits_for_another(monkeypatch):
@@ -1224,10 +1224,10 @@ def test_a_cpus_cache_grows_with_its_longest_row_and_is_given_back(dtype):
     assert lengths == sorted(lengths) and lengths[0] == 32 and lengths[-1] == 96 and set(lengths) == {32, 64, 96}
     assert held(sampler) == 0
     fixed = Sampler(model, max_rows=2)
-    fixed.pool.reserve(2, 9, 60)
-    fixed.pool.slots.cache.resize(fixed.pool.slots.room)  # grown at once
+    fixed.reserve(2, 9, 60)
+    fixed.slots.cache.resize(fixed.slots.room)  # grown at once
     assert ids_of(fixed.generate([[1, 2, 3], [4] * 9], max_new_tokens=60)) == ids_of(grown)
 
 
 def held(sampler):
-    return sampler.pool.slots.cache.max_len
+    return sampler.slots.cache.max_len
