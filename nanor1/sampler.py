@@ -26,11 +26,11 @@ Letters: P prompts, B rows of a step, F finished rows, L new tokens, N packed to
 """
 
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TypeVar
 
 import torch
@@ -219,84 +219,79 @@ class Sampler:
 
 
 @dataclass(eq=False)
-class _Asked:
-    """A prompt in line; all that are asked for have a number."""
+class _Request:
+    """One completion of a prompt: in line, in a slot, or made."""
 
     prompt: Prompt
-    number: int
+    g: int  # which of the prompt's completions
+    number: int  # of the prompt, of all that are asked for in a call
     session: int
     limit: int  # of new tokens, which the end of the model's context may cut
-    is_kept: bool  # all of it but the last token
-    row: int = 0  # of the cache in which it was read
-
-
-_Request = tuple[_Asked, int]  # a prompt, and which of its completions
+    row: int = 0  # of the cache in which its prompt was read
+    n_new: int = 0  # tokens made, at the last look
+    ids: list[int] = field(default_factory=list)  # its tokens so far, where stop texts are sought in them
 
 
 class _Sessions:
     """Sessions that share a batch: which of them wait, which live, and what they came to."""
 
     def __init__(self, sessions: Sequence[Session], sampler: Sampler, *how):
-        self.sessions, self.model, self.results = sessions, sampler.model, [None] * len(sessions)
-        self.n_asked = 0
+        self.sessions, self.results, self.n_asked = sessions, [None] * len(sessions), 0
+        self.context = sampler.model.config.max_position_embeddings
         self.waiting = deque((i, asked) for i in range(len(sessions)) if (asked := self.send(i, None)))
-        self.live: dict[int, list[_Asked]] = {}  # what each one has asked for
-        self.n_left: dict[int, int] = {}  # requests of it that have not ended
+        self.live: dict[int, list[_Request]] = {}  # what each one has asked for
+        self.n_left: dict[int, int] = {}  # requests of these that have not ended
         self.made: dict[_Request, Completion] = {}
-        self.batch = _Batch(sampler, [one for _, asked in self.waiting for one in asked], *how)
+        self.batch = _Batch(sampler, [request for _, asked in self.waiting for request in asked], *how)
 
-    def send(self, i: int, made_PG: list[list[Completion]] | None) -> list[_Asked]:
-        """What a session asks for next; nothing when it has ended."""
+    def send(self, i: int, made_PG: list[list[Completion]] | None) -> list[_Request]:
+        """What a session asks for next; nothing when it has ended. ValueError for what cannot be completed."""
         try:
             prompts = self.sessions[i].send(made_PG)
         except StopIteration as end:
             self.results[i] = end.value
             return []
-        numbers = range(self.n_asked, self.n_asked + len(prompts))
-        self.n_asked = numbers.stop
-        return [_ask(self.model, prompt, number, i) for prompt, number in zip(prompts, numbers, strict=True)]
+        asked, context = [], self.context
+        for number, prompt in enumerate(prompts, self.n_asked):
+            length, n_new = len(prompt.ids), prompt.max_new_tokens
+            if not length:
+                raise ValueError(f"prompt {number} is empty; a prompt needs at least one token")
+            if length >= context:
+                raise ValueError(
+                    f"prompt {number} is {length} tokens; the model's context is {context}: shorten the prompt"
+                )
+            if min(prompt.n, n_new) < 1:
+                raise ValueError(f"n {prompt.n}, max_new_tokens {n_new}: each must be at least 1")
+            asked += [_Request(prompt, g, number, i, min(n_new, context - length)) for g in range(prompt.n)]
+        self.n_asked += len(prompts)
+        return asked
 
     def finish(self) -> list:
         while self.waiting or self.live:
             self.begin()
-            ended = [asked.session for asked, _ in self.batch.advance()]
+            ended = [request.session for request in self.batch.advance()]
             for i in ended:
                 self.n_left[i] -= 1
-            if ready := sorted(i for i in set(ended) if not self.n_left[i]):
+            if ready := sorted({i for i in ended if not self.n_left[i]}):
                 self.made |= self.batch.collect()  # not before, for it waits for the device
             for i in ready:
-                made_PG = [[self.made.pop((one, g)) for g in range(one.prompt.n)] for one in self.live.pop(i)]
-                if asked := self.send(i, made_PG):
+                groups = groupby(self.live.pop(i), key=lambda request: request.number)
+                if asked := self.send(i, [[self.made.pop(request) for request in group] for _, group in groups]):
                     self.add(i, asked)
         return self.results
 
     def begin(self) -> None:
         """Let sessions begin while slots are free that nothing waits for."""
-        while self.waiting and self.batch.n_slots - len(self.batch.request_of) > self.batch.n_waiting:
-            n_under_way = sum(one.prompt.n for asked in self.live.values() for one in asked)
-            n_next = sum(one.prompt.n for one in self.waiting[0][1])
-            if self.live and n_under_way + n_next > 2 * self.batch.n_slots:
+        batch = self.batch
+        while self.waiting and batch.n_slots - len(batch.request_of) > batch.n_waiting:
+            n_under_way = sum(map(len, self.live.values()))
+            if self.live and n_under_way + len(self.waiting[0][1]) > 2 * batch.n_slots:
                 return
             self.add(*self.waiting.popleft())
 
-    def add(self, i: int, asked: list[_Asked]) -> None:
-        self.live[i], self.n_left[i] = asked, sum(one.prompt.n for one in asked)
-        self.batch.add(asked)
-
-
-def _ask(model: Transformer, prompt: Prompt, number: int, session: int) -> _Asked:
-    """ValueError for a prompt that cannot be completed."""
-    context = model.config.max_position_embeddings
-    if not len(prompt.ids):
-        raise ValueError(f"prompt {number} is empty; a prompt needs at least one token")
-    if len(prompt.ids) >= context:
-        raise ValueError(
-            f"prompt {number} is {len(prompt.ids)} tokens; the model's context is {context}: shorten the prompt"
-        )
-    if min(prompt.n, prompt.max_new_tokens) < 1:
-        raise ValueError(f"n {prompt.n}, max_new_tokens {prompt.max_new_tokens}: each must be at least 1")
-    is_kept = prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
-    return _Asked(prompt, number, session, min(prompt.max_new_tokens, context - len(prompt.ids)), is_kept)
+    def add(self, i: int, asked: list[_Request]) -> None:
+        self.live[i], self.n_left[i] = asked, len(asked)
+        self.batch.unread += asked
 
 
 # ---- continuous batching
@@ -305,47 +300,41 @@ def _ask(model: Transformer, prompt: Prompt, number: int, session: int) -> _Aske
 class _Batch:
     """The requests that wait, those that run, and what has been generated.
 
-    Slots are made for the prompts that are `asked` at first, and what all of these begin with is read. They and others
-    are added at any time.
+    Slots are made for what is `asked` at first, and what all its prompts begin with is read. More may be put in line,
+    in `unread`, at any time.
     """
 
-    def __init__(self, sampler: Sampler, asked: Sequence[_Asked], sampling: Sampling, keep, on_token, on_progress):
+    def __init__(self, sampler: Sampler, asked: list[_Request], sampling: Sampling, keep, on_token, on_progress):
         self.sampler, self.model, self.sampling, self.keep = sampler, sampler.model, sampling, keep
         self.on_token, self.on_progress = on_token, on_progress
         self.index = partial(index_tensor, device=sampler.device)
-        # the last tokens of each request, as many as a text can be made of: a byte a token or more; 4: a cut character
-        n_tail = max((len(text.encode()) for text in sampling.stop_texts), default=0) + 4
-        self.tails: dict[_Request, deque[int]] = defaultdict(partial(deque, maxlen=n_tail))
         self.may_end_text = lru_cache(maxsize=None)(partial(_may_end_text, sampling))
         # what the host has to see after each step; if nothing, a stepwise sampler looks less often, and later
         is_late = sampler.is_stepwise and not (on_token or sampling.stop_texts)
         self.steps_a_look, self.looks_late = (STEPS_A_LOOK, 1) if is_late else (1, 0)
-        self.beginning: Kept | None = None
-        self.unread: deque[_Asked] = deque()
-        self.n_waiting = 0  # requests of these, and of those that were read and have no slot yet
-        # requests whose prompts stand in `read_cache`, with the logits of their last tokens in `read_logits`
+        self.unread: deque[_Request] = deque()
+        # whose prompts stand in `read_cache`, with the logits of their last tokens in `read_logits`
         self.read: deque[_Request] = deque()
         self.request_of: dict[int, _Request] = {}  # slot -> request, of the active ones
         self.looks: deque[tuple[dict[int, _Request], Callable]] = deque()
-        self.n_new_of: dict[_Request, int] = {}  # tokens made, of the last look that was read
         # of requests that have ended, on the device: lengths, is_stopped, ids [F, L], log-probabilities, confidences
         self.harvests: list[tuple[list[_Request], list[Tensor], KVCache | None]] = []
         if asked:
-            self._reserve(sum(one.prompt.n for one in asked), asked)
-            prompts = [one.prompt.ids for one in asked if one.prompt.behind is None]
-            self.beginning = read_beginning(self.model, prompts)
+            self._reserve(len(asked), asked)
+            fresh = [request.prompt.ids for request in asked if request.g == 0 and request.prompt.behind is None]
+            self.beginning = read_beginning(self.model, fresh)
 
-    def _reserve(self, n_requests: int, asked: Sequence[_Asked]) -> None:
+    def _reserve(self, n_requests: int, asked: list[_Request]) -> None:
         self.slots = None  # so that their memory is free before larger ones are made
-        self.sampler.reserve(n_requests, max(len(one.prompt.ids) for one in asked), max(one.limit for one in asked))
+        self.sampler.reserve(n_requests, max(len(r.prompt.ids) for r in asked), max(r.limit for r in asked))
         self.slots = self.sampler.slots
         self.n_slots = min(self.slots.n_slots, self.sampler.max_rows, n_requests)
         self.slots.is_running.fill_(False)
         self.slots.position.zero_()
 
-    def add(self, asked: Sequence[_Asked]) -> None:
-        self.unread += asked
-        self.n_waiting += sum(one.prompt.n for one in asked)
+    @property
+    def n_waiting(self) -> int:
+        return len(self.unread) + len(self.read)
 
     @property
     def n_free(self) -> int:
@@ -362,8 +351,9 @@ class _Batch:
             self._reserve(self.n_slots, [self.unread[0]])
         return True
 
-    def _fits(self, asked: _Asked) -> bool:
-        return len(asked.prompt.ids) + asked.limit <= self.slots.room and asked.limit <= self.slots.n_new_tokens
+    def _fits(self, request: _Request) -> bool:
+        n_prompt = len(request.prompt.ids)
+        return n_prompt + request.limit <= self.slots.room and request.limit <= self.slots.n_new_tokens
 
     def admit(self) -> None:
         """Give free slots to the next requests, and draw the first tokens of those whose prompts were read."""
@@ -372,21 +362,20 @@ class _Batch:
         free = [slot for slot in range(self.n_slots) if slot not in self.request_of]
         next_ones = [self.read.popleft() for _ in range(min(self.n_free, len(self.read)))]
         placed = dict(zip(free, next_ones, strict=False))
-        slot_B, source_B = self.index(placed), self.index(asked.row for asked, _ in next_ones)
+        self.request_of |= placed
+        slot_B, row_B = self.index(placed), self.index(request.row for request in next_ones)
         self.slots.extend(self.read_cache.max_len)
-        self.slots.cache.copy_rows(self.read_cache, source_B, slot_B, self.read_cache.max_len)
+        self.slots.cache.copy_rows(self.read_cache, row_B, slot_B, self.read_cache.max_len)
         has_logits = self.read_logits is not None
         self.slots.start(
             slot_B,
-            self.index(asked.prompt.ids[-1] for asked, _ in next_ones),
-            self.index(len(asked.prompt.ids) - (not has_logits) for asked, _ in next_ones),
-            self.index(asked.limit for asked, _ in next_ones),
-            self.index(request_key(asked.prompt.seed, g) for asked, g in next_ones),
+            self.index(request.prompt.ids[-1] for request in next_ones),
+            self.index(len(request.prompt.ids) - (not has_logits) for request in next_ones),
+            self.index(request.limit for request in next_ones),
+            self.index(request_key(request.prompt.seed, request.g) for request in next_ones),
         )
-        self.request_of |= placed
-        self.n_waiting -= len(placed)
         if has_logits:
-            self.slots.record(slot_B, self.read_logits[source_B], self.sampling)
+            self.slots.record(slot_B, self.read_logits[row_B], self.sampling)
             self._hear(placed)
 
     def _read_prompts(self) -> None:
@@ -394,23 +383,23 @@ class _Batch:
 
         Those of which all but the last token is kept are not read: the next step takes that token.
         """
-        asked, longest, is_kept = [], 0, self.unread[0].is_kept
-        while self.unread and sum(one.prompt.n for one in asked) < self.n_free:
-            one = self.unread[0]
-            longest = max(longest, len(one.prompt.ids))
-            is_too_much = asked and longest * (len(asked) + 1) > PREFILL_TOKENS
-            if is_too_much or one.is_kept != is_kept or not self._fits(one):
+        prompts, longest, is_kept, n_free = [], 0, _is_kept(self.unread[0].prompt), self.n_free
+        while self.unread and len(self.read) < n_free:
+            prompt = self.unread[0].prompt
+            longest = max(longest, len(prompt.ids))
+            is_too_much = prompts and longest * (len(prompts) + 1) > PREFILL_TOKENS
+            if is_too_much or _is_kept(prompt) != is_kept or not self._fits(self.unread[0]):
                 break
-            asked.append(self.unread.popleft())
-        prompts, behind = [one.prompt.ids for one in asked], [one.prompt.behind or self.beginning for one in asked]
+            for _ in range(prompt.n):
+                self.read.append(request := self.unread.popleft())
+                request.prompt, request.row = replace(prompt, behind=None), len(prompts)  # None: its memory is free
+            prompts.append(prompt)
+        ids, behind = [prompt.ids for prompt in prompts], [prompt.behind or self.beginning for prompt in prompts]
         if is_kept:
-            (self.read_cache, _), self.read_logits = _take_over(self.model, prompts, behind), None
+            (self.read_cache, _), self.read_logits = _take_over(self.model, ids, behind), None
         else:
-            self.read_cache, hidden_BC = prefill(self.model, prompts, behind)
+            self.read_cache, hidden_BC = prefill(self.model, ids, behind)
             self.read_logits = self.model.logits(hidden_BC)
-        for row, one in enumerate(asked):
-            one.prompt, one.row = replace(one.prompt, behind=None), row  # None: so that its memory is free
-            self.read += [(one, g) for g in range(one.prompt.n)]
 
     def decode(self) -> None:
         """Advance every active slot by a token, or by several where nobody looks in between."""
@@ -424,20 +413,16 @@ class _Batch:
 
     def _hear(self, request_of: dict[int, _Request]) -> None:
         """Pass on the token that each of these slots has just made, and close those that hold a stop text."""
-        texts = self.sampling.stop_texts
-        if not self.on_token and not texts:
+        if not self.on_token and not self.sampling.stop_texts:
             return
         tokens, ended = self.slots.token[self.index(request_of)].tolist(), []
         for (slot, request), token in zip(request_of.items(), tokens, strict=True):
             if self.on_token:
-                self.on_token(request[0].number, request[1], token)
-            if texts:
-                self.tails[request].append(token)
-                # few tokens can be the last one of a text, and only these are worth reading what stands before them
-                if self.may_end_text(token) and any(
-                    text in tail for tail in [self.sampling.decode([*self.tails[request]])] for text in texts
-                ):
-                    ended.append(slot)
+                self.on_token(request.number, request.g, token)
+            request.ids.append(token)
+            # few tokens can be the last one of a text, and only these are worth reading what stands before them
+            if self.sampling.stop_texts and self.may_end_text(token) and _holds_text(self.sampling, request.ids):
+                ended.append(slot)
         if ended:
             slot_F = self.index(ended)
             self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
@@ -459,10 +444,11 @@ class _Batch:
         if finished:
             self.retire(finished)
         if self.on_progress:
-            n_new_of = {request: n_new_S[slot] for slot, request in request_of.items()}
-            n_before = sum(self.n_new_of.get(request, 0) for request in n_new_of)
-            self.on_progress(sum(n_new_of.values()) - n_before, [n_new_of[request] for request in finished.values()])
-            self.n_new_of = n_new_of
+            n_before = sum(request.n_new for request in request_of.values())
+            for slot, request in request_of.items():
+                request.n_new = n_new_S[slot]
+            n_tokens = sum(request.n_new for request in request_of.values()) - n_before
+            self.on_progress(n_tokens, [request.n_new for request in finished.values()])
         return list(finished.values())
 
     def retire(self, finished: dict[int, _Request]) -> None:
@@ -478,7 +464,7 @@ class _Batch:
             columns_F.append(slots.confidence[slot_F, :-1])
         self.harvests.append((list(finished.values()), columns_F, cache))
         for slot in finished:
-            self.tails.pop(self.request_of.pop(slot), None)
+            del self.request_of[slot]
         if not self.sampler.is_stepwise:
             self._move_to_front()
 
@@ -504,21 +490,31 @@ class _Batch:
         places = ((request, cache, f) for requests, _, cache in harvests for f, request in enumerate(requests))
         for (request, cache, row), n, is_stopped, *rows_L in zip(places, n_F, is_stopped_F, *rows_FL, strict=True):
             ids, logp, *confidence = (row_L[:n].tolist() for row_L in rows_L)
-            asked, _ = request
             if any(map(math.isnan, logp)):
                 raise ValueError(
-                    f"the model's logits after prompt {asked.number} are not numbers: look for nan in its weights"
+                    f"the model's logits after prompt {request.number} are not numbers: look for nan in its weights"
                 )
-            kept = Kept(cache, row, [*asked.prompt.ids, *ids[:-1]]) if cache else None
+            kept = Kept(cache, row, [*request.prompt.ids, *ids[:-1]]) if cache else None
             finish = "stop" if is_stopped else "length"
             made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
         return made
+
+
+def _is_kept(prompt: Prompt) -> bool:
+    return prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
 
 
 def _may_end_text(sampling: Sampling, token: int) -> bool:
     """Whether the last character of a text may be this token's: it is there, is cut, or is a blank between tokens."""
     piece = sampling.decode([token])
     return "\ufffd" in piece or any(text[-1] in piece or text[-1].isspace() for text in sampling.stop_texts)
+
+
+def _holds_text(sampling: Sampling, ids: list[int]) -> bool:
+    """Whether the last tokens, as many as a text can be made of, hold one of the texts."""
+    n_tail = max(len(text.encode()) for text in sampling.stop_texts) + 4  # a byte a token or more; 4: a cut character
+    tail = sampling.decode(ids[-n_tail:])
+    return any(text in tail for text in sampling.stop_texts)
 
 
 # ---- reading prompts: what a cache already holds of one is taken from there, and only the rest is read

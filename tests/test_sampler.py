@@ -334,11 +334,19 @@ def test_recording_compiled_changes_slots_as_uncompiled_in_one_program_for_all_r
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
 
 
-def test_one_program_records_draws_of_other_temperatures_too(fresh_dynamo):
+def test_one_program_records_draws_of_other_temperatures_and_stop_texts_too(fresh_dynamo):
     model, record = random_model(), torch.compile(Slots.record, backend="eager", dynamic=True, fullgraph=True)
-    for temperature in (0.7, 0.9, 1.3):
-        record(ready_slots(model, 3), torch.arange(3), torch.randn(3, VOCAB), Sampling(temperature, 0, 1.0, (), None))
+    for temperature, stop_texts in ((0.7, []), (0.9, ["5"]), (1.3, ["67", "8"])):
+        sampling = Sampling(temperature, stop_texts=stop_texts, decode=lambda ids: digits(ids))
+        record(ready_slots(model, 3), torch.arange(3), torch.randn(3, VOCAB), sampling)
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_stop_texts_need_no_captured_steps_of_their_own():
+    engine = Sampler(random_model(), 4, is_stepwise=True)
+    engine.reserve(4, 4, 4)
+    samplings = [Sampling(stop_ids=[3], stop_texts=texts, decode=digits) for texts in ([], ["5"])]
+    assert engine.step(2, samplings[0]) is engine.step(2, samplings[1]) is not engine.step(2, Sampling())
 
 
 @pytest.mark.gpu
