@@ -208,8 +208,7 @@ class Sampler:
 
     def step(self, n_rows: int, sampling: Sampling) -> Step:
         """The repeatable step over at least `n_rows` slots."""
-        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
-        size = next(size for size in sizes if size >= n_rows)
+        size = next((size for size in GRAPH_ROWS if n_rows <= size < self.slots.n_slots), self.slots.n_slots)
         if (size, sampling) not in self.steps:
             self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
         return self.steps[size, sampling]

@@ -426,20 +426,25 @@ def test_steps_on_a_cpu_have_the_rows_of_the_requests_and_no_others(n, monkeypat
     assert n_rows == [n] * 3
 
 
+def watched_forwards(monkeypatch):
+    """A list of the tokens of each prefill."""
+    read, forward = [], Transformer.forward
+
+    def watched(self, ids_N, *rest, **more):
+        read.append(ids_N.tolist())
+        return forward(self, ids_N, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    return read
+
+
 def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):
-    model, prefilled = random_model(), []
-    forward = Transformer.forward
-
-    def counting_forward(self, ids_N, cu_seqlens_B1, *rest, **more):
-        prefilled.append(ids_N.tolist())
-        return forward(self, ids_N, cu_seqlens_B1, *rest, **more)
-
-    monkeypatch.setattr(Transformer, "forward", counting_forward)
+    model, read = random_model(), watched_forwards(monkeypatch)
     (group,) = generate(model, [[1, 2, 3]], n=20, max_new_tokens=5, max_rows=7)
-    assert prefilled == [[1, 2, 3]] and len(group) == 20
-    prefilled.clear()
+    assert read == [[1, 2, 3]] and len(group) == 20
+    read.clear()
     generate(model, RAGGED, n=3, max_new_tokens=15, max_rows=4, stop_ids=[3, 4, 5])
-    assert [token for ids in prefilled for token in ids] == [token for prompt in RAGGED for token in prompt]
+    assert [token for ids in read for token in ids] == [token for prompt in RAGGED for token in prompt]
 
 
 def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
@@ -1060,25 +1065,15 @@ def test_a_prompt_that_leaves_a_kept_text_takes_over_only_what_they_share(is_ste
     assert [g[0].ids for g in ours] == [g[0].ids for g in generate(model, turned, **arguments)]
 
 
-def counted_forwards(monkeypatch):
-    """A list of the numbers of tokens of each prefill."""
-    read, forward = [], Transformer.forward
-    monkeypatch.setattr(
-        Transformer,
-        "forward",
-        lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
-    )
-    return read
-
-
 def test_what_is_taken_over_is_not_read_again(monkeypatch):
-    model, prompts, read = random_model(), random_prompts([30, 40]), counted_forwards(monkeypatch)
+    model, prompts, read = random_model(), random_prompts([30, 40]), watched_forwards(monkeypatch)
     engine = Sampler(model)
     longer, kept = extended(prompts, engine.generate(prompts, n=2, **KEEPING))
     engine.generate(longer, max_new_tokens=4, behind=kept)
-    assert read == [70], "the last token of each is the next step's"
-    engine.generate([longer[0] + random_prompts([65])[0]], max_new_tokens=4, behind=kept[:1])
-    assert read == [70, 66]
+    assert read == [prompts[0] + prompts[1]], "the last token of each is the next step's"
+    more = random_prompts([65])[0]
+    engine.generate([longer[0] + more], max_new_tokens=4, behind=kept[:1])
+    assert read[1:] == [longer[0][-1:] + more]
 
 
 def test_chains_of_kept_calls_equal_one_long_completion(is_stepwise):
@@ -1141,9 +1136,9 @@ def test_sessions_read_what_all_begin_with_once_and_make_room_when_prompts_outgr
     model, head = random_model(), random_prompts([100])[0]
     plans = [([head + tail], [20, 60, 40], 1, i) for i, tail in enumerate(random_prompts([3, 1, 20, 8], seed=1))]
     alone = [Sampler(model).run([asking(*plan)], temperature=0)[0] for plan in plans]
-    read, engine = counted_forwards(monkeypatch), Sampler(model, 2)
+    read, engine = watched_forwards(monkeypatch), Sampler(model, 2)
     assert engine.run([asking(*plan) for plan in plans], temperature=0) == alone
-    assert read[0] == 100 and sum(read) == 100 + 32 and engine.slots.room == 256
+    assert read[0] == head and sum(map(len, read)) == 100 + 32 and engine.slots.room == 256
 
 
 def test_no_session_waits_for_another(monkeypatch):
@@ -1197,16 +1192,11 @@ def test_confidences_are_there_only_where_asked_for_and_change_no_draw():
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(is_stepwise, monkeypatch):
     model, head, tails = random_model(), random_prompts([50])[0], random_prompts([3, 1, 20, 8], seed=1)
-    prompts, read, forward = [head + tail for tail in tails], [], Transformer.forward
-    arguments = dict(n=3, max_new_tokens=8, seed=[1, 2, 3, 4])
-    alone = [generate(model, [prompt], **arguments | dict(seed=[i]))[0] for i, prompt in enumerate(prompts, 1)]
-    monkeypatch.setattr(
-        Transformer,
-        "forward",
-        lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
-    )
-    together = Sampler(model, max_rows=5, is_stepwise=is_stepwise).generate(prompts, **arguments)
-    assert read[0] == 50 and sum(read) == 50 + 32 and len(read) > 2, "once, however many batches of prompts follow"
+    prompts, arguments = [head + tail for tail in tails], dict(n=3, max_new_tokens=8)
+    alone = [generate(model, [prompt], seed=[i], **arguments)[0] for i, prompt in enumerate(prompts)]
+    read = watched_forwards(monkeypatch)
+    together = Sampler(model, max_rows=5, is_stepwise=is_stepwise).generate(prompts, seed=[0, 1, 2, 3], **arguments)
+    assert read[0] == head and sum(map(len, read)) == 50 + 32 and len(read) > 2, "once, however many batches follow"
     for ours, theirs in zip(sum(together, []), sum(alone, []), strict=True):
         assert ours.ids == theirs.ids
         torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
