@@ -137,10 +137,10 @@ class Sampler:
     ) -> list[list[Completion]]:
         """Sample n completions of each prompt; returns one inner list a prompt, n long.
 
-        A completion ends by `how` tokens are drawn (temperature, top_k, top_p, stop_ids, stop_texts: see Sampling) with
-        finish "stop"; or after `max_new_tokens` (one number, or one a prompt), or at the end of the model's context,
-        with finish "length". `seed` is one number, or one a prompt, with which a prompt draws the same wherever it
-        stands in the list. `on_token(prompt, completion, id)` and `on_progress` are those of `run`.
+        `how` is all of Sampling (temperature, top_k, top_p, stop_ids, stop_texts, decode, vocab_size, confidence_k),
+        and `on_token` and `on_progress` of `run`. A completion that stops has finish "stop"; one that meets
+        `max_new_tokens` (one number, or one a prompt) or the end of the model's context has "length". `seed` is one
+        number, or one a prompt, with which a prompt draws the same wherever it stands in the list.
 
         With `keep` completions have their caches, which hold memory as long as they live; the model's weights must stay
         as they are. `behind` has one a prompt (None: none): what a prompt begins with of it is not read again.
@@ -176,7 +176,7 @@ class Sampler:
         A session is a generator that yields prompts, and is sent their completions, with their caches, when all of them
         are there. Sessions do not wait for each other: the slots that one leaves free are another's. New ones begin
         where slots would stand empty, while fewer than two waves of requests are under way, for their caches take
-        memory. `sampling` are the arguments of Sampling; the errors are those of `generate`.
+        memory. `sampling` is all of Sampling; the errors are those of `generate`.
 
         `on_token(prompt, completion, id)` hears of each token as it is made, for which a GPU is waited for at each
         step; `on_progress(n_tokens, lengths)` of how many were made, and how long those are that ended, since it was
