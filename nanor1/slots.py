@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
+from nanor1.draw import hash_uniform, sample_tokens, token_confidence
 from nanor1.model import Block, KVCache, Transformer, allow_programs
 from nanor1.packing import index_tensor
 
@@ -81,7 +81,6 @@ class Slots:
         if is_cuda:
             allow_programs()
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.sample_tokens = sample_tokens if is_cuda else sample_by_parts
         # in a step, where it would be some 50 small kernels; not bound to this object, which would outlive its use
         self.record_step = torch.compile(Slots.record, dynamic=True) if is_cuda else Slots.record
 
@@ -95,7 +94,7 @@ class Slots:
         n_new_B, running_B = self.n_new[slots], self.is_running[slots]
         logits_BV = logits_BV[:, : sampling.vocab_size].float()
         uniform_B = hash_uniform(self.key[slots], n_new_B)
-        token_B, logp_B = self.sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
+        token_B, logp_B = sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
         slot_B, column_B = self.index[slots], torch.where(running_B, n_new_B, self.n_new_tokens)
         self.ids[slot_B, column_B], self.logp[slot_B, column_B] = token_B.int(), logp_B
         if sampling.confidence_k:
