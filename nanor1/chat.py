@@ -21,9 +21,8 @@ import torch
 from nanor1.judge import Rules
 from nanor1.methods import Settings
 from nanor1.model import Transformer
-from nanor1.prefill import Kept
 from nanor1.prompts import Prompt, Prompter, render
-from nanor1.sampler import Sampler
+from nanor1.sampler import Kept, Sampler
 from nanor1.search import Scorer, mean_logprob
 from nanor1.tasks import Problem, format_prompt, prefilled
 from nanor1.tokenizer import Tokenizer

@@ -20,8 +20,13 @@ def sample_tokens(
 
     `uniform_B` is in [0, 1); its dtype is that of the sums (see hash_uniform). The log-probability is that of
     softmax(logits / temperature) over all tokens, which is what a trainer computes; top-k and top-p narrow the draw
-    only. Temperature 0 takes the largest logit.
+    only. Temperature 0 takes the largest logit. On a CPU a few rows are drawn at a time.
     """
+    n_rows = max(1, PART // logits_BV.shape[-1])
+    if logits_BV.device.type == "cpu" and len(logits_BV) > n_rows:
+        parts = zip(logits_BV.split(n_rows), uniform_B.split(n_rows), strict=True)
+        tokens, logps = zip(*(sample_tokens(*part, temperature, top_k, top_p) for part in parts), strict=True)
+        return torch.cat(tokens), torch.cat(logps)
     if temperature not in (0, 1):
         logits_BV = logits_BV / temperature
     max_B1 = logits_BV.amax(-1, keepdim=True)
@@ -35,17 +40,6 @@ def sample_tokens(
         is_narrowed = top_k or top_p < 1
         token_B = _draw(weight_BV, _block_sums(weight_BV) if is_narrowed else block_BS, uniform_B)
     return token_B, (logits_BV.gather(-1, token_B[:, None]) - max_B1).squeeze(1) - sum_B.log()
-
-
-def sample_by_parts(
-    logits_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The same as `sample_tokens`, a few rows at a time: what a CPU makes of them stays in its caches."""
-    n_rows = max(1, PART // logits_BV.shape[-1])
-    parts = zip(logits_BV.split(n_rows), uniform_B.split(n_rows), strict=True)
-    drawn = [sample_tokens(logits_bV, uniform_b, temperature, top_k, top_p) for logits_bV, uniform_b in parts]
-    token, logp = zip(*drawn, strict=True)
-    return torch.cat(token), torch.cat(logp)
 
 
 def token_confidence(logits_BV: Tensor, token_B: Tensor, logp_B: Tensor, temperature: float, k: int) -> Tensor:

@@ -494,8 +494,8 @@ class KVCache:
             for i, old in enumerate(layers):
                 layers[i] = F.pad(old, (0, 0, 0, max_len - old.shape[2]))
 
-    def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int, start: int = 0) -> None:
-        """Copy positions start ... length - 1 of rows of `source` (this cache or another) into rows of this one."""
+    def copy_rows(self, source: "KVCache", from_rows: Tensor, to_rows: Tensor, length: int) -> None:
+        """Copy the first `length` positions of rows of `source` (this cache or another) into rows of this one."""
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             for to_layer, from_layer in zip(mine, theirs, strict=True):
-                to_layer[to_rows, :, start:length] = from_layer[from_rows, :, start:length]
+                to_layer[to_rows, :, :length] = from_layer[from_rows, :, :length]

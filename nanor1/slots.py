@@ -7,22 +7,18 @@ it once and replay it.
 Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nanor1.draw import hash_uniform, sample_by_parts, sample_tokens, token_confidence
-from nanor1.machine import free_memory
+from nanor1.draw import hash_uniform, sample_tokens, token_confidence
 from nanor1.model import Block, KVCache, Transformer, allow_programs
 from nanor1.packing import index_tensor
 
-ROOM_STEP = 128  # tokens: slots have room for a multiple, so that a conversation does not need new ones at each turn
 CACHE_STEP = 32  # tokens by which a CPU's cache grows
-# Rows of a step, and the number of slots itself. Not 1, but of a single slot: torch.compile makes a program of its own
-# for one row, and one for all other numbers.
-GRAPH_ROWS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inductor's options for the blocks of a step of one row on CUDA, whose products take as long as weights are read: with
 # this one they become Triton kernels, fused with what stands before and behind, of which it tries several cuts. None:
 # such a step runs as all others do.
@@ -31,20 +27,32 @@ ONE_ROW_OPTIONS: dict | None = {"coordinate_descent_tuning": True}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits, and which tokens end a completion."""
+    """How tokens are drawn from logits, and what ends a completion; ValueError for what is not possible.
 
-    temperature: float
-    top_k: int
-    top_p: float
-    stop_ids: tuple[int, ...]
-    vocab_size: int | None
-    confidence_k: int = 0  # 0: confidences are not asked for
+    Temperature 0 is greedy. `top_k` 0 and `top_p` 1 leave all tokens; ids at or above `vocab_size` are never sampled.
+    A completion ends with a token of `stop_ids`, or when its text holds one of `stop_texts` (`decode` turns ids into
+    text). With `confidence_k` completions have confidences, over so many likeliest tokens.
+    """
 
-    def stops(self, token_B: Tensor) -> Tensor:
-        stopped_B = torch.zeros_like(token_B, dtype=torch.bool)
-        for stop in self.stop_ids:
-            stopped_B |= token_B == stop
-        return stopped_B
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: Sequence[int] = ()
+    vocab_size: int | None = None
+    confidence_k: int = 0
+    # the host's part, which is nothing to a captured step
+    stop_texts: Sequence[str] = field(default=(), compare=False)
+    decode: Callable[[list[int]], str] | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # so that steps can be told by it
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 0 and in (0, 1]")
+        if isinstance(self.stop_texts, str) or "" in self.stop_texts:
+            raise ValueError(f"stop_texts is {self.stop_texts!r}; it must be a list of texts of at least one character")
+        if self.stop_texts and self.decode is None:
+            raise ValueError("stop_texts need decode, the tokenizer's way from ids to text")
 
 
 class Slots:
@@ -57,14 +65,13 @@ class Slots:
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
         self.cache = KVCache.of(model, n_slots + 1, room if is_fixed else 0)
-        long = dict(dtype=torch.int64, device=weight.device)
         self.index = torch.arange(n_slots + 1, device=weight.device)
-        self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet
-        self.position = torch.zeros(n_slots + 1, **long)  # where in the cache it will go
-        self.n_new = torch.zeros(n_slots + 1, **long)  # tokens made
-        self.limit = torch.zeros(n_slots + 1, **long)  # of n_new
-        self.key = torch.zeros(n_slots + 1, **long)  # of the noise
-        self.is_running = torch.zeros(n_slots + 1, dtype=torch.bool, device=weight.device)
+        self.token = torch.zeros_like(self.index)  # the last one, which is not in the cache yet
+        self.position = torch.zeros_like(self.index)  # where in the cache it will go
+        self.n_new = torch.zeros_like(self.index)  # tokens made
+        self.limit = torch.zeros_like(self.index)  # of n_new
+        self.key = torch.zeros_like(self.index)  # of the noise
+        self.is_running = torch.zeros_like(self.index, dtype=torch.bool)
         self.is_stopped = torch.zeros_like(self.is_running)
         # the last column takes what rows that are not running write
         self.ids = torch.zeros(n_slots + 1, n_new + 1, dtype=torch.int32, device=weight.device)
@@ -74,7 +81,6 @@ class Slots:
         if is_cuda:
             allow_programs()
         self.graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.sample_tokens = sample_tokens if is_cuda else sample_by_parts
         # in a step, where it would be some 50 small kernels; not bound to this object, which would outlive its use
         self.record_step = torch.compile(Slots.record, dynamic=True) if is_cuda else Slots.record
 
@@ -88,7 +94,7 @@ class Slots:
         n_new_B, running_B = self.n_new[slots], self.is_running[slots]
         logits_BV = logits_BV[:, : sampling.vocab_size].float()
         uniform_B = hash_uniform(self.key[slots], n_new_B)
-        token_B, logp_B = self.sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
+        token_B, logp_B = sample_tokens(logits_BV, uniform_B, sampling.temperature, sampling.top_k, sampling.top_p)
         slot_B, column_B = self.index[slots], torch.where(running_B, n_new_B, self.n_new_tokens)
         self.ids[slot_B, column_B], self.logp[slot_B, column_B] = token_B.int(), logp_B
         if sampling.confidence_k:
@@ -96,7 +102,10 @@ class Slots:
             self.confidence[slot_B, column_B] = confidence_B
         self.token[slots] = token_B
         n_new_B = n_new_B + running_B
-        stopped_B = running_B & sampling.stops(token_B)
+        stopped_B = torch.zeros_like(running_B)
+        for stop in sampling.stop_ids:
+            stopped_B |= token_B == stop
+        stopped_B &= running_B
         self.is_stopped[slots] |= stopped_B
         self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
         self.n_new[slots] = n_new_B
@@ -121,13 +130,27 @@ class Slots:
             self.cache.resize(min(self.room, -(-length // CACHE_STEP) * CACHE_STEP))
         return length if self.cache.k[0].dtype == torch.float32 else self.cache.max_len
 
+    def look(self) -> Callable[[], list[list[int]]]:
+        """How far slots are: is_running and n_new of each, once asked; on CUDA copied while the device goes on."""
+        state_2S = torch.stack((self.is_running.long(), self.n_new))
+        if not state_2S.is_cuda:
+            return state_2S.tolist
+        copied_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True).copy_(state_2S, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list[list[int]]:
+            arrived.synchronize()
+            return copied_2S.tolist()
+
+        return read
+
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
         self.cache.copy_rows(self.cache, from_B, to_B, int(self.position[from_B].max()))
-        counters = (self.token, self.position, self.n_new, self.limit, self.key)
+        counters = (self.token, self.position, self.n_new, self.limit, self.key, self.is_running, self.is_stopped)
         for by_slot in (*counters, self.ids, self.logp, self.confidence):
             by_slot[to_B] = by_slot[from_B]
-        self.is_running[to_B], self.is_stopped[to_B] = self.is_running[from_B], self.is_stopped[from_B]
 
 
 def slots_that_fit(model: Transformer, room: int, wanted: int, budget: int) -> int:
@@ -180,78 +203,3 @@ class Step:
             self.listed = slots
         for _ in range(n_steps):
             self.graph.replay() if self.graph else self.run()
-
-
-class SlotPool:
-    """The slots of a model, and the steps captured over them; both are made anew when more is asked of them.
-
-    There are at most `max_rows` slots, fewer where their cache would take more than `memory_share` of the memory that
-    is free. `is_stepwise` (None: on CUDA) says whether fixed steps over a list of slots are repeated, or the active
-    rows are kept the first ones.
-    """
-
-    def __init__(
-        self, model: Transformer, max_rows: int = 512, memory_share: float = 0.8, is_stepwise: bool | None = None
-    ):
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; at least one row is needed")
-        self.model, self.max_rows, self.memory_share = model, max_rows, memory_share
-        self.device = model.head_weight_VC.device
-        self.slots: Slots | None = None
-        self.n_wanted = 0  # slots that were asked for, when these were made
-        self.is_stepwise = self.device.type == "cuda" if is_stepwise is None else is_stepwise
-        self.steps: dict[tuple[int, Sampling], Step] = {}
-
-    def reorder_weights(self) -> None:
-        """Before rows are decoded at once on a CPU: see the model's; fixed steps are compiled instead."""
-        if not self.is_stepwise:
-            self.model.reorder_weights()
-
-    def reserve(self, n_requests: int, n_prompt: int, n_new: int) -> None:
-        """Make slots for requests of so many tokens, if those there are do not suffice."""
-        room = min(self.model.config.max_position_embeddings, n_prompt + n_new)
-        wanted, slots = min(self.max_rows, n_requests), self.slots
-        if slots and self.n_wanted >= wanted and slots.room >= room and slots.n_new_tokens >= n_new:
-            return  # also where memory held fewer than were wanted: it would again
-        if slots:  # no smaller in any way, so that calls of changing sizes settle
-            wanted, room = max(wanted, self.n_wanted), max(room, slots.room)
-            n_new = max(n_new, slots.n_new_tokens)
-        room = min(self.model.config.max_position_embeddings, -(-room // ROOM_STEP) * ROOM_STEP)
-        self.steps, self.slots, slots, self.n_wanted = {}, None, None, wanted
-        budget = int(free_memory(self.device) * self.memory_share)
-        n_slots = slots_that_fit(self.model, room, wanted, budget)
-        self.slots = Slots(self.model, n_slots, room, n_new, is_fixed=self.is_stepwise)
-
-    def rest(self) -> None:
-        """Between calls, give back the memory of a cache that grows."""
-        if self.slots and not self.is_stepwise:
-            self.slots.cache.resize(0)
-
-    def step(self, n_rows: int, sampling: Sampling) -> Step:
-        """The repeatable step over at least `n_rows` slots."""
-        sizes = [size for size in GRAPH_ROWS if size < self.slots.n_slots] + [self.slots.n_slots]
-        size = next(size for size in sizes if size >= n_rows)
-        if (size, sampling) not in self.steps:
-            self.steps[size, sampling] = Step(self.model, self.slots, size, sampling)
-        return self.steps[size, sampling]
-
-
-class Look:
-    """How far slots were at some moment; on CUDA the answer is copied while the device goes on."""
-
-    def __init__(self, request_of: dict[int, int], slots: Slots):
-        self.request_of, self.arrived = request_of, None
-        self.state_2S = state_2S = torch.stack((slots.is_running.long(), slots.n_new))
-        if state_2S.device.type == "cuda":
-            self.state_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True)
-            self.state_2S.copy_(state_2S, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self) -> tuple[dict[int, int], dict[int, int]]:
-        """slot -> request of those that had finished; request -> tokens made, of all."""
-        if self.arrived:
-            self.arrived.synchronize()
-        is_running_S, n_new_S = self.state_2S.tolist()
-        finished = {slot: request for slot, request in self.request_of.items() if not is_running_S[slot]}
-        return finished, {request: n_new_S[slot] for slot, request in self.request_of.items()}

@@ -15,8 +15,7 @@ GROUPS = [
     | {"machine", "openmp"},
     {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
     {"model", "logprobs"},
-    {"prefill", "slots", "batching", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel"}
-    | {"checkpoint"},
+    {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel"} | {"checkpoint"},
     {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}
     | {"miniature", "training", "paired", "options", "judge", "exam", "teacher", "sources"},
 ]

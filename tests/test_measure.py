@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import Killed, call_main, die_saving, read_lines, write_lines
 
-from nanor1 import batching, measure
+from nanor1 import measure
 from nanor1.ledger import ledger_path
 from nanor1.methods import METHODS
 from nanor1.model import Transformer
@@ -102,17 +102,22 @@ class Watch:
         self.run = str(run)
         return PRODUCE(asker, run, *arguments)
 
-    def add(self, running, prompts):
-        self.prompts.setdefault(self.run, []).extend(list(prompt.ids) for prompt in prompts)
-        return ADD(running, prompts)
+    def complete(self, sampler, sessions, **arguments):
+        return RUN(sampler, [self.listen(session) for session in sessions], **arguments)
 
-    def collect(self, running):
-        made = COLLECT(running)
-        self.made[self.run] += sum(len(completion.ids) for completion in made.values())
-        return made
+    def listen(self, session):
+        made_PG = None
+        while True:
+            try:
+                prompts = session.send(made_PG)
+            except StopIteration as end:
+                return end.value
+            self.prompts.setdefault(self.run, []).extend(list(prompt.ids) for prompt in prompts)
+            made_PG = yield prompts
+            self.made[self.run] += sum(len(completion.ids) for group in made_PG for completion in group)
 
 
-ADD, COLLECT = batching.Batch.add, batching.Batch.collect
+RUN = Sampler.run
 PRODUCE = measure.produce
 
 
@@ -124,8 +129,7 @@ def whole(run, folder):
     argv += ["--reward-model", folder / "reward"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "produce", watch.produce)
-        patch.setattr(batching.Batch, "add", lambda *arguments: watch.add(*arguments))
-        patch.setattr(batching.Batch, "collect", lambda *arguments: watch.collect(*arguments))
+        patch.setattr(Sampler, "run", lambda *arguments, **named: watch.complete(*arguments, **named))
         code, printed, err = run(*argv)
     assert code == 0, err
     return argv, out, printed, watch

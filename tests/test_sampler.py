@@ -11,14 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanor1.attention
 import nanor1.model
+import nanor1.sampler
 import nanor1.slots
-from nanor1 import batching, draw
-from nanor1.batching import Batch
-from nanor1.draw import PART, hash_uniform, request_key, sample_by_parts, sample_tokens
+from nanor1 import draw
+from nanor1.draw import PART, hash_uniform, request_key, sample_tokens
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
-from nanor1.prefill import n_common
-from nanor1.sampler import Prompt, Sampler, generate
+from nanor1.sampler import Prompt, Sampler, generate, read_beginning
 from nanor1.slots import Sampling, Slots, slots_that_fit
 
 VOCAB = 61
@@ -198,9 +197,9 @@ def test_steps_over_slots_give_what_moved_rows_give(max_rows):
 @pytest.mark.parametrize(("n_slots", "sizes"), [(1, {1}), (2, {2}), (3, {2, 3}), (6, {2, 4, 6})])
 def test_only_a_single_slot_has_steps_of_one_row(n_slots, sizes):
     """torch.compile makes a program of its own for one row, which the last of many requests is not worth."""
-    pool = Sampler(random_model(), n_slots, is_stepwise=True).pool
-    pool.reserve(n_slots, 4, 4)
-    steps = [pool.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
+    engine = Sampler(random_model(), n_slots, is_stepwise=True)
+    engine.reserve(n_slots, 4, 4)
+    steps = [engine.step(n_rows, Sampling(1.0, 0, 1.0, (), None)) for n_rows in range(1, n_slots + 1)]
     assert {len(step.slot_B) for step in steps} == sizes
     assert all(len(step.slot_B) >= n_rows for n_rows, step in enumerate(steps, 1))
 
@@ -218,29 +217,31 @@ def test_a_stepwise_sampler_runs_idle_for_less_than_two_looks(n_new, monkeypatch
     n_steps, decode = [], Transformer.decode
     monkeypatch.setattr(Transformer, "decode", lambda *rest: (n_steps.append(1), decode(*rest))[1])
     Sampler(counting_model(), 2, is_stepwise=True).generate([[1]], n=2, max_new_tokens=n_new)
-    assert n_new - 1 <= len(n_steps) < n_new - 1 + 2 * batching.STEPS_A_LOOK <= n_new + 7
+    assert n_new - 1 <= len(n_steps) < n_new - 1 + 2 * nanor1.sampler.STEPS_A_LOOK <= n_new + 7
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device_while_it_steps_but_the_read_of_a_look():
+def test_nothing_waits_for_the_device_while_it_steps_but_the_read_of_a_look(monkeypatch):
     """Requests of one length twice through the slots: admitted, stepped, looked at, retired."""
-    prompt = Prompt([1, 2, 3], 32, 40, seed=0)
-    batch = Batch(
-        Sampler(gpu_model(), 16).pool, Sampling(1.0, 0, 1.0, (), None), keep=False, stop_texts=[], decode=None,
-        on_progress=None,
-    )  # fmt: skip
-    with torch.inference_mode():
-        batch.prepare([prompt])
-        batch.add([prompt])
-        for _ in range(3):  # prefill, compile, capture
-            batch.advance()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            while batch.is_busy:
-                batch.advance()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert [len(completion.ids) for completion in batch.collect().values()] == [40] * 32
+    advance, collect, n_advanced = nanor1.sampler._Batch.advance, nanor1.sampler._Batch.collect, []
+
+    def watched(batch):
+        n_advanced.append(1)
+        if len(n_advanced) == 4:  # before: prefill, compile, capture
+            torch.cuda.set_sync_debug_mode("error")
+        return advance(batch)
+
+    def collected(batch):
+        torch.cuda.set_sync_debug_mode("default")
+        return collect(batch)
+
+    monkeypatch.setattr(nanor1.sampler._Batch, "advance", watched)
+    monkeypatch.setattr(nanor1.sampler._Batch, "collect", collected)
+    try:
+        (made,) = Sampler(gpu_model(), 16).generate([[1, 2, 3]], n=32, max_new_tokens=40)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(completion.ids) for completion in made] == [40] * 32 and len(n_advanced) > 4
 
 
 def test_a_stepwise_sampler_hears_tokens_and_stop_texts_after_each_step():
@@ -263,15 +264,15 @@ def test_a_sampler_keeps_its_slots_from_call_to_call_and_sees_new_weights():
     model = random_model()
     sampler_ = Sampler(model, max_rows=8)
     first = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    slots = sampler_.pool.slots
+    slots = sampler_.slots
     sampler_.generate(RAGGED[:2], max_new_tokens=5, seed=2)
-    assert sampler_.pool.slots is slots
+    assert sampler_.slots is slots
     assert ids_of(sampler_.generate(RAGGED, max_new_tokens=12, seed=1)) == ids_of(first)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
     again = sampler_.generate(RAGGED, max_new_tokens=12, seed=1)
-    assert sampler_.pool.slots is slots
+    assert sampler_.slots is slots
     assert ids_of(again) == ids_of(generate(model, RAGGED, max_new_tokens=12, seed=1)) != ids_of(first)
 
 
@@ -296,7 +297,6 @@ def ready_slots(model, n_slots, seed=0):
     slots.key[:], slots.n_new[:], slots.limit[:] = draw_ints(-(2**62), 2**62), draw_ints(0, 5), draw_ints(1, 7)
     slots.is_running[:] = draw_ints(0, 5) > 0
     slots.is_running[-1] = False
-    slots.sample_tokens = sample_tokens  # as on a GPU
     return slots
 
 
@@ -333,11 +333,19 @@ def test_recording_compiled_changes_slots_as_uncompiled_in_one_program_for_all_r
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
 
 
-def test_one_program_records_draws_of_other_temperatures_too(fresh_dynamo):
+def test_one_program_records_draws_of_other_temperatures_and_stop_texts_too(fresh_dynamo):
     model, record = random_model(), torch.compile(Slots.record, backend="eager", dynamic=True, fullgraph=True)
-    for temperature in (0.7, 0.9, 1.3):
-        record(ready_slots(model, 3), torch.arange(3), torch.randn(3, VOCAB), Sampling(temperature, 0, 1.0, (), None))
+    for temperature, stop_texts in ((0.7, []), (0.9, ["5"]), (1.3, ["67", "8"])):
+        sampling = Sampling(temperature, stop_texts=stop_texts, decode=lambda ids: digits(ids))
+        record(ready_slots(model, 3), torch.arange(3), torch.randn(3, VOCAB), sampling)
     assert fresh_dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_stop_texts_need_no_captured_steps_of_their_own():
+    engine = Sampler(random_model(), 4, is_stepwise=True)
+    engine.reserve(4, 4, 4)
+    samplings = [Sampling(stop_ids=[3], stop_texts=texts, decode=digits) for texts in ([], ["5"])]
+    assert engine.step(2, samplings[0]) is engine.step(2, samplings[1]) is not engine.step(2, Sampling())
 
 
 @pytest.mark.gpu
@@ -377,13 +385,13 @@ def test_slots_are_as_many_as_the_memory_holds():
 
 def test_little_memory_means_fewer_rows_and_the_same_completions(monkeypatch):
     model = random_model()  # a token: 2 * 2 layers * 2 heads * 8 * 4 bytes; logits: 16 bytes a token of the vocabulary
-    monkeypatch.setattr("nanor1.slots.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
+    monkeypatch.setattr("nanor1.sampler.free_memory", lambda device: 4 * (256 * 128 + 16 * VOCAB))
     small = Sampler(model, max_rows=20, memory_share=1.0)  # of 44 + 20 tokens, rounded to 128
     completions = small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.pool.slots.n_slots == 3
-    slots = small.pool.slots
+    assert small.slots.n_slots == 3
+    slots = small.slots
     small.generate(RAGGED, max_new_tokens=20, n=2)
-    assert small.pool.slots is slots  # too few still, but a new cache would not be larger
+    assert small.slots is slots  # too few still, but a new cache would not be larger
     monkeypatch.undo()
     assert ids_of(completions) == ids_of(generate(model, RAGGED, max_new_tokens=20, n=2))
 
@@ -417,20 +425,25 @@ def test_steps_on_a_cpu_have_the_rows_of_the_requests_and_no_others(n, monkeypat
     assert n_rows == [n] * 3
 
 
+def watched_forwards(monkeypatch):
+    """A list of the tokens of each prefill."""
+    read, forward = [], Transformer.forward
+
+    def watched(self, ids_N, *rest, **more):
+        read.append(ids_N.tolist())
+        return forward(self, ids_N, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    return read
+
+
 def test_a_prompt_is_prefilled_once_for_all_its_completions(monkeypatch):
-    model, prefilled = random_model(), []
-    forward = Transformer.forward
-
-    def counting_forward(self, ids_N, cu_seqlens_B1, *rest, **more):
-        prefilled.append(ids_N.tolist())
-        return forward(self, ids_N, cu_seqlens_B1, *rest, **more)
-
-    monkeypatch.setattr(Transformer, "forward", counting_forward)
+    model, read = random_model(), watched_forwards(monkeypatch)
     (group,) = generate(model, [[1, 2, 3]], n=20, max_new_tokens=5, max_rows=7)
-    assert prefilled == [[1, 2, 3]] and len(group) == 20
-    prefilled.clear()
+    assert read == [[1, 2, 3]] and len(group) == 20
+    read.clear()
     generate(model, RAGGED, n=3, max_new_tokens=15, max_rows=4, stop_ids=[3, 4, 5])
-    assert [token for ids in prefilled for token in ids] == [token for prompt in RAGGED for token in prompt]
+    assert [token for ids in read for token in ids] == [token for prompt in RAGGED for token in prompt]
 
 
 def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
@@ -443,7 +456,7 @@ def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
         return forward(self, ids_N, cu_seqlens_B1, cache, *rest, **more)
 
     monkeypatch.setattr(Transformer, "forward", measuring_forward)
-    monkeypatch.setattr(batching, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(nanor1.sampler, "PREFILL_TOKENS", 40)
     prompts = random_prompts([3] * 15 + [50] + [30, 3, 3, 3])
     completions = generate(model, prompts, max_new_tokens=4)
     assert sizes == [(13, 3), (2, 3), (1, 50), (1, 30), (3, 3)]  # a prompt longer than the budget runs alone
@@ -678,13 +691,13 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_each_drawn():
 
 @pytest.mark.parametrize("narrow", [{}, dict(temperature=0.0), dict(temperature=0.7, top_k=5), dict(top_p=0.9)])
 @pytest.mark.parametrize("V", [PART // 3, PART + 5])
-def test_drawing_by_parts_draws_the_same_to_the_last_bit(V, narrow):
+def test_drawing_by_parts_draws_the_same_to_the_last_bit(V, narrow, monkeypatch):
     B, generator = 7, torch.Generator().manual_seed(0)
     logits_BV = torch.randn(B, V + 3, generator=generator)[:, :V]
     uniform_B = torch.rand(B, dtype=torch.float64, generator=generator)
-    for whole_B, parts_B in zip(
-        sample_tokens(logits_BV, uniform_B, **narrow), sample_by_parts(logits_BV, uniform_B, **narrow), strict=True
-    ):
+    parts = sample_tokens(logits_BV, uniform_B, **narrow)
+    monkeypatch.setattr(draw, "PART", B * V)
+    for whole_B, parts_B in zip(sample_tokens(logits_BV, uniform_B, **narrow), parts, strict=True):
         assert torch.equal(whole_B, parts_B)
 
 
@@ -944,11 +957,11 @@ def test_who_asks_for_progress_alone_does_not_make_a_stepwise_sampler_look_more_
         sampler = Sampler(random_model(), 4, is_stepwise=True)
         n_looks.append(0)
 
-        def step(*arguments, make=sampler.pool.step):
+        def step(*arguments, make=sampler.step):
             n_looks[-1] += 1
             return make(*arguments)
 
-        sampler.pool.step = step
+        sampler.step = step
         sampler.generate(RAGGED, n=2, max_new_tokens=40, **arguments)
     assert n_looks[0] == n_looks[1] < n_looks[2] / 3
 
@@ -1051,25 +1064,15 @@ def test_a_prompt_that_leaves_a_kept_text_takes_over_only_what_they_share(is_ste
     assert [g[0].ids for g in ours] == [g[0].ids for g in generate(model, turned, **arguments)]
 
 
-def counted_forwards(monkeypatch):
-    """A list of the numbers of tokens of each prefill."""
-    read, forward = [], Transformer.forward
-    monkeypatch.setattr(
-        Transformer,
-        "forward",
-        lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
-    )
-    return read
-
-
 def test_what_is_taken_over_is_not_read_again(monkeypatch):
-    model, prompts, read = random_model(), random_prompts([30, 40]), counted_forwards(monkeypatch)
+    model, prompts, read = random_model(), random_prompts([30, 40]), watched_forwards(monkeypatch)
     engine = Sampler(model)
     longer, kept = extended(prompts, engine.generate(prompts, n=2, **KEEPING))
     engine.generate(longer, max_new_tokens=4, behind=kept)
-    assert read == [70], "the last token of each is the next step's"
-    engine.generate([longer[0] + random_prompts([65])[0]], max_new_tokens=4, behind=kept[:1])
-    assert read == [70, 66]
+    assert read == [prompts[0] + prompts[1]], "the last token of each is the next step's"
+    more = random_prompts([65])[0]
+    engine.generate([longer[0] + more], max_new_tokens=4, behind=kept[:1])
+    assert read[1:] == [longer[0][-1:] + more]
 
 
 def test_chains_of_kept_calls_equal_one_long_completion(is_stepwise):
@@ -1132,9 +1135,9 @@ def test_sessions_read_what_all_begin_with_once_and_make_room_when_prompts_outgr
     model, head = random_model(), random_prompts([100])[0]
     plans = [([head + tail], [20, 60, 40], 1, i) for i, tail in enumerate(random_prompts([3, 1, 20, 8], seed=1))]
     alone = [Sampler(model).run([asking(*plan)], temperature=0)[0] for plan in plans]
-    read, engine = counted_forwards(monkeypatch), Sampler(model, 2)
+    read, engine = watched_forwards(monkeypatch), Sampler(model, 2)
     assert engine.run([asking(*plan) for plan in plans], temperature=0) == alone
-    assert read[0] == 100 and sum(read) == 100 + 32 and engine.pool.slots.room == 256
+    assert read[0] == head and sum(map(len, read)) == 100 + 32 and engine.slots.room == 256
 
 
 def test_no_session_waits_for_another(monkeypatch):
@@ -1188,24 +1191,23 @@ def test_confidences_are_there_only_where_asked_for_and_change_no_draw():
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(is_stepwise, monkeypatch):
     model, head, tails = random_model(), random_prompts([50])[0], random_prompts([3, 1, 20, 8], seed=1)
-    prompts, read, forward = [head + tail for tail in tails], [], Transformer.forward
-    arguments = dict(n=3, max_new_tokens=8, seed=[1, 2, 3, 4])
-    alone = [generate(model, [prompt], **arguments | dict(seed=[i]))[0] for i, prompt in enumerate(prompts, 1)]
-    monkeypatch.setattr(
-        Transformer,
-        "forward",
-        lambda self, ids, *rest, **more: (read.append(len(ids)), forward(self, ids, *rest, **more))[1],
-    )
-    together = Sampler(model, max_rows=5, is_stepwise=is_stepwise).generate(prompts, **arguments)
-    assert read[0] == 50 and sum(read) == 50 + 32 and len(read) > 2, "once, however many batches of prompts follow"
+    prompts, arguments = [head + tail for tail in tails], dict(n=3, max_new_tokens=8)
+    alone = [generate(model, [prompt], seed=[i], **arguments)[0] for i, prompt in enumerate(prompts)]
+    read = watched_forwards(monkeypatch)
+    together = Sampler(model, max_rows=5, is_stepwise=is_stepwise).generate(prompts, seed=[0, 1, 2, 3], **arguments)
+    assert read[0] == head and sum(map(len, read)) == 50 + 32 and len(read) > 2, "once, however many batches follow"
     for ours, theirs in zip(sum(together, []), sum(alone, []), strict=True):
         assert ours.ids == theirs.ids
         torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
 def test_the_common_beginning_is_the_longest_that_leaves_each_prompt_a_token(prompts):
-    n = n_common(prompts)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(nanor1.sampler, "MIN_SHARED", 1)
+        kept = read_beginning(counting_model(), prompts)
+    n = len(kept.ids) if kept else 0
     assert len({tuple(prompt[:n]) for prompt in prompts}) == 1 and n < min(map(len, prompts))
     longer = {tuple(prompt[: n + 1]) for prompt in prompts}
     assert len(longer) > 1 or n + 1 == min(map(len, prompts))
@@ -1219,10 +1221,10 @@ def test_a_cpus_cache_grows_with_its_longest_row_and_is_given_back(dtype):
     assert lengths == sorted(lengths) and lengths[0] == 32 and lengths[-1] == 96 and set(lengths) == {32, 64, 96}
     assert held(sampler) == 0
     fixed = Sampler(model, max_rows=2)
-    fixed.pool.reserve(2, 9, 60)
-    fixed.pool.slots.cache.resize(fixed.pool.slots.room)  # grown at once
+    fixed.reserve(2, 9, 60)
+    fixed.slots.cache.resize(fixed.slots.room)  # grown at once
     assert ids_of(fixed.generate([[1, 2, 3], [4] * 9], max_new_tokens=60)) == ids_of(grown)
 
 
 def held(sampler):
-    return sampler.pool.slots.cache.max_len
+    return sampler.slots.cache.max_len
