@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanor1 import onednn
-from nanor1.attention import NARROW, attention, cached_attention, decode_attention, hide_behind
+from nanor1.attention import attention, cached_attention, decode_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
@@ -36,6 +36,9 @@ ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+NARROW = 256  # width under which the products of a model gain nothing from reordered weights
 
 
 class Linear(nn.Linear):

@@ -614,10 +614,8 @@ def gradients(model, hidden, weight):
     return torch.cat([p.grad.flatten() for p in model.model.parameters()])
 
 
-@pytest.mark.parametrize("narrow", [10**9, 0], ids=["narrow", "wide"])  # how a CPU takes a model: see attention.py
 @pytest.mark.parametrize("name", FAMILIES)
-def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradients(name, narrow, monkeypatch):
-    monkeypatch.setattr(nanor1.attention, "NARROW", narrow)
+def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradients(name):
     model = random_model(config_from_hf(CONFIGS[name]))
     prompts, tails = random_sequences([7, 1, 20]), random_sequences([4, 1, 6, 9], seed=1)
     shared, copied, at = shared_and_copied(prompts, list(zip([2, 0, 0, 1], tails, strict=True)))
