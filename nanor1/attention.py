@@ -56,52 +56,46 @@ def attention(
 
 
 def cached_attention(
-    q_BHD: Tensor, k_SKTD: Tensor, v_SKTD: Tensor, slot_B: Tensor | None, length_B: Tensor, max_len: int
+    q_BHD: Tensor,
+    k_SKTD: Tensor,
+    v_SKTD: Tensor,
+    slot_B: Tensor | None,
+    length_B: Tensor,
+    max_len: int,
+    bias_BT: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a row to the first length_B[b] keys of slot slot_B[b] (None: b); returns out_BHD.
 
-    A row of length 0 gives zeros. `max_len` is the longest length or more (the Triton kernels do not look at it); cells
-    of the cache up to there must be finite. Not differentiable on CUDA. Without kernels, slots other than None cost a
-    copy of the rows.
+    A slot's row of length 0 gives zeros. `max_len` is the longest length or more (the Triton kernels do not look at
+    it); cells of the cache up to there must be finite. Not differentiable on CUDA. Without kernels slots cost a copy of
+    the rows; none are used where `bias_BT` is given, which is that of `hide_behind`, for several calls to share.
     """
-    kernels = _triton_kernels(q_BHD)
+    kernels = _triton_kernels(q_BHD) if bias_BT is None else None
     if kernels is not None:
         return kernels.flash_decode(q_BHD, k_SKTD, v_SKTD, slot_B, length_B)
+    bias_BT = hide_behind(length_B, max_len) if bias_BT is None else bias_BT
     rows = slice(len(q_BHD)) if slot_B is None else slot_B
-    bias_BT = hide_behind(length_B, max_len)
-    out_BHD = decode_attention(q_BHD, k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], bias_BT)
-    if q_BHD.device.type == "cpu" and bool(length_B.all()):  # asking is quicker than filling, where nothing waits
-        return out_BHD
-    return out_BHD.masked_fill(length_B[:, None, None] == 0, 0.0)  # a mean of nothing is nan
+    k, v, bias = k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], bias_BT[:, None, None, :]
+    B, K = k.shape[:2]
+    q = q_BHD.unflatten(1, (K, -1))  # the query heads that share a key/value head are rows of one product with it
+    if q.device.type != "cpu" or (q.dtype.itemsize < 4 and B <= FEW_ROWS):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    else:  # here, too, plain products are quicker
+        q = q * q.shape[-1] ** -0.5
+        if q.dtype.itemsize >= 4:
+            scores = torch.matmul(q, k.mT).add_(bias)
+        else:  # the larger side first: 2 to 3 times as fast in bf16
+            scores = torch.matmul(k, q.mT).mT
+            scores = torch.add(scores, bias, out=torch.empty(scores.shape, dtype=torch.float32))
+        out = torch.matmul(scores.softmax(dim=-1).to(q.dtype), v)
+    out_BHD = out.reshape(q_BHD.shape)
+    return out_BHD if slot_B is None else out_BHD.masked_fill(length_B[:, None, None] == 0, 0.0)  # it was nan
 
 
 def hide_behind(length_B: Tensor, n_keys: int) -> Tensor:
     """What is added to the scores of rows that hold so many keys: 0, and -inf behind the last one; fp32 [B, T]."""
     is_hidden_BT = torch.arange(n_keys, device=length_B.device) >= length_B[:, None]
     return torch.zeros_like(is_hidden_BT, dtype=torch.float32).masked_fill_(is_hidden_BT, float("-inf"))
-
-
-def decode_attention(q_BHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_BT: Tensor | None) -> Tensor:
-    """Attention of one query a row to that row's cached keys; returns out_BHD.
-
-    `bias_BT` is that of `hide_behind`; None says every position holds a token of the row.
-    """
-    B, H, D = q_BHD.shape
-    K, T = k_BKTD.shape[1:3]
-    q = q_BHD.view(B, K, H // K, D)  # the query heads that share a key/value head read it once, as rows of one product
-    bias = None if bias_BT is None else bias_BT[:, None, None, :]
-    if q.device.type != "cpu" or (q.dtype.itemsize < 4 and B <= FEW_ROWS):
-        bias = None if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=bias).reshape(B, H, D)
-    q = q * D**-0.5  # here, too, plain products are quicker
-    if q.dtype.itemsize >= 4:
-        scores = torch.matmul(q, k_BKTD.mT)
-        scores = scores if bias is None else scores.add_(bias)
-    else:  # the larger side first: 2 to 3 times as fast in bf16
-        scores = torch.matmul(k_BKTD, q.mT).mT
-        out = torch.empty(B, K, H // K, T, dtype=torch.float32)
-        scores = out.copy_(scores) if bias is None else torch.add(scores, bias, out=out)
-    return torch.matmul(scores.softmax(dim=-1).to(q.dtype), v_BKTD).reshape(B, H, D)
 
 
 def reference_attention(

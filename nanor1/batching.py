@@ -258,7 +258,7 @@ class Batch:
         cache = None
         if self.keep:
             length = int(slots.position[slot_F].max())
-            cache = KVCache.of(self.model, len(finished), length)
+            cache = KVCache(self.model, len(finished), length)
             cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
         columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
         if self.sampling.confidence_k:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanor1 import onednn
-from nanor1.attention import attention, cached_attention, decode_attention, hide_behind
+from nanor1.attention import attention, cached_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
@@ -210,21 +210,11 @@ def _attend_packed(
     return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len, table=table)
 
 
-def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, bias_BT: Tensor) -> Tensor:
-    """Attention of one token a row to the first rows of the cache, to which its own key and value are added first."""
-    B, T = bias_BT.shape
-    k_BKTD, v_BKTD = k_SKTD[:B, :, :T], v_SKTD[:B, :, :T]
-    row_B = torch.arange(B, device=q.device)
-    k_BKTD[row_B, :, position_B] = k
-    v_BKTD[row_B, :, position_B] = v
-    return decode_attention(q, k_BKTD, v_BKTD, bias_BT)
-
-
-def _attend_slots(q, k, v, k_SKTD, v_SKTD, slot_B: Tensor, position_B, length_B, max_len: int) -> Tensor:
-    """The same with slots of the cache anywhere."""
-    k_SKTD[slot_B, :, position_B] = k
-    v_SKTD[slot_B, :, position_B] = v
-    return cached_attention(q, k_SKTD, v_SKTD, slot_B, length_B, max_len)
+def _attend_cached(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, row_B: Tensor, position_B: Tensor, *where) -> Tensor:
+    """Attention of one token a row to the cache, to which its own key and value are added first."""
+    k_SKTD[row_B, :, position_B] = k
+    v_SKTD[row_B, :, position_B] = v
+    return cached_attention(q, k_SKTD, v_SKTD, *where)
 
 
 def make_embedding(n: int, width: int) -> nn.Embedding:
@@ -417,13 +407,15 @@ class Transformer(nn.Module):
         slots, rows that are not running attend to nothing; their hidden states mean nothing. `run_block` stands in for
         calling a block, which is its first argument.
         """
+        length_B, row_B, bias_BT = position_B + 1, slot_B, None
         if slot_B is None:
-            attend, place = _attend_rows, (position_B, hide_behind(position_B + 1, max_len))
-        else:
-            length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
-            attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)
-        contexts = ((k_SKTD, v_SKTD, *place) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
-        return self._run(ids_B, position_B, attend, contexts, run_block)
+            row_B, bias_BT = torch.arange(len(ids_B), device=ids_B.device), hide_behind(length_B, max_len)
+        elif is_running_B is not None:
+            length_B = torch.where(is_running_B, length_B, 0)
+        where = (row_B, position_B, slot_B, length_B, max_len, bias_BT)
+        contexts = ((k_SKTD, v_SKTD, *where) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
+        run_block = run_block or (Block.forward if slot_B is None else Block.__call__)
+        return self._run(ids_B, position_B, _attend_cached, contexts, run_block)
 
     def _run(
         self,
@@ -441,7 +433,7 @@ class Transformer(nn.Module):
         else:
             rope = self.rope_angles(position_N)
         if run_block is None:  # a prefill is never compiled: it would need programs of its own
-            run_block = Block.__call__ if torch.is_grad_enabled() or attend is _attend_slots else Block.forward
+            run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
         if torch.is_grad_enabled() and self.checkpoints_activations:
             run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
@@ -474,18 +466,16 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of `n_rows` sequences of up to `max_len` tokens: for each layer k and v of [rows, K, T, D]."""
+    """Keys and values of `n_rows` sequences of up to `max_len` tokens: for each layer k and v of [rows, K, T, D].
 
-    def __init__(self, config: ModelConfig, n_rows: int, max_len: int, dtype: torch.dtype, device: torch.device):
+    They have the dtype of the model's weights, and are where these are.
+    """
+
+    def __init__(self, model: Transformer, n_rows: int, max_len: int):
+        config, weight = model.config, model.head_weight_VC
         shape = (n_rows, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-
-    @classmethod
-    def of(cls, model: Transformer, n_rows: int, max_len: int) -> "KVCache":
-        """A cache of a model: of its weights' dtype, where they are."""
-        weight = model.head_weight_VC
-        return cls(model.config, n_rows, max_len, weight.dtype, weight.device)
+        self.k = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
 
     @property
     def max_len(self) -> int:

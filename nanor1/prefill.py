@@ -39,7 +39,7 @@ def take_over(
     model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
 ) -> tuple[KVCache, list[int]]:
     """A cache with a row a prompt, and how many of its first tokens stand there: those that are kept."""
-    cache, device = KVCache.of(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
+    cache, device = KVCache(model, len(prompts), max(map(len, prompts))), model.head_weight_VC.device
     index = partial(index_tensor, device=device)
     past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
     for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():

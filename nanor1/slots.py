@@ -56,7 +56,7 @@ class Slots:
     def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int, is_fixed: bool = True):
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
-        self.cache = KVCache.of(model, n_slots + 1, room if is_fixed else 0)
+        self.cache = KVCache(model, n_slots + 1, room if is_fixed else 0)
         long = dict(dtype=torch.int64, device=weight.device)
         self.index = torch.arange(n_slots + 1, device=weight.device)
         self.token = torch.zeros(n_slots + 1, **long)  # the last one, which is not in the cache yet

@@ -138,7 +138,7 @@ def _check_tokens(prompts: Sequence, context: int, width: int, max_new_tokens: i
 def _block_cache(model: Transformer, prompts: Sequence[Sequence[int]], width: int, room: int) -> tuple[KVCache, Tensor]:
     """A cache with a block of `width` rows a prompt, each of which holds it, and each prompt's last hidden state."""
     read, hidden_BC = prefill(model, prompts, [read_beginning(model, prompts)] * len(prompts))
-    cache, row_R = KVCache.of(model, len(prompts) * width, room), torch.arange(len(prompts) * width)
+    cache, row_R = KVCache(model, len(prompts) * width, room), torch.arange(len(prompts) * width)
     row_R = row_R.to(hidden_BC.device)
     cache.copy_rows(read, row_R // width, row_R, max(map(len, prompts)))
     return cache, hidden_BC

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import nanor1.attention
 import nanor1.model
 from nanor1 import onednn
-from nanor1.attention import hide_behind
 from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.packing import Layout, tile_table
@@ -536,7 +534,7 @@ def test_a_changed_token_changes_its_own_sequence_from_there_on_and_nothing_else
 def test_prefill_and_decode_give_the_logits_of_the_packed_forward(name):
     model = random_model(config_from_hf(CONFIGS[name]))
     sequences, n_prompt = random_sequences([9, 7, 12]), [5, 1, 3]
-    cache = KVCache(model.config, n_rows=4, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(model, n_rows=4, max_len=16)
     for layer in (*cache.k, *cache.v):
         layer.fill_(1e3)  # cells that were never written must not count
     ids_N, cu_seqlens_B1 = pack([sequence[:n] for sequence, n in zip(sequences, n_prompt, strict=True)])
@@ -557,7 +555,7 @@ def test_prefill_and_decode_give_the_logits_of_the_packed_forward(name):
 def test_prompts_read_in_parts_give_the_logits_of_the_packed_forward(name):
     model, lengths = random_model(config_from_hf(CONFIGS[name])), [9, 7, 12]
     sequences = random_sequences(lengths)
-    cache = KVCache(model.config, n_rows=4, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(model, n_rows=4, max_len=16)
     for layer in (*cache.k, *cache.v):
         layer.fill_(1e3)
     wanted = packed_logits(model, sequences).split(lengths)
@@ -573,8 +571,7 @@ def test_prompts_read_in_parts_give_the_logits_of_the_packed_forward(name):
 @torch.no_grad()
 def test_copied_cache_rows_decode_like_their_source():
     model, (prompt,) = random_model(MINIATURE), random_sequences([6], vocab_size=50)
-    dtype, device = torch.float32, torch.device("cpu")
-    source, target = KVCache(MINIATURE, 1, 6, dtype, device), KVCache(MINIATURE, 3, 10, dtype, device)
+    source, target = KVCache(model, 1, 6), KVCache(model, 3, 10)
     model(*pack([prompt]), source)
     target.copy_rows(source, torch.tensor([0, 0]), torch.tensor([2, 0]), 6)
     target.copy_rows(target, torch.tensor([2]), torch.tensor([1]), 6)
@@ -639,7 +636,7 @@ def test_with_lengths_on_the_cpu_a_forward_asks_its_device_for_nothing(monkeypat
     monkeypatch.setattr(nanor1.model, "_tiles", Layout.tiles)  # as on CUDA
     with torch.device("meta"):
         model = Transformer(config_from_hf(CONFIGS["llama"]))
-        cache, ids_N = KVCache.of(model, 4, 16), torch.zeros(10, dtype=torch.int64)
+        cache, ids_N = KVCache(model, 4, 16), torch.zeros(10, dtype=torch.int64)
     cu_seqlens_B1 = torch.tensor([0, 3, 5, 9, 10])
     hidden = model(ids_N, cu_seqlens_B1, cache, **goes_on)
     assert hidden.is_meta and hidden.shape == (10, 32)
@@ -704,7 +701,7 @@ def test_reordered_weights_change_neither_a_forward_nor_a_decode_step(name, smal
                 model.reorder_weights()
                 if model.reordered_head is None:
                     pytest.skip("this torch has no oneDNN")
-            cache = KVCache.of(model, 2, 8)
+            cache = KVCache(model, 2, 8)
             hidden = model(ids, cu, cache)
             results.append((model.logits(hidden), model.logits(model.decode(token, position, cache, 8))))
     for plain, reordered in zip(*results, strict=True):
@@ -950,21 +947,13 @@ def test_a_block_is_one_graph_where_attention_is_an_operator(fresh_dynamo, atten
         assert_like_eager(model, eager, WARM_UP + LENGTHS + MANY_ROWS)
 
 
-def cached_attention_unasked(q, k_SKTD, v_SKTD, slot_B, length_B, max_len):
-    """As on a GPU, where no value is asked for."""
-    bias_BT = hide_behind(length_B, max_len)
-    out = nanor1.model.decode_attention(q, k_SKTD[slot_B, :, :max_len], v_SKTD[slot_B, :, :max_len], bias_BT)
-    return out.masked_fill(length_B[:, None, None] == 0, 0.0)
-
-
-def test_the_programs_of_two_models_all_stay_compiled(fresh_dynamo, monkeypatch):
+def test_the_programs_of_two_models_all_stay_compiled(fresh_dynamo):
     """A policy and a teacher share the code of a block, of which torch makes 8 programs by itself: here 2."""
-    monkeypatch.setattr(nanor1.model, "cached_attention", cached_attention_unasked)
     with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
         for config in (TINY, dataclasses.replace(TINY, qkv_bias=True)):
             model = random_model(dataclasses.replace(config, num_hidden_layers=1))
             model.compile_blocks(backend="eager")
-            cache = KVCache.of(model, 4, 16)
+            cache = KVCache(model, 4, 16)
             for slots in ([2, 0], [1]):
                 slot_B = torch.tensor(slots)
                 model.decode(slot_B + 5, torch.full_like(slot_B, 3), cache, 16, slot_B, slot_B < 4)
@@ -972,14 +961,13 @@ def test_the_programs_of_two_models_all_stay_compiled(fresh_dynamo, monkeypatch)
     assert not fresh_dynamo["unimplemented"]
 
 
-def test_blocks_compiled_for_one_row_are_one_program_for_all_caches_and_see_new_weights(fresh_dynamo, monkeypatch):
-    monkeypatch.setattr(nanor1.model, "cached_attention", cached_attention_unasked)
+def test_blocks_compiled_for_one_row_are_one_program_for_all_caches_and_see_new_weights(fresh_dynamo):
     model, graphs = random_model(dataclasses.replace(TINY, qkv_bias=True)), []
     run_block = torch.compile(
         nanor1.model.Block.forward, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph)[1]
     )
     for n_slots, room in ((3, 16), (5, 24)):  # as when a conversation grows
-        caches = [KVCache.of(model, n_slots, room) for _ in range(2)]
+        caches = [KVCache(model, n_slots, room) for _ in range(2)]
         for position in range(2):
             token_B, position_B = torch.tensor([7 + position]), torch.tensor([position])
             with torch.inference_mode():

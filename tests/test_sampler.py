@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nanor1.attention
 import nanor1.model
 import nanor1.slots
 from nanor1 import batching, draw
