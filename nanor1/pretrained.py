@@ -29,10 +29,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 REWARD_MODELS = {
-    "gpt2": "GPT2ForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
+    family: re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", name) for family, name in FAMILIES.items()
 }
 SCORE = "score.weight"  # a reward model's one row of output weights, in place of the output matrix
 SUPPORTED = "nanor1 loads dense gpt2, llama, qwen2 and qwen3 models with full attention and unquantized weights"
@@ -305,12 +302,8 @@ def read_parameters(
     places = tensor_places(folder, "transformer." if config.model_type == "gpt2" else "model.")
     check_names(folder, config, {item.name for item in stored.values()}, places.keys())
     embedding = places[stored["model.embed_tokens.weight"].name]
-    head = places.get("lm_head.weight", embedding)
-    if (
-        config.tie_word_embeddings
-        and head != embedding
-        and not torch.equal(read_tensor(*embedding), read_tensor(*head))
-    ):
+    head = places.get("lm_head.weight", embedding) if config.tie_word_embeddings else embedding
+    if head != embedding and not torch.equal(read_tensor(*embedding), read_tensor(*head)):
         raise ValueError(
             f"{head[0]}: {head[1]} differs from {embedding[1]}, but config.json ties the two; set "
             f"tie_word_embeddings to false there to use both"
