@@ -13,6 +13,7 @@ Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/val
 """
 
 import math
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import repeat
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanor1 import onednn
 from nanor1.attention import attention, cached_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
@@ -39,6 +39,32 @@ ACTIVATIONS = {
 
 
 NARROW = 256  # width under which the products of a model gain nothing from reordered weights
+REORDERED_ROWS = 64  # of the products that their layout is chosen for; those of 1 to 512 rows are as fast with it
+
+
+def reorder(weight_MC: Tensor) -> Tensor | None:
+    """A copy of a matrix, fp32 or bf16 on an x86 CPU, laid out as oneDNN reads it; None where that cannot be.
+
+    For few rows F.linear takes as long to put the matrix in order as to multiply. torch keeps the operation that does
+    it once, and the one that multiplies by it, for what torch.compile freezes (oneDNN's guide, "Memory Format
+    Propagation").
+    """
+    is_x86 = weight_MC.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    is_bf16 = weight_MC.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight_MC.dtype != torch.float32 and not is_bf16:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight_MC.detach(), REORDERED_ROWS)
+
+
+def reordered_linear(
+    x_NC: Tensor, reordered: Tensor, bias_M: Tensor | None = None, other_NM: Tensor | None = None, then: str = "none"
+) -> Tensor:
+    """x W^T + b, W from `reorder`; then "swish", or "add" or "mul" of the other. Rounded once, and without gradient."""
+    if other_NM is None:
+        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, then, [], "")
+    return torch.ops.mkldnn._linear_pointwise(x_NC, other_NM, reordered, bias_M, then)
 
 
 class Linear(nn.Linear):
@@ -47,7 +73,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x W^T + b, and the residual where one is given."""
         if self.reordered is not None and torch.is_inference_mode_enabled():
-            return onednn.linear(x, self.reordered, self.bias, residual)
+            return reordered_linear(x, self.reordered, self.bias, residual, "none" if residual is None else "add")
         if self.bias is not None and torch.compiler.is_compiling() and len(x) == 1:
             out = F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
         else:
@@ -128,7 +154,7 @@ class Attention(nn.Module):
         if self.reordered is None or not torch.is_inference_mode_enabled():
             projected = [proj(x) for proj in projections]
         else:
-            projected = onednn.linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
+            projected = reordered_linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -152,8 +178,8 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)), residual)
         if self.up_proj.reordered is not None and torch.is_inference_mode_enabled() and self.act is F.silu:
-            gate = onednn.linear(x, self.gate_proj.reordered, self.gate_proj.bias, act="swish")
-            product = onednn.linear(x, self.up_proj.reordered, self.up_proj.bias, factor_NM=gate)
+            gate = reordered_linear(x, self.gate_proj.reordered, self.gate_proj.bias, then="swish")
+            product = reordered_linear(x, self.up_proj.reordered, self.up_proj.bias, gate, "mul")
         elif _keeps_little(x):  # the two factors alone
             parts = self.gate_proj(x), self.up_proj(x)
             product = checkpoint(self.gated, *parts, use_reentrant=False, preserve_rng_state=False)
@@ -322,12 +348,12 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
             biases = [proj.bias for proj in projections if proj.bias is not None]
-            matrix = onednn.reorder(torch.cat([proj.weight for proj in projections]))
+            matrix = reorder(torch.cat([proj.weight for proj in projections]))
             block.self_attn.reordered = matrix if matrix is None else (matrix, torch.cat(biases) if biases else None)
             for part in (block.self_attn.o_proj, *block.mlp.children()):
                 if isinstance(part, Linear):
-                    part.reordered = onednn.reorder(part.weight)
-        self.reordered_head, self.reordered_versions = onednn.reorder(head_VC), versions
+                    part.reordered = reorder(part.weight)
+        self.reordered_head, self.reordered_versions = reorder(head_VC), versions
 
     def __getstate__(self) -> dict:
         self.drop_reordered()  # which can neither be copied nor pickled
@@ -368,7 +394,7 @@ class Transformer(nn.Module):
             return torch.mm(hidden, self.head_weight_VC.t(), out_dtype=torch.float32)
         if self.reordered_head is None or not torch.is_inference_mode_enabled():
             return F.linear(hidden, self.head_weight_VC)
-        return onednn.linear(hidden, self.reordered_head)
+        return reordered_linear(hidden, self.reordered_head)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ looks at which requests have finished; the answer to a look is read while the ne
 memory: the slots, and a list of which of them to advance. On a CPU a step looks at its rows at once, and the last
 active rows are moved into the places of finished ones, so that the active rows are always the first: attention then
 reads a plain slice of the cache, and a finished row costs nothing. Matrices are multiplied by in a copy that is laid
-out for few rows (onednn.py).
+out for few rows (model.py).
 
 The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
 and the position alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GROUPS = [
     {"config", "runlog", "tokenizer", "numeric", "latex", "answers", "grading", "wire", "jail", "confine", "sandbox"}
     | {"machine", "openmp"},
-    {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
+    {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {"prefill", "slots", "batching", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel"}
     | {"checkpoint"},

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import nanor1.model
-from nanor1 import onednn
-from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, rope_frequencies
+from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, reorder, reordered_linear, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.packing import Layout, tile_table
 from nanor1.parallel import replica
@@ -662,11 +661,11 @@ def test_small_matrices_are_not_reordered():
 def test_a_product_with_a_reordered_matrix_is_torchs(n_rows, has_bias, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, 50), (70, 50), (70,)))
-    copy = onednn.reorder(weight)
+    copy = reorder(weight)
     if copy is None:
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
     wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if has_bias else None)
-    out = onednn.linear(x, copy, bias if has_bias else None)
+    out = reordered_linear(x, copy, bias if has_bias else None)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
 
@@ -674,19 +673,19 @@ def test_a_product_with_a_reordered_matrix_is_torchs(n_rows, has_bias, dtype):
 def test_residual_factor_and_activation_are_part_of_a_product_with_a_reordered_matrix():
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, other = (torch.randn(*shape, generator=generator) for shape in ((6, 50), (70, 50), (70,), (6, 70)))
-    copy, product = onednn.reorder(weight), x @ weight.T + bias
+    copy, product = reorder(weight), x @ weight.T + bias
     if copy is None:
         pytest.skip("this torch has no oneDNN")
     close = lambda mine, wanted: torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)  # noqa: E731
-    close(onednn.linear(x, copy, bias, residual_NM=other), product + other)
-    close(onednn.linear(x, copy, bias, factor_NM=other), product * other)
-    close(onednn.linear(x, copy, bias, act="swish"), F.silu(product))
+    close(reordered_linear(x, copy, bias, other, "add"), product + other)
+    close(reordered_linear(x, copy, bias, other, "mul"), product * other)
+    close(reordered_linear(x, copy, bias, then="swish"), F.silu(product))
 
 
 def test_what_onednn_does_not_multiply_is_not_reordered():
-    assert onednn.reorder(torch.ones(4, 4, dtype=torch.float64)) is None
-    assert onednn.reorder(torch.ones(4, 4, dtype=torch.float16)) is None
-    assert onednn.reorder(torch.ones(4, 4, device="meta")) is None
+    assert reorder(torch.ones(4, 4, dtype=torch.float64)) is None
+    assert reorder(torch.ones(4, 4, dtype=torch.float16)) is None
+    assert reorder(torch.ones(4, 4, device="meta")) is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
