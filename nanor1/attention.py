@@ -76,12 +76,12 @@ def cached_attention(
     bias_BT = hide_behind(length_B, max_len) if bias_BT is None else bias_BT
     rows = slice(len(q_BHD)) if slot_B is None else slot_B
     k, v, bias = k_SKTD[rows, :, :max_len], v_SKTD[rows, :, :max_len], bias_BT[:, None, None, :]
-    B, K = k.shape[:2]
-    q = q_BHD.unflatten(1, (K, -1))  # the query heads that share a key/value head are rows of one product with it
+    B, K, _, D = k.shape
+    q = q_BHD.view(B, K, -1, D)  # the query heads that share a key/value head are rows of one product with it
     if q.device.type != "cpu" or (q.dtype.itemsize < 4 and B <= FEW_ROWS):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     else:  # here, too, plain products are quicker
-        q = q * q.shape[-1] ** -0.5
+        q = q * D**-0.5
         if q.dtype.itemsize >= 4:
             scores = torch.matmul(q, k.mT).add_(bias)
         else:  # the larger side first: 2 to 3 times as fast in bf16
