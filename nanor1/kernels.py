@@ -348,7 +348,7 @@ def flash_attention(
     theirs (nanor1.packing.tile_table), for several calls to share; None: made here. Raises ValueError for what the
     kernels do not take.
     """
-    _check(q_NHD, k_MKD, v_MKD, n_heads=(q_NHD.shape[1], k_MKD.shape[1]))
+    _check(q_NHD, k_MKD, v_MKD)
     if len(cu_seqlens_q_B1) != len(cu_seqlens_k_B1):
         raise ValueError(f"{len(cu_seqlens_q_B1) - 1} sequences of queries, {len(cu_seqlens_k_B1) - 1} of keys")
     if table is None:
@@ -365,7 +365,7 @@ def flash_decode(
     strides multiples of 8; cells beyond a length may hold anything. `n_splits` programs share the keys of a row (None:
     chosen from the shapes alone). Not differentiable. Raises ValueError for what the kernels do not take.
     """
-    _check(q_BHD, k_SKTD, v_SKTD, n_heads=(q_BHD.shape[1], k_SKTD.shape[1]))
+    _check(q_BHD, k_SKTD, v_SKTD)
     if k_SKTD.stride(-1) != 1 or v_SKTD.stride(-1) != 1:
         raise ValueError("the head width of the cache must be its dense dimension: stride(-1) is not 1")
     if n_splits is None:
@@ -373,14 +373,13 @@ def flash_decode(
     return _decode(q_BHD, k_SKTD, v_SKTD, slot_B, length_B, n_splits)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: tuple[int, int]) -> None:
-    reason = unsupported(q)
-    if reason is not None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if reason := unsupported(q):
         raise ValueError(reason)
     if k.shape != v.shape or k.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q {q.dtype} {q.shape}, k {k.dtype} {k.shape} and v {v.dtype} {v.shape} do not fit together")
-    if n_heads[0] % n_heads[1]:
-        raise ValueError(f"{n_heads[0]} query heads cannot share {n_heads[1]} key/value heads evenly")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
 
 
 @torch.library.custom_op("nanor1::flash_attention", mutates_args=())
@@ -389,7 +388,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> 
     out, lse = _forward_outputs(q, k, v, queries, keys)
     if q.numel() == 0:
         return out, lse
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = map(_aligned, (q, k, v))
     tiles, constants = _plan(q, k, "forward")
     with torch.cuda.device_of(q):
         _forward_kernel[q.shape[1], _n_blocks(queries, tiles.block_m)](
@@ -410,7 +409,7 @@ def _backward(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, dk, dv = _backward_outputs(dout, q, k, v, out, lse, queries, keys)
-    dout, q, k, v = (_aligned(x) for x in (dout, q, k, v))
+    dout, q, k, v = map(_aligned, (dout, q, k, v))
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         tiles, constants = _plan(q, k, "dq")
@@ -524,11 +523,8 @@ def _describe(rows: int, *tensors_NHD: Tensor) -> list[TensorDescriptor | Stride
     """
     if _chip(tensors_NHD[0].device) != "hopper":
         return [Strided(x, x.stride(0) // 8, x.stride(1) // 8) for x in tensors_NHD]
-    descriptors = []
-    for x in tensors_NHD:
-        N, H, D = x.shape
-        descriptors.append(TensorDescriptor(x, [H, N, D], [x.stride(1), x.stride(0), 1], [1, rows, _padded(D)]))
-    return descriptors
+    swapped = ((x, [x.shape[1], len(x), x.shape[2]], [x.stride(1), x.stride(0), 1]) for x in tensors_NHD)
+    return [TensorDescriptor(x, shape, strides, [1, rows, _padded(shape[2])]) for x, shape, strides in swapped]
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/val
 """
 
 import math
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import repeat
@@ -23,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanor1 import onednn
-from nanor1.attention import NARROW, attention, cached_attention, decode_attention, hide_behind
+from nanor1.attention import attention, cached_attention, hide_behind
 from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
 from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
@@ -38,13 +38,42 @@ ACTIVATIONS = {
 }
 
 
+NARROW = 256  # width under which the products of a model gain nothing from reordered weights
+REORDERED_ROWS = 64  # of the products that their layout is chosen for; those of 1 to 512 rows are as fast with it
+
+
+def reorder(weight_MC: Tensor) -> Tensor | None:
+    """A copy of a matrix, fp32 or bf16 on an x86 CPU, laid out as oneDNN reads it; None where that cannot be.
+
+    For few rows F.linear takes as long to put the matrix in order as to multiply. torch keeps the operation that does
+    it once, and the one that multiplies by it, for what torch.compile freezes (oneDNN's guide, "Memory Format
+    Propagation").
+    """
+    is_x86 = weight_MC.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    is_bf16 = weight_MC.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight_MC.dtype != torch.float32 and not is_bf16:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight_MC.detach(), REORDERED_ROWS)
+
+
+def reordered_linear(
+    x_NC: Tensor, reordered: Tensor, bias_M: Tensor | None = None, other_NM: Tensor | None = None, then: str = "none"
+) -> Tensor:
+    """x W^T + b, W from `reorder`; then "swish", or "add" or "mul" of the other. Rounded once, and without gradient."""
+    if other_NM is None:
+        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, then, [], "")
+    return torch.ops.mkldnn._linear_pointwise(x_NC, other_NM, reordered, bias_M, then)
+
+
 class Linear(nn.Linear):
     reordered: Tensor | None = None  # the same matrix for sampling on a CPU: see Transformer.reorder_weights
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x W^T + b, and the residual where one is given."""
         if self.reordered is not None and torch.is_inference_mode_enabled():
-            return onednn.linear(x, self.reordered, self.bias, residual)
+            return reordered_linear(x, self.reordered, self.bias, residual, "none" if residual is None else "add")
         if self.bias is not None and torch.compiler.is_compiling() and len(x) == 1:
             out = F.linear(x, self.weight) + self.bias  # inductor makes one kernel of this; where they are one, BLAS
         else:
@@ -125,7 +154,7 @@ class Attention(nn.Module):
         if self.reordered is None or not torch.is_inference_mode_enabled():
             projected = [proj(x) for proj in projections]
         else:
-            projected = onednn.linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
+            projected = reordered_linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -149,8 +178,8 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)), residual)
         if self.up_proj.reordered is not None and torch.is_inference_mode_enabled() and self.act is F.silu:
-            gate = onednn.linear(x, self.gate_proj.reordered, self.gate_proj.bias, act="swish")
-            product = onednn.linear(x, self.up_proj.reordered, self.up_proj.bias, factor_NM=gate)
+            gate = reordered_linear(x, self.gate_proj.reordered, self.gate_proj.bias, then="swish")
+            product = reordered_linear(x, self.up_proj.reordered, self.up_proj.bias, gate, "mul")
         elif _keeps_little(x):  # the two factors alone
             parts = self.gate_proj(x), self.up_proj(x)
             product = checkpoint(self.gated, *parts, use_reentrant=False, preserve_rng_state=False)
@@ -207,21 +236,11 @@ def _attend_packed(
     return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len, table=table)
 
 
-def _attend_rows(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, position_B: Tensor, bias_BT: Tensor) -> Tensor:
-    """Attention of one token a row to the first rows of the cache, to which its own key and value are added first."""
-    B, T = bias_BT.shape
-    k_BKTD, v_BKTD = k_SKTD[:B, :, :T], v_SKTD[:B, :, :T]
-    row_B = torch.arange(B, device=q.device)
-    k_BKTD[row_B, :, position_B] = k
-    v_BKTD[row_B, :, position_B] = v
-    return decode_attention(q, k_BKTD, v_BKTD, bias_BT)
-
-
-def _attend_slots(q, k, v, k_SKTD, v_SKTD, slot_B: Tensor, position_B, length_B, max_len: int) -> Tensor:
-    """The same with slots of the cache anywhere."""
-    k_SKTD[slot_B, :, position_B] = k
-    v_SKTD[slot_B, :, position_B] = v
-    return cached_attention(q, k_SKTD, v_SKTD, slot_B, length_B, max_len)
+def _attend_cached(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, row_B: Tensor, position_B: Tensor, *where) -> Tensor:
+    """Attention of one token a row to the cache, to which its own key and value are added first."""
+    k_SKTD[row_B, :, position_B] = k
+    v_SKTD[row_B, :, position_B] = v
+    return cached_attention(q, k_SKTD, v_SKTD, *where)
 
 
 def make_embedding(n: int, width: int) -> nn.Embedding:
@@ -329,12 +348,12 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
             biases = [proj.bias for proj in projections if proj.bias is not None]
-            matrix = onednn.reorder(torch.cat([proj.weight for proj in projections]))
+            matrix = reorder(torch.cat([proj.weight for proj in projections]))
             block.self_attn.reordered = matrix if matrix is None else (matrix, torch.cat(biases) if biases else None)
             for part in (block.self_attn.o_proj, *block.mlp.children()):
                 if isinstance(part, Linear):
-                    part.reordered = onednn.reorder(part.weight)
-        self.reordered_head, self.reordered_versions = onednn.reorder(head_VC), versions
+                    part.reordered = reorder(part.weight)
+        self.reordered_head, self.reordered_versions = reorder(head_VC), versions
 
     def __getstate__(self) -> dict:
         self.drop_reordered()  # which can neither be copied nor pickled
@@ -375,7 +394,7 @@ class Transformer(nn.Module):
             return torch.mm(hidden, self.head_weight_VC.t(), out_dtype=torch.float32)
         if self.reordered_head is None or not torch.is_inference_mode_enabled():
             return F.linear(hidden, self.head_weight_VC)
-        return onednn.linear(hidden, self.reordered_head)
+        return reordered_linear(hidden, self.reordered_head)
 
     def forward(
         self,
@@ -414,13 +433,15 @@ class Transformer(nn.Module):
         slots, rows that are not running attend to nothing; their hidden states mean nothing. `run_block` stands in for
         calling a block, which is its first argument.
         """
+        length_B, row_B, bias_BT = position_B + 1, slot_B, None
         if slot_B is None:
-            attend, place = _attend_rows, (position_B, hide_behind(position_B + 1, max_len))
-        else:
-            length_B = position_B + 1 if is_running_B is None else torch.where(is_running_B, position_B + 1, 0)
-            attend, place = _attend_slots, (slot_B, position_B, length_B, max_len)
-        contexts = ((k_SKTD, v_SKTD, *place) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
-        return self._run(ids_B, position_B, attend, contexts, run_block)
+            row_B, bias_BT = torch.arange(len(ids_B), device=ids_B.device), hide_behind(length_B, max_len)
+        elif is_running_B is not None:
+            length_B = torch.where(is_running_B, length_B, 0)
+        where = (row_B, position_B, slot_B, length_B, max_len, bias_BT)
+        contexts = ((k_SKTD, v_SKTD, *where) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
+        run_block = run_block or (Block.forward if slot_B is None else Block.__call__)
+        return self._run(ids_B, position_B, _attend_cached, contexts, run_block)
 
     def _run(
         self,
@@ -438,7 +459,7 @@ class Transformer(nn.Module):
         else:
             rope = self.rope_angles(position_N)
         if run_block is None:  # a prefill is never compiled: it would need programs of its own
-            run_block = Block.__call__ if torch.is_grad_enabled() or attend is _attend_slots else Block.forward
+            run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
         if torch.is_grad_enabled() and self.checkpoints_activations:
             run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
@@ -471,18 +492,16 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of `n_rows` sequences of up to `max_len` tokens: for each layer k and v of [rows, K, T, D]."""
+    """Keys and values of `n_rows` sequences of up to `max_len` tokens: for each layer k and v of [rows, K, T, D].
 
-    def __init__(self, config: ModelConfig, n_rows: int, max_len: int, dtype: torch.dtype, device: torch.device):
+    They have the dtype of the model's weights, and are where these are.
+    """
+
+    def __init__(self, model: Transformer, n_rows: int, max_len: int):
+        config, weight = model.config, model.head_weight_VC
         shape = (n_rows, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-
-    @classmethod
-    def of(cls, model: Transformer, n_rows: int, max_len: int) -> "KVCache":
-        """A cache of a model: of its weights' dtype, where they are."""
-        weight = model.head_weight_VC
-        return cls(model.config, n_rows, max_len, weight.dtype, weight.device)
+        self.k = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
 
     @property
     def max_len(self) -> int:

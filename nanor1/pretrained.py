@@ -1,8 +1,8 @@
 """A model folder as Hugging Face writes it: config.json and safetensors, to a ModelConfig and tensors, and back.
 
 Reads what transformers 4 writes (`rope_theta`, `rope_scaling`, `torch_dtype`) and what 5 does (`rope_parameters`,
-`dtype`); writes the former, which both read. Weights are read one at a time into their dtype and place, so that the
-peak of memory is the model's own size.
+`dtype`); writes back the config.json that was read. Weights are read one at a time into their dtype and place, so that
+the peak of memory is the model's own size.
 
 Left out: the hub (a folder is local), pickled weights, quantized weights, every family but those of FAMILIES.
 
@@ -29,10 +29,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 REWARD_MODELS = {
-    "gpt2": "GPT2ForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
+    family: re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", name) for family, name in FAMILIES.items()
 }
 SCORE = "score.weight"  # a reward model's one row of output weights, in place of the output matrix
 SUPPORTED = "nanor1 loads dense gpt2, llama, qwen2 and qwen3 models with full attention and unquantized weights"
@@ -247,47 +244,14 @@ def rope_settings(hf: Mapping) -> tuple[float, RopeScaling | None]:
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """The keys of config.json that say the same as `config`; ValueError where no key of that family can."""
-    hf = gpt2_keys(config) if config.model_type == "gpt2" else rotary_keys(config)
-    readable = config_from_hf(hf)
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(readable, field.name)
-        if ours != theirs:
-            raise ValueError(
-                f"{field.name} {ours!r} cannot be written as a {config.model_type} config.json, where it is {theirs!r}"
-            )
-    return hf
-
-
-def gpt2_keys(config: ModelConfig) -> dict:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_inner": config.intermediate_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_positions": config.max_position_embeddings,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": config.hidden_act,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-
-
-def rotary_keys(config: ModelConfig) -> dict:
+    """The config.json of a model that was made here: one with rotary positions, not slowed."""
     same = (
         "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
         "num_key_value_heads max_position_embeddings hidden_act rope_theta tie_word_embeddings"
     ).split()
     hf = {name: getattr(config, name) for name in same}
-    hf |= {"rms_norm_eps": config.norm_eps, "rope_scaling": None}
-    if config.model_type != "qwen2":
-        hf["attention_bias"] = config.qkv_bias
-    if config.model_type == "llama":
-        hf["mlp_bias"] = config.mlp_bias
-    if config.rope_scaling is not None:
-        keys = dataclasses.asdict(config.rope_scaling)
-        hf["rope_scaling"] = keys if keys["rope_type"] == "llama3" else {k: keys[k] for k in ("rope_type", "factor")}
+    hf |= {"rms_norm_eps": config.norm_eps, "attention_bias": config.output_bias, "mlp_bias": config.mlp_bias}
+    assert config_from_hf(hf) == config, f"no config.json says {config}"
     return hf
 
 
@@ -338,8 +302,12 @@ def read_parameters(
     places = tensor_places(folder, "transformer." if config.model_type == "gpt2" else "model.")
     check_names(folder, config, {item.name for item in stored.values()}, places.keys())
     embedding = places[stored["model.embed_tokens.weight"].name]
-    if config.tie_word_embeddings and "lm_head.weight" in places:
-        check_tied(embedding, places["lm_head.weight"])
+    head = places.get("lm_head.weight", embedding) if config.tie_word_embeddings else embedding
+    if head != embedding and not torch.equal(read_tensor(*embedding), read_tensor(*head)):
+        raise ValueError(
+            f"{head[0]}: {head[1]} differs from {embedding[1]}, but config.json ties the two; set "
+            f"tie_word_embeddings to false there to use both"
+        )
     dtype = dtype or read_tensor(*embedding).dtype
     for parameter, item in stored.items():
         path, key = places[item.name]
@@ -406,26 +374,18 @@ def check_names(folder: str | Path, config: ModelConfig, wanted: Iterable[str], 
         )
 
 
-def check_tied(embedding: tuple[Path, str], head: tuple[Path, str]) -> None:
-    if not torch.equal(read_tensor(*embedding), read_tensor(*head)):
-        raise ValueError(
-            f"{head[0]}: {head[1]} differs from {embedding[1]}, but config.json ties the two; set "
-            f"tie_word_embeddings to false there to use both"
-        )
-
-
 def write_folder(folder: str | Path, config: ModelConfig, hf: Mapping, parameters: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors, for this loader and for transformers.
 
-    `hf` is the config.json the model came from: what ModelConfig does not know (special token ids...) is kept.
+    `hf` is the config.json the model came from, and is written back; empty for a model that was made here.
     """
     tensors = to_file_layout(config, parameters)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    keys = {key: value for key, value in hf.items() if key not in ("rope_parameters", "dtype")}
-    keys |= config_to_hf(config) | {"architectures": [FAMILIES[config.model_type]], "torch_dtype": dtype}
+    keys = {key: value for key, value in (hf or config_to_hf(config)).items() if key != "dtype"}
+    keys["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    keys["architectures"] = [FAMILIES[config.model_type]]
     if SCORE in tensors:  # without these labels transformers would make a classifier of two
-        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        keys |= {"architectures": [REWARD_MODELS[config.model_type]]} | labels
+        keys |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "tie_word_embeddings": True}
+        keys["architectures"] = [REWARD_MODELS[config.model_type]]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ looks at which requests have finished; the answer to a look is read while the ne
 memory: the slots, and a list of which of them to advance. On a CPU a step looks at its rows at once, and the last
 active rows are moved into the places of finished ones, so that the active rows are always the first: attention then
 reads a plain slice of the cache, and a finished row costs nothing. Matrices are multiplied by in a copy that is laid
-out for few rows (onednn.py).
+out for few rows (model.py).
 
 The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
 and the position alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still
@@ -456,7 +456,7 @@ class _Batch:
         cache = None
         if self.keep:
             length = int(slots.position[slot_F].max())
-            cache = KVCache.of(self.model, len(finished), length)
+            cache = KVCache(self.model, len(finished), length)
             cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
         columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
         if self.sampling.confidence_k:
@@ -539,7 +539,7 @@ def _take_over(
     model: Transformer, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None]
 ) -> tuple[KVCache, list[int]]:
     """A cache with a row a prompt, and how many of its first tokens stand there: those that are kept."""
-    cache = KVCache.of(model, len(prompts), max(map(len, prompts)))
+    cache = KVCache(model, len(prompts), max(map(len, prompts)))
     index = partial(index_tensor, device=cache.k[0].device)
     past = [kept.n_shared(prompt) if kept else 0 for prompt, kept in zip(prompts, behind, strict=True)]
     for source in {id(kept.cache): kept.cache for kept in behind if kept}.values():

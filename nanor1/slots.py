@@ -64,7 +64,7 @@ class Slots:
     def __init__(self, model: Transformer, n_slots: int, room: int, n_new: int, is_fixed: bool = True):
         weight = model.head_weight_VC
         self.n_slots, self.room, self.n_new_tokens = n_slots, room, n_new
-        self.cache = KVCache.of(model, n_slots + 1, room if is_fixed else 0)
+        self.cache = KVCache(model, n_slots + 1, room if is_fixed else 0)
         self.index = torch.arange(n_slots + 1, device=weight.device)
         self.token = torch.zeros_like(self.index)  # the last one, which is not in the cache yet
         self.position = torch.zeros_like(self.index)  # where in the cache it will go

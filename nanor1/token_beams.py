@@ -96,7 +96,7 @@ def token_beam_search(
     beams = [_TokenBeam(len(ids), limits[i], width, length_penalty, rows=[i]) for i, ids in enumerate(prompts)]
     model.reorder_weights()
     read, hidden_RC = prefill(model, prompts, [read_beginning(model, prompts)] * len(prompts))
-    cache = KVCache.of(model, len(prompts) * width, max(beam.n_prompt + beam.limit for beam in beams))
+    cache = KVCache(model, len(prompts) * width, max(beam.n_prompt + beam.limit for beam in beams))
     row_R = index_tensor(range(len(prompts)), hidden_RC.device)
     cache.copy_rows(read, row_R, row_R, read.max_len)
     going = beams

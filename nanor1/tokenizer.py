@@ -41,7 +41,6 @@ _REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 _GENERATION = "generation_config.json"
 _OPTIONAL_FILES = ("special_tokens_map.json", _GENERATION, "chat_template.jinja")
 
-_END_OF_TEXT = "<|endoftext|>"
 _PROBE = "7305"  # an answer that no template rewrites or writes by itself
 
 # How GPT-2 cuts text: contractions, letters, digits, the rest (each with one space before), whitespace.
@@ -69,7 +68,12 @@ class Tokenizer:
         parsed = {name: _parse_json(text, name) for name, text in files.items() if name.endswith(".json")}
         tokenizer, config = (parsed[name] for name in _REQUIRED_FILES)
         added = tokenizer.get("added_tokens") or []
-        self._model = _vocabulary(tokenizer, {token["content"] for token in added})
+        model = tokenizer.get("model") or {}
+        kind = model.get("type") or ("BPE" if "merges" in model else None)  # GPT-2's first file names no type
+        if kind not in ("BPE", "WordLevel"):
+            raise ValueError(f"tokenizer.json holds a {kind} model; supported are byte-level BPE and WordLevel")
+        read = _ByteLevelModel if kind == "BPE" else _WordLevelModel
+        self._model = read(tokenizer, {token["content"] for token in added})
         self._token_bytes = self._model.token_bytes | {token["id"]: token["content"].encode() for token in added}
         self._id_of_bytes = {token: i for i, token in self._token_bytes.items()}
         self._every_added = _AddedTokens(added)
@@ -79,18 +83,25 @@ class Tokenizer:
 
         self._special_texts = _special_texts(parsed.get("special_tokens_map.json", {}) | config)
         self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos_token", "eos_token", "pad_token"))
-        configs = {_GENERATION: parsed.get(_GENERATION, {}), "config.json": model_config}
-        stop_ids = {i for name, config_ in configs.items() for i in _eos_ids(config_, name)}
+        configs = ((parsed.get(_GENERATION, {}), _GENERATION), (model_config, "config.json"))
+        stop_ids = {i for found in configs for i in _eos_ids(*found)}
         self.declared_stop_ids = tuple(sorted(stop_ids | ({self.eos_id} - {None})))
-        self.adds_bos = bool(config.get("add_bos_token")) or _template_starts_special(tokenizer.get("post_processor"))
+        # Llama 3's file would have its beginning-of-text before plain text.
+        starts = _steps(tokenizer.get("post_processor"), "processors")
+        starts = [step["single"][0] for step in starts if step["type"] == "TemplateProcessing"]
+        self.adds_bos = bool(config.get("add_bos_token")) or any("SpecialToken" in start for start in starts)
         self.n_rows = model_config.get("vocab_size")
         if self.n_rows is not None and type(self.n_rows) is not int:
             raise ValueError(f"config.json has vocab_size {self.n_rows!r:.60}; expected a whole number")
         self._without_row = frozenset(i for i in self._token_bytes if self.n_rows and i >= self.n_rows)
         if self.adds_bos and self.bos_id is not None:
             self.check_rows([self.bos_id])  # it stands in every text
-        template_file = files.get("chat_template.jinja")
-        self.chat_template = template_file.decode() if template_file else _default_template(config)
+        self.chat_template = config.get("chat_template")  # a template, or several with names
+        if isinstance(self.chat_template, list):
+            named = {one.get("name"): one.get("template") for one in reversed(self.chat_template)}
+            self.chat_template = named.get("default")
+        if files.get("chat_template.jinja"):
+            self.chat_template = files["chat_template.jinja"].decode()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -114,34 +125,25 @@ class Tokenizer:
             raise ValueError(f"cannot load the tokenizer of {folder}: {error}") from error
 
     @classmethod
-    def from_words(
-        cls,
-        words: Iterable[str],
-        *,
-        specials: Sequence[str] = (),
-        eos: str = _END_OF_TEXT,
-        pad: str | None = None,
-        chat_template: str | None = None,
-    ) -> "Tokenizer":
-        """A vocabulary of whitespace-separated words: ids follow the order of `words`, then eos, pad and `specials`.
+    def from_words(cls, words: Iterable[str], **options: object) -> "Tokenizer":
+        """A vocabulary of whitespace-separated words: ids follow the order of `words`, then those of `options`.
 
-        Raises ValueError for a repeated word or one with whitespace in it; `encode` does for an unknown word.
+        Options are `eos`, `pad`, other `specials` and a `chat_template`. Raises ValueError for a repeated word or one
+        with whitespace in it; `encode` does for an unknown word.
         """
         words = list(words)
         if bad := [word for word in words if word.split() != [word]]:
             raise ValueError(f"{bad[0]!r} cannot be one word of a vocabulary: words are split on whitespace")
         model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
-        parts = {"pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None, "model": model}
-        return cls(_new_files(parts, words, specials=specials, eos=eos, pad=pad, chat_template=chat_template))
+        return cls(_new_files(words, model, {"type": "WhitespaceSplit"}, None, **options))
 
     @classmethod
     def from_bytes(cls, **options: object) -> "Tokenizer":
         """The 256 bytes, each its own id, then the special tokens of `options`, which are those of `from_words`."""
-        characters = sorted(_byte_of_character().items(), key=lambda item: item[1])
-        model = {"type": "BPE", "vocab": dict(characters), "merges": []}
+        ids = dict(sorted(_byte_of_character().items(), key=lambda item: item[1]))
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        parts = {"pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
-        return cls(_new_files(parts, list(model["vocab"]), **options))
+        model = {"type": "BPE", "vocab": ids, "merges": []}
+        return cls(_new_files(list(ids), model, byte_level, byte_level, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files this tokenizer was loaded from, unchanged, into `folder`, which is made if need be."""
@@ -177,9 +179,9 @@ class Tokenizer:
         kept = (i for i in ids if not (skip_special and i in self.special_ids))
         return self._model.separator.join(map(self._bytes_of, kept)).decode(errors="replace")
 
-    def stream(self, skip_special: bool = False) -> "StreamDecoder":
+    def stream(self) -> "StreamDecoder":
         """An incremental decoder: push ids one at a time, print what comes back."""
-        return StreamDecoder(self, skip_special)
+        return StreamDecoder(self)
 
     def token_id(self, text: str) -> int | None:
         """Id of the one token that decodes to exactly `text`, or None."""
@@ -282,16 +284,13 @@ def _build(files: tuple[tuple[str, bytes], ...], config: bytes) -> Tokenizer:
 class StreamDecoder:
     """Text as its ids arrive: a character split over tokens is held back until it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._separator = b""
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often all of its own, sometimes none."""
-        if token_id in self._skipped:
-            return ""
         text = self._utf8.decode(self._separator + self._tokenizer._bytes_of(token_id))
         self._separator = self._tokenizer._model.separator
         return text
@@ -337,10 +336,19 @@ class _ByteLevelModel:
                 raise ValueError(
                     f"tokenizer.json sets {option}={model[option]!r}; only plain byte-level BPE is supported"
                 )
-        self._forms = _normal_forms(tokenizer.get("normalizer"))
-        self._splitters = _splitters(tokenizer.get("pre_tokenizer"))
+        steps = [step["type"] for step in _steps(tokenizer.get("normalizer"), "normalizers")]
+        if unsupported := [step for step in steps if step not in ("NFC", "NFD", "NFKC", "NFKD")]:
+            raise ValueError(
+                f"tokenizer.json has the normalizer {unsupported[0]}; only Unicode normal forms are supported"
+            )
+        self._forms = steps
+        self._splitters = _splitters(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
         ids = {text: i for text, i in model["vocab"].items() if text not in added_texts}
-        self.token_bytes = _bytes_of_tokens(ids)
+        alphabet = _byte_of_character()
+        try:
+            self.token_bytes = {i: bytes(alphabet[c] for c in token) for token, i in ids.items()}
+        except KeyError as error:
+            raise ValueError(f"tokenizer.json is not byte-level: a token holds the character {error}") from error
         ranks = {token: i for i, token in self.token_bytes.items()}
         # SmolLM2 has no token for 21 bytes. The reference drops them from a piece before it merges.
         self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
@@ -381,15 +389,6 @@ class _WordLevelModel:
         if unknown := [word for word in words if word not in self._ids]:
             raise ValueError(f"the word {unknown[0]!r} is not in this vocabulary of {len(self._ids)} words")
         return [self._ids[word] for word in words]
-
-
-def _vocabulary(tokenizer: dict, added_texts: set[str]) -> _ByteLevelModel | _WordLevelModel:
-    model = tokenizer.get("model") or {}
-    kind = model.get("type") or ("BPE" if "merges" in model else None)  # GPT-2's first file names no type
-    kinds = {"BPE": _ByteLevelModel, "WordLevel": _WordLevelModel}
-    if kind not in kinds:
-        raise ValueError(f"tokenizer.json holds a {kind} model; supported are {' and '.join(kinds)} (byte-level)")
-    return kinds[kind](tokenizer, added_texts)
 
 
 def _check_ids_are_ranks(ids: dict[str, int], merges: list, takes_whole: bool) -> None:
@@ -443,15 +442,13 @@ def _find_merges_that_happen(
     not in the order of ranks.
     """
     n_merges, base = len(left_R), len(made_at)
-    part_of_left, part_of_right = np.zeros(
-        (2, base), np.int64
-    )  # at the seam: the right part of left, the left of right
+    # at the seam: the right part of left, the left of right
+    part_of_left, part_of_right = np.zeros((2, base), np.int64)
     by_pair = np.argsort(left_R * base + right_R, kind="stable")
     sorted_pairs = (left_R * base + right_R)[by_pair]
     by_size = np.argsort(size_R, kind="stable")
-    for rank in np.split(
-        by_size, np.flatnonzero(np.diff(size_R[by_size])) + 1
-    ):  # parts are shorter than what they make
+    # parts are shorter than what they make
+    for rank in np.split(by_size, np.flatnonzero(np.diff(size_R[by_size])) + 1):
         rank = rank[np.maximum(made_at[left_R[rank]], made_at[right_R[rank]]) < rank]
         x, y, x_end = left_R[rank], right_R[rank], np.full(len(rank), n_merges)
         y_end = x_end  # until when x and y stand there
@@ -467,10 +464,8 @@ def _find_merges_that_happen(
             y, y_end = np.where(goes_x, (y, y_end), (part_of_right[y], y_start))
             at = np.searchsorted(sorted_pairs, x * base + y, side="right") - 1  # of equal pairs the last counts
             crossing = np.where(sorted_pairs[at] == x * base + y, by_pair[at], n_merges)
-            is_crossed = (
-                (crossing < x_end) & (crossing <= y_end) & (crossing < n_merges)
-            )  # the left of equal ones first
-            keep = ~happens & ~is_crossed
+            # of equal ones the left is first
+            keep = ~happens & ~((crossing < x_end) & (crossing <= y_end) & (crossing < n_merges))
             rank, x, y, x_end, y_end = rank[keep], x[keep], y[keep], x_end[keep], y_end[keep]
 
 
@@ -481,30 +476,17 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
-    alphabet = _byte_of_character()
-    try:
-        return {i: bytes(alphabet[c] for c in token) for token, i in vocab.items()}
-    except KeyError as error:
-        raise ValueError(f"tokenizer.json is not byte-level: a token holds the character {error}") from error
+def _steps(stage: dict | None, name: str) -> list[dict]:
+    """The steps of a part of tokenizer.json: none, itself, or those that it lists under a name."""
+    return stage.get(name, [stage]) if stage else []
 
 
-def _normal_forms(normalizer: dict | None) -> list[str]:
-    """Unicode normal forms to apply in order, for instance ["NFC"] (Qwen)."""
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if unsupported := [step["type"] for step in steps if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD")]:
-        raise ValueError(f"tokenizer.json has the normalizer {unsupported[0]}; only Unicode normal forms are supported")
-    return [step["type"] for step in steps]
-
-
-def _splitters(pre_tokenizer: dict | None) -> list[regex.Pattern]:
+def _splitters(stages: list[dict]) -> list[regex.Pattern]:
     """One pattern a pre-tokenization stage; each cuts the pieces of the stage before it."""
-    stages = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     if not stages or stages[-1].get("type") != "ByteLevel":
         raise ValueError("tokenizer.json is not byte-level: its pre-tokenizer does not end in ByteLevel")
-    patterns = [pattern for stage in stages if (pattern := _stage_pattern(stage)) is not None]
     # The one group makes split() return the matches too, beside the text between them.
-    return [regex.compile(f"({pattern})") for pattern in patterns]
+    return [regex.compile(f"({pattern})") for pattern in map(_stage_pattern, stages) if pattern is not None]
 
 
 def _stage_pattern(stage: dict) -> str | None:
@@ -543,20 +525,6 @@ def _eos_ids(config: dict, name: str) -> list[int]:
     return ids
 
 
-def _default_template(config: dict) -> str | None:
-    """tokenizer_config.json holds a template, or several with names."""
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-    return found
-
-
-def _template_starts_special(post_processor: dict | None) -> bool:
-    """Whether the reference would put a special token before plain text (Llama 3: beginning-of-text)."""
-    steps = post_processor.get("processors", [post_processor]) if post_processor else []
-    return any(step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0] for step in steps)
-
-
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks a template's assistant text for loss masks; here it only has to render its body."""
 
@@ -582,24 +550,25 @@ def _raise_exception(message: str) -> None:
 
 
 def _new_files(
-    parts: dict,
     taken: list[str],
-    *,
+    model: dict,
+    pre_tokenizer: dict,
+    decoder: dict | None,
     specials: Sequence[str] = (),
-    eos: str = _END_OF_TEXT,
+    eos: str = "<|endoftext|>",
     pad: str | None = None,
     chat_template: str | None = None,
 ) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a new vocabulary, its special tokens numbered after `taken`."""
-    special_texts = list(dict.fromkeys([eos, *([] if pad is None else [pad]), *specials]))
+    special_texts = list(dict.fromkeys([eos, *([pad] if pad else []), *specials]))
     texts = [*taken, *special_texts]
     if repeated := [text for text, count in Counter(texts).items() if count > 1]:
         raise ValueError(f"{repeated[0]!r} is in the vocabulary twice: every word and special token needs its own id")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": len(taken) + n, "content": text} | flags for n, text in enumerate(special_texts)]
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    tokenizer |= {"post_processor": None, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos}
-    config |= {} if pad is None else {"pad_token": pad}
-    config |= {} if chat_template is None else {"chat_template": chat_template}
-    contents = {"tokenizer.json": tokenizer | {"post_processor": None} | parts, "tokenizer_config.json": config}
+    config |= {name: v for name, v in (("pad_token", pad), ("chat_template", chat_template)) if v is not None}
+    contents = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
     return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in contents.items()}

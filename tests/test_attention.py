@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import nanor1.attention
-from nanor1.attention import attention, cached_attention, decode_attention, hide_behind, reference_attention
+from nanor1.attention import attention, cached_attention, hide_behind, reference_attention
 
 LENGTHS = {
     "ragged": [5, 1, 9, 3],
@@ -25,15 +25,21 @@ FEWER_QUERIES = {  # (queries, keys) of each sequence
     "equal chunks": [(2, 6), (2, 6), (2, 6)],
     "a prompt, then completions behind it": [(100, 100), (93, 193), (101, 201), (7, 107), (99, 199), (100, 200)],
     "a long prompt, then completions behind it": [(700, 700), (30, 730), (1, 701), (28, 728)],
-    "longer than plain products": [(150, 300), (3, 3), (131, 200)],
+    "longer than a block": [(150, 300), (3, 3), (131, 200)],
     "one token": [(1, 1), (1, 300), (1, 40)],
     "nothing new": [(0, 4), (3, 4), (0, 0)],
 }
 
 
-@pytest.fixture(autouse=True, params=[0, 10**9], ids=["wide", "narrow"])
-def both_ways_of_a_cpu(request, monkeypatch):
-    monkeypatch.setattr(nanor1.attention, "NARROW", request.param)
+@pytest.fixture(autouse=True, params=[False, True], ids=["cpu", "elsewhere"])
+def each_way_without_kernels(request, monkeypatch):
+    def in_a_rectangle(q, k, v, bounds, bounds_k):
+        cu = torch.tensor(bounds)
+        cu_k = cu if bounds == bounds_k else torch.tensor(bounds_k)
+        return nanor1.attention._in_a_rectangle(q, k, v, cu, cu_k, int(cu.diff().max()), int(cu_k.diff().max()))
+
+    if request.param:
+        monkeypatch.setattr(nanor1.attention._Products, "apply", in_a_rectangle)
 
 
 def cu_seqlens(lengths):
@@ -137,33 +143,19 @@ def test_no_gradient_crosses_from_one_sequence_to_another_or_from_the_future(len
             assert not reached[:start].any() and not reached[token + 1 :].any()
 
 
-@pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (4, 2), (7, 1), (14, 2)])
-def test_decode_attention_is_the_last_row_of_attention_over_the_cached_tokens(n_heads, n_kv_heads):
-    lengths = [5, 1, 8]
-    q, k, v, cu_seqlens_B1 = packed_inputs(lengths, n_heads, n_kv_heads, dtype=torch.float32)
-    cache_k, cache_v = (torch.full((3, n_kv_heads, 8, 8), 1e4) for _ in range(2))  # unused cells must not count
-    for row, (start, end) in enumerate(pairwise(cu_seqlens_B1.tolist())):
-        cache_k[row, :, : end - start] = k[start:end].transpose(0, 1)
-        cache_v[row, :, : end - start] = v[start:end].transpose(0, 1)
-    last = cu_seqlens_B1[1:] - 1
-    bias_BT = hide_behind(torch.tensor(lengths), 8)
-    out = decode_attention(q[last], cache_k, cache_v, bias_BT)
-    torch.testing.assert_close(out, reference_attention(q, k, v, cu_seqlens_B1)[last], atol=1e-5, rtol=1e-4)
-
-
 def test_what_lies_behind_a_length_is_hidden():
     inf = float("inf")
     assert hide_behind(torch.tensor([1, 3, 0]), 3).tolist() == [[0, -inf, -inf], [0, 0, 0], [-inf, -inf, -inf]]
 
 
 @pytest.mark.parametrize("n_rows", [2, 9])
-def test_decode_attention_in_bf16_is_the_reference_to_rounding_with_few_rows_and_many(n_rows):
+def test_cached_attention_in_bf16_is_the_reference_to_rounding_with_few_rows_and_many(n_rows):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((n_rows, 6, 16), *[(n_rows, 2, 20, 16)] * 2)
     )
     lengths = [20 - row for row in range(n_rows)]
-    out = decode_attention(q, k, v, hide_behind(torch.tensor(lengths), 20))
+    out = cached_attention(q, k, v, None, torch.tensor(lengths), 20)
     cu_q, cu_k = torch.arange(n_rows + 1), F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
     packed_k, packed_v = (torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)]) for x in (k, v))
     wanted = reference_attention(q.double(), packed_k.double(), packed_v.double(), cu_q, cu_k)
@@ -171,25 +163,22 @@ def test_decode_attention_in_bf16_is_the_reference_to_rounding_with_few_rows_and
     assert (out.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
-def test_decode_attention_without_a_mask_looks_at_every_position():
-    q, k, v, cu_seqlens_B1 = packed_inputs([6, 6], 4, 2, dtype=torch.float32)
-    cache_k, cache_v = (x.view(2, 6, 2, 8).transpose(1, 2) for x in (k, v))
-    out = decode_attention(q[[5, 11]], cache_k, cache_v, None)
-    torch.testing.assert_close(out, reference_attention(q, k, v, cu_seqlens_B1)[[5, 11]], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("slots", [None, [4, 0, 2]], ids=["first rows", "permuted slots"])
-def test_cached_attention_is_the_last_row_of_attention_over_the_tokens_in_the_slot(slots, dtype):
+@pytest.mark.parametrize("n_heads, n_kv_heads", [(4, 4), (4, 2), (7, 1), (14, 2)])
+def test_cached_attention_is_the_last_row_of_attention_over_the_tokens_in_the_slot(n_heads, n_kv_heads, slots, dtype):
     lengths = [5, 1, 8]
-    q, k, v, cu_seqlens_B1 = packed_inputs(lengths, 14, 2, dtype=dtype)
-    cache_k, cache_v = (torch.full((5, 2, 12, 8), 1e4, dtype=dtype) for _ in range(2))
+    q, k, v, cu_seqlens_B1 = packed_inputs(lengths, n_heads, n_kv_heads, dtype=dtype)
+    # unused cells must not count
+    cache_k, cache_v = (torch.full((5, n_kv_heads, 12, 8), 1e4, dtype=dtype) for _ in range(2))
     for row, (start, end) in enumerate(pairwise(cu_seqlens_B1.tolist())):
         slot = row if slots is None else slots[row]
         cache_k[slot, :, : end - start] = k[start:end].transpose(0, 1)
         cache_v[slot, :, : end - start] = v[start:end].transpose(0, 1)
     last, slot_B = cu_seqlens_B1[1:] - 1, None if slots is None else torch.tensor(slots)
-    out = cached_attention(q[last], cache_k, cache_v, slot_B, torch.tensor(lengths), 8)
+    length_B = torch.tensor(lengths)
+    out = cached_attention(q[last], cache_k, cache_v, slot_B, length_B, 8)
+    assert torch.equal(out, cached_attention(q[last], cache_k, cache_v, slot_B, length_B, 8, hide_behind(length_B, 8)))
     wanted = reference_attention(q, k, v, cu_seqlens_B1)[last]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
@@ -198,7 +187,7 @@ def test_cached_attention_is_the_last_row_of_attention_over_the_tokens_in_the_sl
 def test_a_row_with_nothing_cached_gives_zeros_and_leaves_the_others_alone():
     q, k, v, _ = packed_inputs([3], 4, 2, dtype=torch.float32)
     cache_k, cache_v = (x.transpose(0, 1).expand(2, 2, 3, 8) for x in (k, v))
-    out = cached_attention(q[[1, 1]], cache_k, cache_v, None, torch.tensor([0, 2]), 3)
+    out = cached_attention(q[[1, 1]], cache_k, cache_v, torch.tensor([0, 1]), torch.tensor([0, 2]), 3)
     assert (out[0] == 0).all()
     torch.testing.assert_close(out[1], reference_attention(q, k, v, cu_seqlens([3]))[1])
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GROUPS = [
     {"config", "runlog", "tokenizer", "numeric", "latex", "answers", "grading", "jail", "confine", "sandbox"}
     | {"machine", "openmp"},
-    {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw", "onednn"},
+    {"rewards", "tasks", "prompts", "coding", "attention", "kernels", "packing", "pretrained", "draw"},
     {"model", "logprobs"},
     {"slots", "sampler", "grpo", "sft", "distillation", "preference", "optim", "parallel"} | {"checkpoint"},
     {"search", "token_beams", "budget", "voting", "evaluate", "ledger", "traces", "measure", "methods", "plot", "chat"}

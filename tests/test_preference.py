@@ -492,7 +492,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_language_model_becomes_a_reward_model_whose_scores_are_zero(tmp_path, name):
     language_model = randomize(Transformer(config_from_hf(FAMILIES[name])))
-    language_model.hf_config = {"eos_token_id": STOP}
+    language_model.hf_config = FAMILIES[name] | {"eos_token_id": STOP}
     language_model.save_pretrained(tmp_path / "base")
     model = RewardModel.from_pretrained(tmp_path / "base")
     assert score(model, TOKENIZER, [ids("a")], ["b"], ALL_IN_ONE) == [0.0]
@@ -567,7 +567,7 @@ def our_scores(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_scores_our_reward_model_as_we_do(transformers, tmp_path, name):
     ours = random_scorer(config=config_from_hf(FAMILIES[name]))
-    ours.hf_config = {"pad_token_id": 39}
+    ours.hf_config = FAMILIES[name] | {"pad_token_id": 39}
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
     wanted = our_scores(ours)

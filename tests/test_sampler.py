@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nanor1.attention
 import nanor1.model
 import nanor1.sampler
 import nanor1.slots
@@ -469,10 +468,9 @@ def test_the_cache_of_a_prefill_holds_no_more_than_the_budget(monkeypatch):
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
-@pytest.mark.parametrize("narrow", [10**9, 0], ids=["narrow", "wide"])  # how a CPU takes a model: see attention.py
+@pytest.mark.parametrize("narrow", [10**9, 0], ids=["narrow", "wide"])  # wide: weights are reordered
 def test_logprobs_are_those_a_trainer_computes_at_the_same_temperature(family, temperature, narrow, monkeypatch):
-    for module in (nanor1.attention, nanor1.model):
-        monkeypatch.setattr(module, "NARROW", narrow)
+    monkeypatch.setattr(nanor1.model, "NARROW", narrow)
     model = random_model(CONFIGS[family])
     completions = generate(model, RAGGED, n=3, max_new_tokens=40, temperature=temperature, max_rows=7, stop_ids=[3, 4])
     theirs = teacher_forced_logprobs(model, RAGGED, completions, temperature)

@@ -145,10 +145,9 @@ def test_stream_holds_a_character_back_until_it_is_whole():
     assert stream.push(ord("a")) == "a"
 
 
-def test_stream_of_words_puts_single_spaces_between_them_and_skips_specials_on_demand():
-    words = Tokenizer.from_words(WORDS)
-    stream = words.stream(skip_special=True)
-    assert [stream.push(i) for i in [0, 2, words.eos_id, 1]] == ["1", " +", "", " 2"]
+def test_stream_of_words_puts_single_spaces_between_them():
+    stream = Tokenizer.from_words(WORDS).stream()
+    assert [stream.push(i) for i in [0, 2, 1]] == ["1", " +", " 2"]
 
 
 # Bytes.

@@ -378,7 +378,7 @@ def like(model: Transformer, dtype: torch.dtype):
     """transformers' model of the same shape and weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    keys = config_to_hf(model.config)
+    keys = dict(model.hf_config) or config_to_hf(model.config)
     with torch.device(model.head_weight_VC.device):
         other = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype=dtype)
     other.load_state_dict(model.state_dict(), strict=not model.config.tie_word_embeddings)

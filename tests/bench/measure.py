@@ -25,9 +25,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that benchmarks run from anywhere, not installed
 
-from nanor1 import onednn
 from nanor1.machine import matrix_rate
-from nanor1.model import Transformer
+from nanor1.model import Transformer, reorder, reordered_linear
 from nanor1.pretrained import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,11 +121,11 @@ def products_s(model: Transformer, n_rows: int, n_logits: int, repeats: int = 3)
     head_VC = model.head_weight_VC
     jobs = [(torch.randn(n_rows, p.shape[1]).to(p), p) for p in model.model.layers.parameters() if p.dim() == 2]
     jobs.append((torch.randn(n_logits, head_VC.shape[1]).to(head_VC), head_VC))
-    reordered = [onednn.reorder(weight_MC) for _, weight_MC in jobs]
+    reordered = [reorder(weight_MC) for _, weight_MC in jobs]
 
     def multiply(is_reordered: bool) -> None:
         for (x_BC, weight_MC), copy in zip(jobs, reordered, strict=True):
-            onednn.linear(x_BC, copy) if is_reordered and copy is not None else F.linear(x_BC, weight_MC)
+            reordered_linear(x_BC, copy) if is_reordered and copy is not None else F.linear(x_BC, weight_MC)
 
     return min(seconds(partial(multiply, way), head_VC.device) for way in (False, True) * repeats)
 
