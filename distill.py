@@ -23,7 +23,7 @@ from typing import Literal
 
 import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
-from nanor1 import distillation, sft
+from nanor1 import distillation, parallel, sft
 from nanor1.config import MANY, option, option_name, user_errors
 from nanor1.exam import EVALUATES, Exam, ExamOptions
 from nanor1.grpo import LossSettings, mean, step_metrics
@@ -156,12 +156,12 @@ def main() -> None:
 # ---- the three methods: each adds the gradient of one update and returns its metrics
 
 
-def learn_traces(run: Run, examples: list[sft.Example]) -> dict:
+def learn_traces(run: Run, examples: list[parallel.Example]) -> dict:
     vocab_size, loss_scale = run.tokenizer.vocab_size, run.optimizer.loss_scale
-    return {"loss": sft.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
+    return {"loss": parallel.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
 
 
-def learn_logits(run: Run, teacher: Teacher, examples: list[sft.Example]) -> dict:
+def learn_logits(run: Run, teacher: Teacher, examples: list[parallel.Example]) -> dict:
     config = run.config
     settings = distillation.DivergenceSettings(
         run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
@@ -208,7 +208,7 @@ def complete(config: Config, given: frozenset[str]) -> Config:
     return config
 
 
-def set_up(run: Run) -> tuple[Actor, Teacher | None, list[sft.Example]]:
+def set_up(run: Run) -> tuple[Actor, Teacher | None, list[parallel.Example]]:
     """Load the problems, the teacher, its traces, and the student, with who judges its answers."""
     config, log = run.config, run.log
     template, why = choose_template(config.template, run.tokenizer, "r1-zero", is_base_chat=True)

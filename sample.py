@@ -33,27 +33,27 @@ import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 import torch
 
 from nanor1 import methods
-from nanor1.chat import INTERRUPTED, Asker, answer, check_room, converse, say, write_messages
+from nanor1.asking import Asker, Settings, check_room
+from nanor1.chat import INTERRUPTED, answer, converse, say, write_messages
 from nanor1.checkpoint import digest
 from nanor1.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
 from nanor1.judge import make_rules
 from nanor1.ledger import touch
 from nanor1.machine import choose_device
 from nanor1.measure import batch_size, measure
-from nanor1.methods import METHODS, SINGLE, Run, Settings, compare, obstacle, powers_of_two, report, runs_of
+from nanor1.methods import METHODS, SINGLE, Run, compare, obstacle, powers_of_two, report, runs_of
 from nanor1.miniature import find_miniature, find_model, own_miniature
 from nanor1.options import (
     MachineOptions,
     TaskOptions,
     count_failures,
     default_tokens_per_batch,
-    load_reward_model,
     load_task,
     own_rewards,
     report_failures,
-    to_preference,
 )
 from nanor1.paired import compare_files
+from nanor1.preference import load_reward_model, to_preference
 from nanor1.pretrained import read_config
 from nanor1.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.rewards import OwnReward

@@ -18,7 +18,7 @@ from typing import Literal
 
 import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
 
-from nanor1 import preference, sft
+from nanor1 import parallel, preference, sft
 from nanor1.config import MANY, apply_preset, option, user_errors
 from nanor1.evaluate import wilson_interval
 from nanor1.machine import peak_flops
@@ -117,7 +117,7 @@ def learn(run: Run, items: list) -> dict:
             run.workers, items, run.tokens_per_batch, run.config.centring, run.optimizer.loss_scale
         )
         return pair_metrics(terms) | {"tokens": terms.n_tokens, "flops": terms.flops}
-    loss = sft.add_gradient(
+    loss = parallel.add_gradient(
         run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size, run.optimizer.loss_scale
     )
     lengths, n_targets = [len(example.ids) - 1 for example in items], sum(sum(example.is_target) for example in items)
@@ -131,7 +131,7 @@ def measure(run: Run, items: list) -> dict:
         terms = preference.evaluate_pairs(run.workers, items, run.tokens_per_batch)
         low, high = wilson_interval(terms.n_right, terms.n)
         return pair_metrics(terms) | {"accuracy_low": low, "accuracy_high": high, "n": terms.n}
-    loss = sft.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
+    loss = parallel.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
     return {"loss": loss, "n": len(items)}
 
 

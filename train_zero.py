@@ -26,7 +26,8 @@ from nanor1.judge import Actor, act, choose, make_rules
 from nanor1.machine import peak_flops
 from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature
 from nanor1.model import Transformer
-from nanor1.options import TaskOptions, load_reward_model, load_task, own_rewards, report_failures, to_preference
+from nanor1.options import TaskOptions, load_task, own_rewards, report_failures
+from nanor1.preference import load_reward_model, to_preference
 from nanor1.prompts import PromptOptions, choose_template, make_prompter
 from nanor1.rewards import NAMES, overlong_penalty, parse_rewards
 from nanor1.runlog import RunLog

@@ -13,48 +13,15 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
-import torch
-
-from nanor1.judge import Rules
-from nanor1.methods import Settings
-from nanor1.model import Transformer
+from nanor1.asking import Asker, check_room
 from nanor1.prompts import Prompt, Prompter, render
-from nanor1.sampler import Kept, Sampler
-from nanor1.search import Scorer, mean_logprob
+from nanor1.sampler import Kept
 from nanor1.tasks import Problem, format_prompt, prefilled
-from nanor1.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]  # {"role", "content"} each, as Tokenizer.apply_chat_template takes them
 INTERRUPTED = "stopped by Ctrl-C"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-
-
-@dataclass(frozen=True)
-class Asker:
-    """A model, and how it is asked; its weights are read when they are first needed, after all mistakes are found."""
-
-    folder: Path  # of the model
-    device: torch.device
-    dtype: torch.dtype
-    prompter: Prompter
-    sampling: dict[str, object]  # of Sampler.generate, the same for every prompt: max_new_tokens, temperature, ...
-    max_rows: int = 64
-    n: int = 1  # answers to a prompt
-    seed: int = 0
-    settings: Settings = Settings()  # of methods
-    rules: Rules = Rules()  # by which answers are judged
-    scorer: Scorer = mean_logprob  # of steps
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        return Sampler(Transformer.from_pretrained(self.folder, self.dtype, self.device), self.max_rows)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
 
 
 @dataclass(frozen=True)
@@ -167,13 +134,6 @@ def write_messages(messages: Messages, prompter: Prompter) -> Prompt:
         return render(messages, prompter.tokenizer, prompter.arguments)
     text = format_prompt(Problem(last, "", "prompt"), prompter.template)
     return render(text, prompter.tokenizer, allow_special=True)
-
-
-def check_room(what: str, prompt_ids: list[int], sampler: Sampler, remedy: str = "shorten it", least: int = 1) -> None:
-    """ValueError for a prompt behind which the model's context has no room for so many tokens."""
-    context = sampler.model.config.max_position_embeddings
-    if len(prompt_ids) + least > context:
-        raise ValueError(f"{what} is {len(prompt_ids)} tokens; the model's context is {context}: {remedy}")
 
 
 def to_answer(ids: list[int], prompt: Prompt, asker: Asker, kept: Kept | None) -> Answer:

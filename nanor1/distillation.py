@@ -39,7 +39,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -47,9 +46,9 @@ from torch import Tensor
 from nanor1.grpo import Rollout, completion_logprobs, to_items
 from nanor1.logprobs import BLOCK_BYTES, logit_chunks, loss_of_logits
 from nanor1.packing import Batch, pack
-from nanor1.parallel import Workers
-from nanor1.sft import Example, pack_examples, text_end, turn_end
-from nanor1.tokenizer import Tokenizer
+from nanor1.parallel import Example, Workers, pack_examples
+from nanor1.sft import text_end, turn_end
+from nanor1.tokenizer import Tokenizer, token_text
 
 # ---- the teacher's distributions, on given texts
 
@@ -215,20 +214,6 @@ def reverse_kl(advantages: list[list[float]]) -> float:
 # ---- whether two models can be compared
 
 
-def check_same_vocabulary(one: Tokenizer, other: Tokenizer, why: str) -> None:
-    """Raise ValueError unless every id is the same token to both (bytes that are no whole characters look alike).
-
-    `why` opens the message: what needs one vocabulary.
-    """
-    texts = ([_text(tokenizer, i) for i in range(tokenizer.vocab_size)] for tokenizer in (one, other))
-    for i, (first, second) in enumerate(zip_longest(*texts)):
-        if first != second:
-            raise ValueError(
-                f"{why}, and these two models have different vocabularies ({one.vocab_size} and {other.vocab_size} "
-                f"tokens; first difference at id {i}: {first!r} and {second!r})"
-            )
-
-
 def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: str) -> None:
     """Raise ValueError unless an answer under this prompt template ends with one token for both.
 
@@ -245,13 +230,7 @@ def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: s
     same = [name for name in ("chat", "r1-zero") if len({*ends(name)}) == 1]
     remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
     raise ValueError(
-        f"{why}, and under --template {template} the student's answers end with {_text(student, mine)!r} and the "
-        f"teacher's with {_text(teacher, theirs)!r}, which would teach the student not to end; {remedy}--method traces"
+        f"{why}, and under --template {template} the student's answers end with {token_text(student, mine)!r} and the "
+        f"teacher's with {token_text(teacher, theirs)!r}, which would teach the student not to end; {remedy}"
+        "--method traces"
     )
-
-
-def _text(tokenizer: Tokenizer, token_id: int) -> str | None:
-    try:
-        return tokenizer.decode([token_id])
-    except ValueError:  # an id without a token
-        return None

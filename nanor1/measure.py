@@ -14,8 +14,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from nanor1.asking import Asker, check_room
 from nanor1.budget import force_budget, least_room, refine
-from nanor1.chat import Asker, check_room
 from nanor1.evaluate import to_candidate
 from nanor1.grpo import Rollout
 from nanor1.judge import judge_all

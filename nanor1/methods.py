@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nanor1.budget import REQUEST
 from nanor1.evaluate import accuracy_interval
 from nanor1.grpo import mean
 from nanor1.plot import Point, scatter
@@ -21,22 +20,6 @@ from nanor1.tasks import Problem
 from nanor1.voting import Candidate, best_of, pass_at_k, subsets, weighted_vote
 
 MAX_BRANCHING = 4  # next steps of a beam (Beeching et al. 2024)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the methods are told."""
-
-    step_text: str = "\n"  # ends a step of beam search
-    wait_text: str = "Wait"  # budget forcing: put in the place of the end of thinking
-    end_text: str = "</think>"  # that end; "" where a model thinks without tags, and the stop token is the end
-    answer_text: str = ""  # put in after an end by force
-    min_thinking: float = math.inf  # tokens from which on thinking may end
-    max_thinking: int = 768  # tokens
-    max_answer: int = 256  # tokens behind the thinking
-    window: int = 32  # tokens over which a confidence is taken
-    keep_share: float = 1.0  # of the answers, the most confident ones, vote by confidence
-    request: str = REQUEST  # for a review of the last answer
 
 
 @dataclass(frozen=True)

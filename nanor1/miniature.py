@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from nanor1.checkpoint import model_folder
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
-from nanor1.parallel import start_workers
+from nanor1.parallel import Example, add_gradient, start_workers
 from nanor1.pretrained import ModelConfig
-from nanor1.sft import Example, add_gradient
 from nanor1.tasks import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 

@@ -11,12 +11,8 @@ from typing import Literal
 
 import torch
 
-from nanor1.checkpoint import model_folder
 from nanor1.config import option
-from nanor1.distillation import check_same_vocabulary
-from nanor1.judge import Preference
 from nanor1.miniature import miniature_task, own_miniature
-from nanor1.preference import RewardModel, load_scorer, preference, score
 from nanor1.rewards import OwnReward, read_reward_file
 from nanor1.tasks import Task, make_task, parse_fields, task_parameters
 from nanor1.tokenizer import Tokenizer
@@ -98,17 +94,3 @@ def count_failures(own: dict[str, OwnReward], say: Callable[[str], None]) -> Non
 def default_tokens_per_batch(asked_for: int, device: torch.device) -> int:
     """On a CPU larger batches are no faster and keep more activations, about 2 MB a token of SmolLM2-135M."""
     return asked_for or (1024 if device.type == "cpu" else 8192)
-
-
-def load_reward_model(
-    folder: str | Path, tokenizer: Tokenizer, dtype: torch.dtype | None, device: torch.device
-) -> RewardModel:
-    """The reward model in a model or run folder, without gradients; ValueError unless it reads the tokenizer's ids."""
-    folder = model_folder(folder)
-    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
-    return load_scorer(folder, dtype, device).requires_grad_(False)
-
-
-def to_preference(model: RewardModel, tokenizer: Tokenizer, n_tokens: int) -> Preference:
-    """What a reward model thinks of whole responses, in 0..1 or None, in batches of `n_tokens`."""
-    return lambda prompt_ids_B, texts_B: [*map(preference, score(model, tokenizer, prompt_ids_B, texts_B, n_tokens))]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanor1.checkpoint import model_folder
+from nanor1.judge import Preference
 from nanor1.model import Transformer
 from nanor1.packing import Batch, Item, attended_pairs, pack, to_device
 from nanor1.parallel import Workers
@@ -26,7 +28,7 @@ from nanor1.prompts import render
 from nanor1.rewards import after_thinking
 from nanor1.sft import NO_PLACE_FOR_SYSTEM, first_question, is_message, text_end, thought_in, with_system
 from nanor1.tasks import read_json_lines
-from nanor1.tokenizer import Tokenizer
+from nanor1.tokenizer import Tokenizer, check_same_vocabulary
 
 
 class RewardModel(Transformer):
@@ -288,3 +290,17 @@ def add_gradient(
 
 
 evaluate_pairs = partial(add_gradient, learns=False)  # of held-out pairs, without centring
+
+
+def load_reward_model(
+    folder: str | Path, tokenizer: Tokenizer, dtype: torch.dtype | None, device: torch.device
+) -> RewardModel:
+    """The reward model in a model or run folder, without gradients; ValueError unless it reads the tokenizer's ids."""
+    folder = model_folder(folder)
+    check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
+    return load_scorer(folder, dtype, device).requires_grad_(False)
+
+
+def to_preference(model: RewardModel, tokenizer: Tokenizer, n_tokens: int) -> Preference:
+    """What a reward model thinks of whole responses, in 0..1 or None, in batches of `n_tokens`."""
+    return lambda prompt_ids_B, texts_B: [*map(preference, score(model, tokenizer, prompt_ids_B, texts_B, n_tokens))]

@@ -17,17 +17,12 @@ import functools
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from nanor1.logprobs import chunked_loss
-from nanor1.packing import Batch, Item, pack
-from nanor1.parallel import Workers
+from nanor1.parallel import Example
 from nanor1.tasks import is_in_share, prefilled, read_json_lines
 from nanor1.tokenizer import Tokenizer
 
@@ -42,19 +37,6 @@ UNLEARNED = tuple(
 )
 NO_PLACE_FOR_SYSTEM = "expected messages, before which a system message can stand, found a plain 'prompt'"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids; `is_target[t]`: the loss falls on predicting ids[t]. The first has none: nothing comes before it."""
-
-    ids: list[int]
-    is_target: list[bool]
-    question: str = field(default="", compare=False)  # its bare text, if there is one: decides what is held out
-
-    def __post_init__(self):
-        assert len(self.ids) == len(self.is_target)
-        assert any(self.is_target) and not self.is_target[0], "a token with a loss, and not the first"
 
 
 @dataclass(frozen=True)
@@ -377,42 +359,3 @@ def split(
 
 
 # ---- the loss
-
-
-def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale: float = 1.0) -> list[Batch]:
-    """The weights are those of the mean over all target tokens of the examples, times `loss_scale`."""
-    weight = loss_scale / sum(sum(example.is_target) for example in examples)
-    return pack([Item([], e.ids, e.is_target, weight=weight) for e in examples], tokens_per_batch)
-
-
-def batch_loss(model, batch: Batch, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the targets' negative log-likelihoods, with a gradient and without."""
-    loss, _, _ = chunked_loss(
-        batch.predictor_states(model),
-        model.head_weight_VC,
-        batch.target_M,
-        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
-        vocab_size=vocab_size,
-    )
-    return loss, loss.detach()
-
-
-def add_gradient(
-    workers: Workers,
-    examples: Sequence[Example],
-    tokens_per_batch: int,
-    vocab_size: int | None = None,
-    loss_scale: float = 1.0,
-    learns: bool = True,
-) -> float:
-    """Add the gradient of one update to the parameters; returns the loss, nats a target token, however it is split.
-
-    Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
-    `loss_scale` (see nanor1/optim.py). Without `learns` there is none.
-    """
-    batches = pack_examples(examples, tokens_per_batch, loss_scale)
-    losses = workers.accumulate(batches, partial(batch_loss, vocab_size=vocab_size), learns)
-    return torch.stack(losses).sum().item() / loss_scale
-
-
-mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples

@@ -7,15 +7,16 @@ from pathlib import Path
 from nanor1 import sft, traces
 from nanor1.checkpoint import digest
 from nanor1.config import option_name
-from nanor1.distillation import check_same_end, check_same_vocabulary
+from nanor1.distillation import check_same_end
 from nanor1.judge import make_rules
 from nanor1.miniature import find_model
 from nanor1.model import Transformer
 from nanor1.options import own_rewards, report_failures
+from nanor1.parallel import Example
 from nanor1.prompts import Prompter, choose_stop_texts, choose_template
 from nanor1.sampler import Sampler
 from nanor1.tasks import STYLES, Problem, Task, format_prompt
-from nanor1.tokenizer import Tokenizer
+from nanor1.tokenizer import Tokenizer, check_same_vocabulary
 from nanor1.training import Run
 
 # what a traces file depends on, besides teacher and problems
@@ -29,7 +30,7 @@ class Teacher:
     tokenizer: Tokenizer
 
 
-def load_teaching(run: Run, prompter: Prompter, task: Task | None) -> tuple[Teacher | None, list[sft.Example]]:
+def load_teaching(run: Run, prompter: Prompter, task: Task | None) -> tuple[Teacher | None, list[Example]]:
     """The teacher, where the method asks it at each step, and its traces, which are made now where there are none.
 
     They come before the first step, so a checkpoint says that they are all there.
@@ -117,7 +118,7 @@ def to_teacher(config, prompter: Prompter, tokenizer: Tokenizer) -> Prompter:
     return replace(prompter, tokenizer=tokenizer, template=template, arguments=known, stop_texts=stop_texts)
 
 
-def read_traces(run: Run, prompter: Prompter, task: Task | None, path: str) -> list[sft.Example]:
+def read_traces(run: Run, prompter: Prompter, task: Task | None, path: str) -> list[Example]:
     """What can be learned of a file of traces, without those of held-out problems."""
     max_tokens, log = min(run.config.max_tokens, run.context), run.log
     found = sft.read_examples(path, prompter.tokenizer, max_tokens, prompter.arguments, prompter.system)

@@ -26,6 +26,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
@@ -572,3 +573,25 @@ def _new_files(
     config |= {name: v for name, v in (("pad_token", pad), ("chat_template", chat_template)) if v is not None}
     contents = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
     return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in contents.items()}
+
+
+def check_same_vocabulary(one: Tokenizer, other: Tokenizer, why: str) -> None:
+    """Raise ValueError unless every id is the same token to both (bytes that are no whole characters look alike).
+
+    `why` opens the message: what needs one vocabulary.
+    """
+    texts = ([token_text(tokenizer, i) for i in range(tokenizer.vocab_size)] for tokenizer in (one, other))
+    for i, (first, second) in enumerate(zip_longest(*texts)):
+        if first != second:
+            raise ValueError(
+                f"{why}, and these two models have different vocabularies ({one.vocab_size} and {other.vocab_size} "
+                f"tokens; first difference at id {i}: {first!r} and {second!r})"
+            )
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str | None:
+    """The text of one id; None where there is no such token."""
+    try:
+        return tokenizer.decode([token_id])
+    except ValueError:  # an id without a token
+        return None

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nanor1 import chat
-from nanor1.chat import INTERRUPTED, Answer, Asker, Dimmer, answer, converse
+from nanor1.asking import Asker
+from nanor1.chat import INTERRUPTED, Answer, Dimmer, answer, converse
 from nanor1.model import ModelConfig, Transformer
 from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler

@@ -26,8 +26,7 @@ from nanor1.miniature import (
     tries,
 )
 from nanor1.model import Transformer
-from nanor1.parallel import Workers
-from nanor1.sft import mean_loss
+from nanor1.parallel import Workers, mean_loss
 from nanor1.tasks import Problem, check_countdown, is_held_out
 from nanor1.tokenizer import Tokenizer
 

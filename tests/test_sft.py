@@ -15,16 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanor1.model import ModelConfig, Transformer
-from nanor1.parallel import Workers
+from nanor1.parallel import Example, Workers, add_gradient, mean_loss, pack_examples
 from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
 from nanor1.sft import (
-    Example,
     Examples,
-    add_gradient,
     examples_per_epoch,
-    mean_loss,
-    pack_examples,
     parse_data,
     question,
     read_examples,

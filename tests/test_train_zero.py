@@ -33,8 +33,8 @@ from nanor1.grpo import Rollout
 from nanor1.judge import Rules
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
-from nanor1.options import load_reward_model, to_preference
 from nanor1.parallel import Workers
+from nanor1.preference import load_reward_model, to_preference
 from nanor1.pretrained import ModelConfig
 from nanor1.prompts import Prompter
 from nanor1.rewards import REWARDS

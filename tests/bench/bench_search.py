@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from measure import finish, where
 
-from nanor1.chat import Asker
+from nanor1.asking import Asker
 from nanor1.judge import make_rules
 from nanor1.ledger import Progress
 from nanor1.machine import choose_device
