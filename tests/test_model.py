@@ -16,7 +16,7 @@ import nanor1.model
 from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, reorder, reordered_linear, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.packing import Layout, tile_table
-from nanor1.parallel import replica
+from nanor1.parallel import Workers
 from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
 
 LLAMA = dict(
@@ -750,7 +750,7 @@ def test_a_model_that_has_sampled_is_copied_pickled_and_converted_as_any_other(s
     wanted = model.state_dict()
     for other in (
         copy.deepcopy,
-        replica,
+        lambda model: Workers(model, 2).models[1],
         lambda model: pickle.loads(pickle.dumps(model)),
         lambda model: model.double(),
     ):
@@ -991,11 +991,12 @@ def test_a_compiled_model_keeps_its_names_is_saved_and_copied_and_samples_uncomp
     ids, cu = pack(random_sequences([9, 4]))
     with torch.no_grad():
         wanted = eager(ids, cu)
-        for other in (model, copy.deepcopy(model), replica(model), Transformer.from_pretrained(tmp_path)):
+        for other in (model, copy.deepcopy(model), Workers(model, 2).models[1], Transformer.from_pretrained(tmp_path)):
             assert torch.equal(other(ids, cu), wanted)
     assert fresh_dynamo["stats"]["unique_graphs"] == 0
     assert all(
-        p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), replica(model).parameters(), strict=True)
+        p.data_ptr() == q.data_ptr()
+        for p, q in zip(model.parameters(), Workers(model, 2).models[1].parameters(), strict=True)
     )
 
 
