@@ -11,8 +11,8 @@
 - on-policy: the student answers, and the teacher says of each of its tokens how likely it finds it (GKD, 2306.13649).
 
 The last two compare distributions over tokens, so both models need the same vocabulary. The losses are in
-nanor1/sft.py, nanor1/distillation.py and nanor1/grpo.py, the teacher in nanor1/teacher.py, the choice of its answers in
-nanor1/traces.py, and what keeps house around the loop in nanor1/training.py.
+nanor1/gradient.py, nanor1/stages/distillation.py and nanor1/grpo.py, the teacher in nanor1/stages/teacher.py, the
+choice of its answers in nanor1/stages/rejection_sampling.py, what keeps house around the loop in nanor1/training.py.
 """
 
 import inspect
@@ -21,21 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
 
-from nanor1 import distillation, parallel, sft
-from nanor1.config import MANY, option, option_name, user_errors
-from nanor1.exam import EVALUATES, Exam, ExamOptions
+from nanor1 import gradient
+from nanor1.evaluation.exam import EVALUATES, Exam, ExamOptions
 from nanor1.grpo import LossSettings, mean, step_metrics
 from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.judge import Actor, make_rules, request_seed
 from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
 from nanor1.options import TaskOptions, load_task, own_rewards
-from nanor1.prompts import PromptOptions, choose_template, make_prompter
+from nanor1.run.config import MANY, option, option_name, user_errors
 from nanor1.sampler import Sampler
-from nanor1.tasks import TASKS, parse_object
-from nanor1.teacher import Teacher, load_teaching
+from nanor1.stages import distillation, sft
+from nanor1.stages.teacher import Teacher, load_teaching
+from nanor1.tasks.problems import TASKS, parse_object
+from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter
 from nanor1.training import Run, RunConfig, as_miniature_run, open_log, read_command_line
 
 
@@ -76,7 +77,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
     completions: int = option(4, "on-policy: answers a problem", least=1, most=MANY, needs=ON_POLICY)
 
     divergence: Literal["forward", "reverse", "jsd"] = option(
-        "forward", "logits: see nanor1/distillation.py", "loss", needs=LOGITS
+        "forward", "logits: see nanor1/stages/distillation.py", "loss", needs=LOGITS
     )
     beta: float = option(
         0.5,
@@ -156,12 +157,12 @@ def main() -> None:
 # ---- the three methods: each adds the gradient of one update and returns its metrics
 
 
-def learn_traces(run: Run, examples: list[parallel.Example]) -> dict:
+def learn_traces(run: Run, examples: list[gradient.Example]) -> dict:
     vocab_size, loss_scale = run.tokenizer.vocab_size, run.optimizer.loss_scale
-    return {"loss": parallel.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
+    return {"loss": gradient.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
 
 
-def learn_logits(run: Run, teacher: Teacher, examples: list[parallel.Example]) -> dict:
+def learn_logits(run: Run, teacher: Teacher, examples: list[gradient.Example]) -> dict:
     config = run.config
     settings = distillation.DivergenceSettings(
         run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
@@ -208,7 +209,7 @@ def complete(config: Config, given: frozenset[str]) -> Config:
     return config
 
 
-def set_up(run: Run) -> tuple[Actor, Teacher | None, list[parallel.Example]]:
+def set_up(run: Run) -> tuple[Actor, Teacher | None, list[gradient.Example]]:
     """Load the problems, the teacher, its traces, and the student, with who judges its answers."""
     config, log = run.config, run.log
     template, why = choose_template(config.template, run.tokenizer, "r1-zero", is_base_chat=True)

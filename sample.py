@@ -28,20 +28,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
 
 import torch
 
-from nanor1 import methods
-from nanor1.asking import Asker, Settings, check_room
 from nanor1.chat import INTERRUPTED, answer, converse, say, write_messages
-from nanor1.checkpoint import digest
-from nanor1.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
+from nanor1.evaluation import methods
+from nanor1.evaluation.measure import batch_size, measure
+from nanor1.evaluation.methods import METHODS, SINGLE, Run, compare, obstacle, powers_of_two, report, runs_of
+from nanor1.evaluation.paired import compare_files
 from nanor1.judge import make_rules
-from nanor1.ledger import touch
-from nanor1.machine import choose_device
-from nanor1.measure import batch_size, measure
-from nanor1.methods import METHODS, SINGLE, Run, compare, obstacle, powers_of_two, report, runs_of
 from nanor1.miniature import find_miniature, find_model, own_miniature
 from nanor1.options import (
     MachineOptions,
@@ -52,15 +48,19 @@ from nanor1.options import (
     own_rewards,
     report_failures,
 )
-from nanor1.paired import compare_files
-from nanor1.preference import load_reward_model, to_preference
-from nanor1.pretrained import read_config
-from nanor1.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.rewards import OwnReward
-from nanor1.search import mean_logprob, reward_scorer
-from nanor1.tasks import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
+from nanor1.run.checkpoint import digest
+from nanor1.run.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
+from nanor1.run.machine import choose_device
+from nanor1.run.resumable import touch
+from nanor1.search.asking import Asker, Settings, check_room
+from nanor1.search.step_beams import mean_logprob, reward_scorer
+from nanor1.stages.rejection_sampling import SEED_STRIDE, Question, Selection, ask, collect, summary
+from nanor1.stages.reward_model import load_reward_model, to_preference
+from nanor1.tasks.problems import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
+from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.tokenizer import Tokenizer
-from nanor1.traces import SEED_STRIDE, Question, Selection, ask, collect, summary
+from nanor1.weights import read_config
 
 # What options are for: whether it is done, and what is said of an option where it is not.
 TASK = (("is for an evaluation: add --task", lambda c: c.task or c.prompts),)

@@ -7,8 +7,8 @@
 
 In DeepSeek-R1 (2501.12948, section 2.3) fine-tuning is the cold start, and later the stage between the two stages of
 reinforcement learning; a preference reward model takes part in the last one. Each step: take some examples, follow the
-gradient of their loss. How a loss is made of them is in nanor1/sft.py and nanor1/preference.py, what is read from files
-in nanor1/sources.py, and what keeps house around the loop in nanor1/training.py.
+gradient of their loss. How a loss is made of them: nanor1/gradient.py, nanor1/stages/reward_model.py; what is read from
+files: nanor1/stages/sources.py; what keeps house around the loop: nanor1/training.py.
 """
 
 import math
@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
 
-from nanor1 import parallel, preference, sft
-from nanor1.config import MANY, apply_preset, option, user_errors
-from nanor1.evaluate import wilson_interval
-from nanor1.machine import peak_flops
+from nanor1 import gradient
+from nanor1.evaluation.accuracy import wilson_interval
 from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
-from nanor1.prompts import ChatOptions
-from nanor1.sources import read_sources
-from nanor1.tasks import HELD_OUT_SHARE, parse_object
+from nanor1.run.config import MANY, apply_preset, option, user_errors
+from nanor1.run.machine import peak_flops
+from nanor1.stages import reward_model, sft
+from nanor1.stages.sources import read_sources
+from nanor1.tasks.problems import HELD_OUT_SHARE, parse_object
+from nanor1.tasks.prompts import ChatOptions
 from nanor1.training import Run, RunConfig, open_log, read_command_line
 
 
@@ -113,11 +114,11 @@ def main() -> None:
 def learn(run: Run, items: list) -> dict:
     """Add the gradient of an update over examples or pairs; returns its loss and what it took."""
     if run.config.objective == "preference":
-        terms = preference.add_gradient(
+        terms = reward_model.add_gradient(
             run.workers, items, run.tokens_per_batch, run.config.centring, run.optimizer.loss_scale
         )
         return pair_metrics(terms) | {"tokens": terms.n_tokens, "flops": terms.flops}
-    loss = parallel.add_gradient(
+    loss = gradient.add_gradient(
         run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size, run.optimizer.loss_scale
     )
     lengths, n_targets = [len(example.ids) - 1 for example in items], sum(sum(example.is_target) for example in items)
@@ -128,14 +129,14 @@ def learn(run: Run, items: list) -> dict:
 def measure(run: Run, items: list) -> dict:
     """The same figures of held-out examples or pairs, without a gradient."""
     if run.config.objective == "preference":
-        terms = preference.evaluate_pairs(run.workers, items, run.tokens_per_batch)
+        terms = reward_model.evaluate_pairs(run.workers, items, run.tokens_per_batch)
         low, high = wilson_interval(terms.n_right, terms.n)
         return pair_metrics(terms) | {"accuracy_low": low, "accuracy_high": high, "n": terms.n}
-    loss = parallel.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
+    loss = gradient.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
     return {"loss": loss, "n": len(items)}
 
 
-def pair_metrics(terms: preference.PairTerms) -> dict:
+def pair_metrics(terms: reward_model.PairTerms) -> dict:
     return {"loss": terms.loss, "accuracy": terms.accuracy, "difference": terms.difference, "score": terms.score}
 
 
@@ -161,7 +162,7 @@ def set_up(run: Run) -> tuple[list[sft.Source], list]:
     what = "pairs" if config.objective == "preference" else "examples"
     run.log.say(f"{per_epoch} {what} an epoch, {n_steps} steps")
     load = partial(Transformer.from_scratch, seed=config.seed) if is_fresh else Transformer.from_pretrained
-    load = preference.RewardModel.from_pretrained if config.objective == "preference" else load
+    load = reward_model.RewardModel.from_pretrained if config.objective == "preference" else load
     run.prepare(load(run.folder, dtype=run.dtype, device=run.device), tokenizer, n_steps)
     return sources, held_out
 

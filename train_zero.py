@@ -16,23 +16,23 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-import nanor1.openmp  # noqa: F401  # isort: skip  (before torch)
+import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
 
-from nanor1.checkpoint import model_folder
-from nanor1.config import MANY, apply_preset, option, user_errors
-from nanor1.exam import Exam, ExamOptions, shorten
+from nanor1.evaluation.exam import Exam, ExamOptions, shorten
 from nanor1.grpo import LossSettings, Rollout, add_gradient, describe, mean, step_metrics
 from nanor1.judge import Actor, act, choose, make_rules
-from nanor1.machine import peak_flops
 from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature
 from nanor1.model import Transformer
 from nanor1.options import TaskOptions, load_task, own_rewards, report_failures
-from nanor1.preference import load_reward_model, to_preference
-from nanor1.prompts import PromptOptions, choose_template, make_prompter
 from nanor1.rewards import NAMES, overlong_penalty, parse_rewards
-from nanor1.runlog import RunLog
+from nanor1.run.checkpoint import model_folder
+from nanor1.run.config import MANY, apply_preset, option, user_errors
+from nanor1.run.log import RunLog
+from nanor1.run.machine import peak_flops
 from nanor1.sampler import Sampler
-from nanor1.tasks import TASKS, parse_object
+from nanor1.stages.reward_model import load_reward_model, to_preference
+from nanor1.tasks.problems import TASKS, parse_object
+from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter
 from nanor1.training import Run, RunConfig, as_miniature_run, is_due, open_log, read_command_line
 
 HAS_KL = ("--kl-coef above 0", lambda config: config.kl_coef > 0)

@@ -1,1 +1,23 @@
-"""nanor1: how language models are taught to reason. Start at train_zero.py."""
+"""nanor1: how language models are taught to reason.
+
+The method is on this floor: model, attention, kernels, packing, logprobs, sampler, slots, next_token, judge, grpo,
+optim, training; README.md says in which order to read them. Around it: tokenizer, weights, rewards, chat and miniature,
+and the rooms tasks, grading, sandbox (judging), stages (R1's other stages), search (inference-time scaling), evaluation
+and run (what keeps a run).
+
+Names end in the letters of their shape, first axis first (`logp_M`, `cu_seqlens_B1`: B + 1 entries):
+
+    P problems      G completions a problem     B sequences, or rows    S slots of the cache
+    N packed tokens     M tokens with a loss    T positions             V vocabulary
+    C width         H query heads               K key/value heads       D head width
+
+A thread of GNU OpenMP, which torch has on Linux, looks for milliseconds whether the others are there before it sleeps.
+Beside one other busy program it so keeps the processor from the very thread that it waits for. GOMP_SPINCOUNT is how
+often it looks; 1000 is what the library takes itself where it knows of more threads than processors. torch reads it as
+it is imported, so scripts import this package first.
+"""
+
+import os
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

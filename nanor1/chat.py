@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from nanor1.asking import Asker, check_room
-from nanor1.prompts import Prompt, Prompter, render
 from nanor1.sampler import Kept
-from nanor1.tasks import Problem, format_prompt, prefilled
+from nanor1.search.asking import Asker, check_room
+from nanor1.tasks.problems import Problem, format_prompt, prefilled
+from nanor1.tasks.prompts import Prompt, Prompter, render
 
 Messages = list[dict[str, str]]  # {"role", "content"} each, as Tokenizer.apply_chat_template takes them
 INTERRUPTED = "stopped by Ctrl-C"

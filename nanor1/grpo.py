@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanor1.gradient import Workers
 from nanor1.logprobs import chunked_loss, token_logprobs
 from nanor1.packing import Batch, Item, attended_pairs, pack
-from nanor1.parallel import Workers
 
 Advantage = float | list[float]  # of a completion, or of each of its tokens
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from nanor1.coding import code_accuracies
 from nanor1.grpo import Rollout, completion_logprobs, group_advantages, kl_estimate, to_items
 from nanor1.model import Transformer
 from nanor1.packing import pack
-from nanor1.prompts import NEXT_TURN, Prompt, Prompter
 from nanor1.rewards import REPORTED, REWARDS, after_thinking, combine, marked, overlong_penalty
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, Style, Task, prefilled
+from nanor1.tasks.problems import Problem, Style, Task, prefilled
+from nanor1.tasks.programs import code_accuracies
+from nanor1.tasks.prompts import NEXT_TURN, Prompt, Prompter
 from nanor1.tokenizer import Tokenizer
 
 # The scores, in 0..1 or None, of responses behind the ids of their prompts: what a reward model prefers.

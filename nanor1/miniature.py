@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanor1.checkpoint import model_folder
+from nanor1.gradient import Example, add_gradient, start_workers
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
-from nanor1.parallel import Example, add_gradient, start_workers
-from nanor1.pretrained import ModelConfig
-from nanor1.tasks import Problem, Task, make_task
+from nanor1.run.checkpoint import model_folder
+from nanor1.tasks.problems import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 NAMESPACE = "miniature/"  # opens the name by which scripts take a miniature for a model
 END = "<end>"

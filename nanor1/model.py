@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanor1.attention import attention, cached_attention, hide_behind
-from nanor1.machine import free_memory
 from nanor1.packing import Layout, TileTable, layout, spread, to_device
-from nanor1.pretrained import ModelConfig, read_config, read_parameters, write_folder
+from nanor1.run.machine import free_memory
+from nanor1.weights import ModelConfig, read_config, read_parameters, write_folder
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
         and dropped by the next forward with a gradient: they would be stale soon, and their memory is wanted. Inference
         mode alone, in which samplers work, takes them: what a model scores (no_grad) must not depend on whether it has
         sampled before. Where there is not twice the memory, or no such layout, nothing is done. Of replicas that share
-        weights (parallel.py) only the one that is updated may sample: a change does not show in the others' versions.
+        weights (gradient.py) only the one that is updated may sample: a change does not show in the others' versions.
         """
         versions = [0 if p.is_inference() else p._version for p in self.parameters()]
         if versions == self.reordered_versions:

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from nanor1.config import option
 from nanor1.miniature import miniature_task, own_miniature
 from nanor1.rewards import OwnReward, read_reward_file
-from nanor1.tasks import Task, make_task, parse_fields, task_parameters
+from nanor1.run.config import option
+from nanor1.tasks.problems import Task, make_task, parse_fields, task_parameters
 from nanor1.tokenizer import Tokenizer
 
 
@@ -39,7 +39,9 @@ class TaskOptions:
         "columns of other names, as question=prompt,answer=gold: the task's field, and the file's",
         needs=("--data or --eval-data", lambda config: config.data or config.eval_data),
     )
-    task_args: str = option("", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks.py')
+    task_args: str = option(
+        "", 'JSON object of the task\'s parameters, as {"n_numbers": 3}; see nanor1/tasks/problems.py'
+    )
     reward_file: str | None = option(
         None, "your Python file of functions (problem, text) -> float or None, each a reward; see nanor1/rewards.py"
     )

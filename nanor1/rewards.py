@@ -4,7 +4,7 @@ The text judged is all the model is answerable for: what the prompt pre-filled (
 without its stop token. The format is a cost, not a prize: a perfect format adds nothing and a broken one costs its
 weight, so no answer can earn anything by its looks (a format prize of weight 1 trains format at accuracy's expense).
 
-Left out: partial credit, and the preference of a reward model (preference.py), which is only weighed here. Whoever
+Left out: partial credit, and the preference of a reward model (reward_model.py), which is only weighed here. Whoever
 wants other rules writes them into a file of one's own (`read_reward_file`).
 
 Sources: accuracy and format as in DeepSeek-R1-Zero (arXiv:2501.12948, section 2.2.2), language as in DeepSeek-R1
@@ -30,9 +30,9 @@ from types import CodeType
 
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
-from nanor1.coding import code_accuracy, write_program
-from nanor1.grading import extract_answer, is_worked_out, math_equal
-from nanor1.tasks import BOXED_TASKS, Problem, check_countdown
+from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
+from nanor1.tasks.problems import BOXED_TASKS, Problem, check_countdown
+from nanor1.tasks.programs import code_accuracy, write_program
 
 LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means
     "step reward response_tokens response_tokens_max truncated rollouts unjudged groups dropped_groups kl loss entropy "
@@ -95,7 +95,7 @@ def accuracy(problem: Problem, text: str) -> float | None:
     """1.0 if the text's final answer is right, 0.0 if it is wrong or missing; None if the problem has no gold answer.
 
     Only what follows the thinking counts. Countdown: the last `<answer>` block must pass `check_countdown`. Code: the
-    program must pass the problem's tests (coding.py), and it is None if they could not be run. Other tasks: the
+    program must pass the problem's tests (programs.py), and it is None if they could not be run. Other tasks: the
     answer that `grading.extract_answer` finds there must equal the gold answer, and where the gold answer is a number
     (arithmetic, GSM8K) it must be worked out: `math_equal` would let `47 + 85` pass for 132.
     """

@@ -36,10 +36,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nanor1.draw import request_key
-from nanor1.machine import free_memory
 from nanor1.model import KVCache, Transformer
+from nanor1.next_token import request_key
 from nanor1.packing import end_to_end, index_tensor, to_device
+from nanor1.run.machine import free_memory
 from nanor1.slots import Sampling, Slots, Step, slots_that_fit
 
 MIN_SHARED = 32  # tokens that prompts begin with, from which on they are read once

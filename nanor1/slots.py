@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanor1.draw import hash_uniform, sample_tokens, token_confidence
 from nanor1.model import Block, KVCache, Transformer, allow_programs
+from nanor1.next_token import hash_uniform, sample_tokens, token_confidence
 from nanor1.packing import index_tensor
 
 CACHE_STEP = 32  # tokens by which a CPU's cache grows

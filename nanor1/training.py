@@ -27,7 +27,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from nanor1.checkpoint import (
+from nanor1.gradient import start_workers
+from nanor1.grpo import mean
+from nanor1.miniature import Miniature, find_model
+from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
+from nanor1.options import MachineOptions, default_tokens_per_batch
+from nanor1.run.checkpoint import (
     checkpoint_folders,
     digest,
     latest_checkpoint,
@@ -35,7 +40,7 @@ from nanor1.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from nanor1.config import (
+from nanor1.run.config import (
     apply_preset,
     from_json,
     load_arguments,
@@ -46,15 +51,10 @@ from nanor1.config import (
     to_json,
     validated,
 )
-from nanor1.grpo import mean
-from nanor1.machine import Interrupt, choose_device, peak_memory_gib
-from nanor1.miniature import Miniature, find_model
-from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
-from nanor1.options import MachineOptions, default_tokens_per_batch
-from nanor1.parallel import start_workers
-from nanor1.pretrained import read_config, read_json
-from nanor1.runlog import Columns, RunLog, default_run_folder, write_json
+from nanor1.run.log import Columns, RunLog, default_run_folder, write_json
+from nanor1.run.machine import Interrupt, choose_device, peak_memory_gib
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import read_config, read_json
 
 C = TypeVar("C")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1 import ledger, machine, training
+from nanor1 import training
+from nanor1.run import machine, resumable
 
 MEASURED = re.compile(r".*_s|mfu|peak_memory_gib")  # seconds, throughput, memory: they differ from run to run
 
@@ -52,14 +53,14 @@ def call_main(script, argv):
 
 def die_saving(patch, n_done):
     """Be killed where it is worst: the lines of a batch are written, the ledger does not know that so many are done."""
-    write_json = ledger.write_json
+    write_json = resumable.write_json
 
     def write_or_die(beside, content):
         if content["n_done"] >= n_done:
             raise Killed
         write_json(beside, content)
 
-    patch.setattr(ledger, "write_json", write_or_die)
+    patch.setattr(resumable, "write_json", write_or_die)
 
 
 def at_update(patch, at, happen):

@@ -15,11 +15,11 @@ import distill
 import sample
 import train_sft
 import train_zero
-from nanor1.checkpoint import model_folder
 from nanor1.miniature import MINIATURES
 from nanor1.model import Transformer
-from nanor1.preference import load_scorer
-from nanor1.sft import read_examples
+from nanor1.run.checkpoint import model_folder
+from nanor1.stages.reward_model import load_scorer
+from nanor1.stages.sft import read_examples
 from nanor1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

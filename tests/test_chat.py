@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from nanor1 import chat
-from nanor1.asking import Asker
 from nanor1.chat import INTERRUPTED, Answer, Dimmer, answer, converse
 from nanor1.model import ModelConfig, Transformer
-from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
+from nanor1.search.asking import Asker
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
 TEMPLATES = Path(os.environ.get("NANOR1_SHARED", "")) / "conformance" / "tokenizers" / "templates"

@@ -15,8 +15,9 @@ import torch
 from running import call_main, own_process
 from safetensors.torch import load_file, save_file
 
-from nanor1 import checkpoint
-from nanor1.checkpoint import (
+from nanor1.miniature import MINIATURES
+from nanor1.run import checkpoint
+from nanor1.run.checkpoint import (
     DiskFullError,
     best_step,
     latest_checkpoint,
@@ -24,7 +25,6 @@ from nanor1.checkpoint import (
     model_folder,
     save_checkpoint,
 )
-from nanor1.miniature import MINIATURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_zero  # noqa: E402

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nanor1.coding import (
+from nanor1.rewards import accuracy, final_answer
+from nanor1.sandbox.jobs import run_many, run_tests
+from nanor1.tasks.problems import Problem, code_problem, format_prompt, make_task
+from nanor1.tasks.programs import (
     CodeTests,
     code_accuracies,
     code_accuracy,
@@ -20,9 +23,6 @@ from nanor1.coding import (
     read_row,
     write_program,
 )
-from nanor1.rewards import accuracy, final_answer
-from nanor1.sandbox import run_many, run_tests
-from nanor1.tasks import Problem, code_problem, format_prompt, make_task
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "/no/such/folder"))
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="NANOR1_SHARED names no folder")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.config import (
+from nanor1.run.config import (
     apply_preset,
     from_json,
     load_arguments,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nanor1 import confine, sandbox
-from nanor1.sandbox import isolation, run_many, run_tests
+from nanor1.sandbox import confine, jobs
+from nanor1.sandbox.jobs import isolation, run_many, run_tests
 
 LINUX_X86_OR_ARM = confine.IS_LINUX and os.uname().machine in confine.MACHINES
 LINUX = pytest.mark.skipif(not LINUX_X86_OR_ARM, reason="namespaces, Landlock and seccomp are Linux's")
@@ -310,8 +310,8 @@ target |= {"shm": libc.shmget(0, 4096, 0o1600), "sem": libc.semget(0, 1, 0o1600)
 libc.msgsnd(target["msg"], ctypes.create_string_buffer(b"\\1" + bytes(7) + b"kept", 16), 8, 0)
 page = ctypes.create_string_buffer(b"kept", 64)
 target["address"] = ctypes.addressof(page)
-start, _, rest = sandbox.START.partition("from nanor1.jail")
-sandbox.START = f"{start}from nanor1 import confine; {request['patch']}from nanor1.jail{rest}"
+start, _, rest = sandbox.START.partition("from nanor1.sandbox.child")
+sandbox.START = f"{start}from nanor1 import confine; {request['patch']}from nanor1.sandbox.child{rest}"
 if request["is_readable"]:
     import contextlib
     sandbox.unreadable = contextlib.nullcontext()
@@ -436,9 +436,9 @@ def dumpable():
 @LINUX
 def test_the_trainer_is_as_readable_as_before_once_the_last_of_several_has_judged(monkeypatch):
     before, during = dumpable(), []
-    judge = sandbox.Jail.judge
-    monkeypatch.setattr(sandbox.Jail, "judge", lambda *a: during.append(dumpable()) or judge(*a))
-    with sandbox.unreadable:
+    judge = jobs.Jail.judge
+    monkeypatch.setattr(jobs.Jail, "judge", lambda *a: during.append(dumpable()) or judge(*a))
+    with jobs.unreadable:
         assert run_tests("def f(): return 1", "assert f() == 1").passed
         during.append(dumpable())
     assert during == [0, 0] and dumpable() == before

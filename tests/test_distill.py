@@ -23,15 +23,17 @@ from running import (
     write_lines,
 )
 
-from nanor1 import exam, judge, teacher, traces, training
-from nanor1.ledger import Ledger
+from nanor1 import judge, training
+from nanor1.evaluation import exam
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task, new_model
 from nanor1.model import Transformer
-from nanor1.pretrained import ModelConfig
-from nanor1.prompts import Prompter
 from nanor1.rewards import REWARDS
-from nanor1.tasks import make_task
+from nanor1.run.resumable import Ledger
+from nanor1.stages import rejection_sampling, teacher
+from nanor1.tasks.problems import make_task
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -284,7 +286,7 @@ def test_traces_cross_from_one_vocabulary_and_template_to_another(process, tmp_p
     """A teacher without a chat template and a student with one, and the other way round."""
     for name in ("accuracy", "format", "language"):
         process.setitem(REWARDS, name, lambda problem, text: 1.0)
-    process.setattr(traces, "is_looping", lambda text: False)
+    process.setattr(rejection_sampling, "is_looping", lambda text: False)
     plain, chat = (
         byte_model(tmp_path / "plain", 0),
         byte_model(tmp_path / "chat", 1, CHAT, specials=["<|user|>", "<|model|>"]),

@@ -14,8 +14,13 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from nanor1 import grpo, logprobs, parallel
-from nanor1.distillation import (
+from nanor1 import grpo, logprobs
+from nanor1.gradient import Example, Workers
+from nanor1.grpo import LossSettings, Rollout
+from nanor1.model import ModelConfig, Transformer
+from nanor1.packing import pack
+from nanor1.sampler import Completion, generate
+from nanor1.stages.distillation import (
     DIVERGENCES,
     DivergenceSettings,
     add_gradient,
@@ -25,11 +30,6 @@ from nanor1.distillation import (
     reverse_kl,
     teacher_advantages,
 )
-from nanor1.grpo import LossSettings, Rollout
-from nanor1.model import ModelConfig, Transformer
-from nanor1.packing import pack
-from nanor1.parallel import Example, Workers
-from nanor1.sampler import Completion, generate
 from nanor1.tokenizer import Tokenizer, check_same_vocabulary
 
 M, C, C_TEACHER, V = 11, 6, 9, 24
@@ -457,7 +457,7 @@ def test_a_scaled_loss_scales_the_gradient_and_no_metric(teacher, examples):
 def test_the_hard_loss_alone_is_supervised_fine_tuning(teacher, examples):
     model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, temperature=2.0, hard_weight=1.0)
     means, gradient = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
-    loss, wanted = gradient_of(model, lambda w: parallel.add_gradient(w, examples, 15, VOCAB_SIZE))
+    loss, wanted = gradient_of(model, lambda w: gradient.add_gradient(w, examples, 15, VOCAB_SIZE))
     assert means["loss"] == pytest.approx(loss, rel=1e-5) and means["nll"] == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.evaluate import accuracy_interval, evaluate, majority_accuracy, summarize, wilson_interval
+from nanor1.evaluation.accuracy import accuracy_interval, evaluate, majority_accuracy, summarize, wilson_interval
 from nanor1.grpo import Rollout
 from nanor1.judge import Rules, judge_all
 from nanor1.model import ModelConfig, Transformer
-from nanor1.prompts import Prompter
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, code_problem
+from nanor1.tasks.problems import Problem, code_problem
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
 SUM = Problem("2 + 3 =", "5", "arithmetic", (2, 3))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.grading import extract_answer, is_worked_out, math_equal
+from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
 from nanor1.rewards import accuracy
-from nanor1.tasks import Problem
+from nanor1.tasks.problems import Problem
 
 ONE_WAY = ("1011", "1011_2")  # a gold's base may be left out; a base too many is a mistake
 EQUAL = [

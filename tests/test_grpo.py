@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanor1 import packing
+from nanor1.gradient import Workers
 from nanor1.grpo import (
     LossSettings,
     Rollout,
@@ -26,7 +27,6 @@ from nanor1.grpo import (
 )
 from nanor1.logprobs import chunked_loss
 from nanor1.model import ModelConfig, Transformer
-from nanor1.parallel import Workers
 from nanor1.sampler import Completion, generate
 
 STOP, VOCAB_SIZE, TEMPERATURE = 12, 13, 0.8

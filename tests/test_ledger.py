@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from nanor1 import ledger
-from nanor1.ledger import Ledger, Progress, ledger_path, open_ledger, read_lines
+from nanor1.run import resumable
+from nanor1.run.resumable import Ledger, Progress, ledger_path, open_ledger, read_lines
 
 ARGUMENTS = {"--n": 6, "--model": "m"}
 BATCHES = [[{"text": "é"}, {"text": "1\n2"}], [], [{"text": "3"}]]  # of two problems each
@@ -41,14 +41,14 @@ def test_half_a_surrogate_pair_is_no_reason_to_fail(tmp_path):
 
 def die_in_the_second_batch(path):
     """Kill this process where it is worst: the lines are written, the ledger does not know it."""
-    write_json = ledger.write_json
+    write_json = resumable.write_json
 
     def write_or_die(beside, content):
         if content["n_done"] == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(beside, content)
 
-    ledger.write_json = write_or_die
+    resumable.write_json = write_or_die
     write(path)
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_not_what_its_ledger_says_is_refused_and_left_alone(tmp_p
 def clock(monkeypatch):
     """What time it is: tests set its one entry."""
     now_s = [100.0]
-    monkeypatch.setattr(ledger.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(resumable.time, "monotonic", lambda: now_s[0])
     return now_s
 
 
@@ -137,7 +137,7 @@ def test_a_search_tells_tokens_and_not_answers(clock, capsys):
     progress = Progress(4)
     progress.hear(5)
     assert (progress.n_done, progress.n_tokens) == (0, 5)
-    clock[0] += ledger.SPARSE_S
+    clock[0] += resumable.SPARSE_S
     progress.hear(1)
     assert capsys.readouterr().err == "0/4 answers, 6 tokens, 0 tokens/s\n"
 
@@ -170,7 +170,7 @@ def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsy
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress(2)
     for _ in range(3):
-        clock[0] += ledger.LIVE_S
+        clock[0] += resumable.LIVE_S
         progress.hear(1)
     progress.clear()
     err = capsys.readouterr().err

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from nanor1 import machine
-from nanor1.machine import (
+from nanor1.run import machine
+from nanor1.run.machine import (
     Interrupt,
     choose_device,
     free_memory,

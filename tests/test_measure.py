@@ -11,14 +11,14 @@ import pytest
 import torch
 from running import Killed, call_main, die_saving, read_lines, write_lines
 
-from nanor1 import measure
-from nanor1.ledger import ledger_path
-from nanor1.methods import METHODS
+from nanor1.evaluation import measure
+from nanor1.evaluation.methods import METHODS
 from nanor1.model import Transformer
-from nanor1.preference import RewardModel
-from nanor1.pretrained import ModelConfig
+from nanor1.run.resumable import ledger_path
 from nanor1.sampler import Sampler
+from nanor1.stages.reward_model import RewardModel
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanor1.methods import (
+from nanor1.evaluation.methods import (
     AMONG_SAMPLES,
     METHODS,
     Run,
@@ -23,7 +23,7 @@ from nanor1.methods import (
     runs_of,
     table,
 )
-from nanor1.tasks import Problem
+from nanor1.tasks.problems import Problem
 
 SUM = Problem("2 + 3 =", "5", "arithmetic", (2, 3))
 

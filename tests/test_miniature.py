@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from nanor1.checkpoint import save_checkpoint
+from nanor1.gradient import Workers, mean_loss
 from nanor1.miniature import (
     MINIATURES,
     Muon,
@@ -26,8 +26,8 @@ from nanor1.miniature import (
     tries,
 )
 from nanor1.model import Transformer
-from nanor1.parallel import Workers, mean_loss
-from nanor1.tasks import Problem, check_countdown, is_held_out
+from nanor1.run.checkpoint import save_checkpoint
+from nanor1.tasks.problems import Problem, check_countdown, is_held_out
 from nanor1.tokenizer import Tokenizer
 
 NAMES = ["arithmetic", "countdown"]  # countdown-small differs in its size alone

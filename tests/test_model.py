@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import nanor1.model
+from nanor1.gradient import Workers
 from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, reorder, reordered_linear, rope_frequencies
 from nanor1.optim import MasterAdamW
 from nanor1.packing import Layout, tile_table
-from nanor1.parallel import Workers
-from nanor1.pretrained import RopeScaling, config_from_hf, config_to_hf, read_config
+from nanor1.weights import RopeScaling, config_from_hf, config_to_hf, read_config
 
 LLAMA = dict(
     model_type="llama",

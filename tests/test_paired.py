@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nanor1.paired import change_line, compare_files, paired_change, paired_difference
+from nanor1.evaluation.paired import change_line, compare_files, paired_change, paired_difference
 
 # ---- the interval
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from nanor1.parallel import SMALL, Workers, start_workers
+from nanor1.gradient import SMALL, Workers, start_workers
 
 
 class Model(torch.nn.Sequential):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.evaluate import wilson_interval
-from nanor1.plot import COLOURS, SHAPES, Point, linear_ticks, logarithmic_ticks, scatter
+from nanor1.evaluation.accuracy import wilson_interval
+from nanor1.evaluation.plot import COLOURS, SHAPES, Point, linear_ticks, logarithmic_ticks, scatter
 
 LABELS = {"title": "a title", "x_label": "tokens a problem", "y_label": "accuracy"}
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from nanor1.gradient import Workers
 from nanor1.model import ModelConfig, Transformer
 from nanor1.optim import MasterAdamW
-from nanor1.parallel import Workers
-from nanor1.preference import (
+from nanor1.stages.reward_model import (
     Pair,
     RewardModel,
     add_gradient,
@@ -23,8 +23,8 @@ from nanor1.preference import (
     read_pairs,
     score,
 )
-from nanor1.pretrained import config_from_hf, is_reward_model
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import config_from_hf, is_reward_model
 
 CONFIG = ModelConfig("llama", 40, 24, 40, 2, 4, 2, 6, 64)
 LLAMA = dict(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from nanor1.prompts import NEXT_TURN, PromptOptions, choose_template, make_prompter
-from nanor1.tasks import Problem
+from nanor1.tasks.problems import Problem
+from nanor1.tasks.prompts import NEXT_TURN, PromptOptions, choose_template, make_prompter
 from nanor1.tokenizer import Tokenizer
 
 CHATML = (

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1.evaluate import evaluate
-from nanor1.grading import extract_answer
+from nanor1.evaluation.accuracy import evaluate
+from nanor1.grading.compare import extract_answer
 from nanor1.judge import Rules
 from nanor1.model import Transformer
-from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
-from nanor1.tasks import make_task
+from nanor1.tasks.problems import make_task
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
 MODELS = Path(os.environ.get("NANOR1_MODELS", "-"))

@@ -23,7 +23,7 @@ from nanor1.rewards import (
     read_reward_file,
     thinking,
 )
-from nanor1.tasks import Problem, countdown_problem, prefilled
+from nanor1.tasks.problems import Problem, countdown_problem, prefilled
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "/nonexistent"))
 needs_shared = pytest.mark.skipif(

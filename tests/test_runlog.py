@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nanor1.runlog import RunLog, default_run_folder, git_state, write_json
+from nanor1.run.log import RunLog, default_run_folder, git_state, write_json
 
 COLUMNS = [("reward", "reward", "6.3f"), ("loss", "policy loss", "8.4f"), ("tokens", "tokens", "6d")]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanor1.checkpoint import save_checkpoint
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
-from nanor1.pretrained import ModelConfig
+from nanor1.run.checkpoint import save_checkpoint
 from nanor1.sampler import Sampler, generate
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = Sampler.generate  # tests put a wrapper in its place

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nanor1.model
 import nanor1.sampler
 import nanor1.slots
-from nanor1 import draw
-from nanor1.draw import PART, hash_uniform, request_key, sample_tokens
+from nanor1 import next_token
 from nanor1.logprobs import token_logprobs
 from nanor1.model import ModelConfig, Transformer
+from nanor1.next_token import PART, hash_uniform, request_key, sample_tokens
 from nanor1.sampler import Prompt, Sampler, generate, read_beginning
 from nanor1.slots import Sampling, Slots, slots_that_fit
 
@@ -669,7 +669,7 @@ def test_a_draw_at_the_border_of_two_blocks_stays_inside_the_block(dtype):
     border_B1 = torch.randint(0, 30, (20_000, 1), generator=generator)
     uniform_B = (cdf_BN.gather(-1, border_B1) / cdf_BN[:, -1:]).squeeze(1).clamp(max=EDGES[dtype][1])
     for u in (uniform_B, uniform_B.nextafter(torch.zeros_like(uniform_B))):
-        index_B, inside_B = draw._invert(weight_BN, u)
+        index_B, inside_B = next_token._invert(weight_BN, u)
         assert ((0 <= inside_B) & (inside_B < 1)).all()
         assert (weight_BN.gather(-1, index_B[:, None]) > 0).all()
 
@@ -694,7 +694,7 @@ def test_drawing_by_parts_draws_the_same_to_the_last_bit(V, narrow, monkeypatch)
     logits_BV = torch.randn(B, V + 3, generator=generator)[:, :V]
     uniform_B = torch.rand(B, dtype=torch.float64, generator=generator)
     parts = sample_tokens(logits_BV, uniform_B, **narrow)
-    monkeypatch.setattr(draw, "PART", B * V)
+    monkeypatch.setattr(next_token, "PART", B * V)
     for whole_B, parts_B in zip(sample_tokens(logits_BV, uniform_B, **narrow), parts, strict=True):
         assert torch.equal(whole_B, parts_B)
 
@@ -807,7 +807,7 @@ def test_narrowing_keeps_the_weights_that_a_walk_down_the_sorted_list_keeps(weig
     for weight in candidates:
         if not wanted or sum(wanted) < eighths / 8 * sum(candidates):
             wanted.append(weight)
-    kept = draw.narrow(torch.tensor([weights]).float(), top_k, eighths / 8)[0].tolist()
+    kept = next_token.narrow(torch.tensor([weights]).float(), top_k, eighths / 8)[0].tolist()
     assert sorted(filter(None, kept)) == sorted(filter(None, wanted))
     assert all(after in (0, before) for before, after in zip(weights, kept, strict=True))
 
@@ -824,7 +824,7 @@ def test_top_p_sorts_the_vocabulary_only_where_top_k_has_not_ordered_a_few(top_k
             return function(*args, **kwargs or {})
 
     with Watch():
-        draw.narrow(torch.rand(2, 500), top_k, 0.9)
+        next_token.narrow(torch.rand(2, 500), top_k, 0.9)
     assert found == widths
 
 
@@ -889,9 +889,9 @@ def test_hash_uniform_is_uncorrelated_over_positions_keys_and_neighbours():
 
 
 def test_keys_of_requests_differ_in_each_part_and_in_their_order():
-    keys = [draw.request_key(seed, p, g) for seed in range(-3, 20) for p in range(20) for g in range(20)]
+    keys = [next_token.request_key(seed, p, g) for seed in range(-3, 20) for p in range(20) for g in range(20)]
     assert len(set(keys)) == len(keys)
-    assert draw.request_key(2**64 + 5, 1) == draw.request_key(5, 1) != draw.request_key(1, 5)
+    assert next_token.request_key(2**64 + 5, 1) == next_token.request_key(5, 1) != next_token.request_key(1, 5)
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 

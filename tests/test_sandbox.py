@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1 import confine, jail, sandbox
-from nanor1.sandbox import isolation, run_many, run_tests, same_output
+from nanor1.sandbox import child, confine, jobs
+from nanor1.sandbox.jobs import isolation, run_many, run_tests, same_output
 
 TESTS = "assert f(3) == 4\nassert f(5) == 6"
 NEEDLE = 918273645
@@ -181,11 +181,11 @@ def hostile():
     marker = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(tempfile, "tempdir", folder)
-        patch.setattr(sandbox, "START", f"{sandbox.START}  # {marker}")
+        patch.setattr(jobs, "START", f"{jobs.START}  # {marker}")
         started = time.monotonic()
-        jobs = [(program, TESTS) for program, _ in HOSTILE.values()]
-        jobs += [(program, HUNTED) for program in HUNTERS.values()]
-        verdicts = run_many(jobs, timeout_s=1, memory_mib=300)
+        asked = [(program, TESTS) for program, _ in HOSTILE.values()]
+        asked += [(program, HUNTED) for program in HUNTERS.values()]
+        verdicts = run_many(asked, timeout_s=1, memory_mib=300)
         seconds = time.monotonic() - started
         left = processes(marker), sorted(os.listdir(folder))
     return dict(zip([*HOSTILE, *HUNTERS], verdicts, strict=True)), seconds, left
@@ -262,7 +262,7 @@ plain = st.recursive(
 @given(plain)
 @settings(max_examples=50)
 def test_encoding_is_undone_by_decoding(value):
-    again = jail.decode(json.loads(json.dumps(jail.encode(value, None))), None)
+    again = child.decode(json.loads(json.dumps(child.encode(value, None))), None)
     assert again == value and type(again) is type(value)
 
 
@@ -364,7 +364,7 @@ def test_a_jail_that_cannot_be_started_gives_no_verdict(monkeypatch):
 
 
 def test_a_jail_that_breaks_gives_no_verdict(monkeypatch):
-    monkeypatch.setattr(sandbox, "START", "raise SystemExit(1)")
+    monkeypatch.setattr(jobs, "START", "raise SystemExit(1)")
     assert [verdict.passed for verdict in run_many([("f = abs", TESTS)] * 2)] == [None, None]
 
 
@@ -391,10 +391,10 @@ def test_a_killed_trainer_takes_its_programs_along(tmp_path):
 @pytest.mark.parametrize("is_killed_first", [False, True])
 def test_a_jail_is_closed_when_all_its_processes_are_gone(monkeypatch, is_killed_first):
     marker = uuid.uuid4().hex
-    monkeypatch.setattr(sandbox, "START", f"{sandbox.START}  # {marker}")
+    monkeypatch.setattr(jobs, "START", f"{jobs.START}  # {marker}")
 
     def receive(*arguments):
-        message = jail.receive(*arguments)
+        message = child.receive(*arguments)
         if "layers" not in message:
             return message
         assert len(processes(marker)) == 3  # the program stands confined
@@ -402,8 +402,8 @@ def test_a_jail_is_closed_when_all_its_processes_are_gone(monkeypatch, is_killed
             started.keeper.kill()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox, "receive", receive)
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(sandbox.Jail(60, 300)) as started:
+    monkeypatch.setattr(jobs, "receive", receive)
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(jobs.Jail(60, 300)) as started:
         started.judge("while True: pass", TESTS)
     assert processes(marker) == []
 
@@ -432,7 +432,7 @@ SLOW = {
 
 
 def test_the_judges_time_is_the_programs_whatever_it_returns():
-    with contextlib.closing(sandbox.Jail(5, 512)) as one:
+    with contextlib.closing(jobs.Jail(5, 512)) as one:
         assert one.judge("f = abs", "assert f(-1) == 1").passed
         keeper, one.timeout_s = one.keeper, 0.3
         for name, (program, tests) in SLOW.items():
@@ -455,7 +455,7 @@ def test_after_an_interrupt_no_further_job_is_begun(monkeypatch):
         threads.append(thread)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox.Jail, "judge", lambda *job: begun.append(job) or time.sleep(0.1))
+    monkeypatch.setattr(jobs.Jail, "judge", lambda *job: begun.append(job) or time.sleep(0.1))
     monkeypatch.setattr(threading.Thread, "join", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_many([("f = abs", TESTS)] * 9, workers=1)

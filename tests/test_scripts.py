@@ -13,13 +13,14 @@ import pytest
 import torch
 from running import assert_refused, call_main, own_process, read_lines, step_lines, write_lines
 
-from nanor1 import rewards, sft, teacher
+from nanor1 import rewards
 from nanor1.model import Transformer
-from nanor1.pretrained import ModelConfig
-from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
-from nanor1.tasks import Problem, is_in_share
+from nanor1.stages import sft, teacher
+from nanor1.tasks.problems import Problem, is_in_share
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

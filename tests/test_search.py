@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1 import preference
-from nanor1.budget import REQUEST, force_budget, refine
 from nanor1.model import KVCache, ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
-from nanor1.search import beam_search, mean_logprob, reward_scorer
-from nanor1.token_beams import token_beam_search
+from nanor1.search.step_beams import beam_search, mean_logprob, reward_scorer
+from nanor1.search.think_longer import REQUEST, force_budget, refine
+from nanor1.search.token_beams import token_beam_search
+from nanor1.stages import reward_model
 from nanor1.tokenizer import Tokenizer
 
 VOCAB, KNOWN = 61, 55  # the rows of the output matrix, and the tokens that a tokenizer would have
@@ -425,25 +425,25 @@ def made(text, has_stop=False):
 
 
 def test_the_reward_scorer_scores_the_text_so_far_as_a_final_answer():
-    reward_model = random_model(SCORER_CONFIG, kind=preference.RewardModel)
-    scorer = reward_scorer(reward_model, BYTES, 10_000)
+    judge = random_model(SCORER_CONFIG, kind=reward_model.RewardModel)
+    scorer = reward_scorer(judge, BYTES, 10_000)
     prompts = [BYTES.encode("2 + 2?")] * 2 + [BYTES.encode("Go. <think>")]
     scores = scorer(prompts, [made("It is 4.\n"), made("It is 4.", has_stop=True), made("hm</think> 5")])
     finals = ["It is 4.", "It is 4.", "5"]
-    assert scores == pytest.approx(preference.score(reward_model, BYTES, prompts, finals, 10_000))
+    assert scores == pytest.approx(reward_model.score(judge, BYTES, prompts, finals, 10_000))
     assert scores[0] == pytest.approx(scores[1]) and scores[0] != pytest.approx(scores[2], abs=1e-3)
 
 
 @pytest.mark.parametrize("prompt, text", [("Go.", "<think> 2 + 2"), ("Go. <think>\n", "2 + 2 is 4")])
 def test_the_reward_scorer_refuses_a_text_that_is_still_thinking(prompt, text):
-    scorer = reward_scorer(random_model(SCORER_CONFIG, kind=preference.RewardModel), BYTES, 10_000)
+    scorer = reward_scorer(random_model(SCORER_CONFIG, kind=reward_model.RewardModel), BYTES, 10_000)
     with pytest.raises(ValueError, match="judges final answers, and this one is still thinking"):
         scorer([BYTES.encode(prompt)], [made(text)])
 
 
 def test_a_beam_search_is_led_by_a_reward_model_and_one_without_a_score_comes_last():
-    reward_model = random_model(SCORER_CONFIG, kind=preference.RewardModel)
-    scorer = reward_scorer(reward_model, BYTES, 10_000)
+    judge = random_model(SCORER_CONFIG, kind=reward_model.RewardModel)
+    scorer = reward_scorer(judge, BYTES, 10_000)
     model, prompt = random_model(SCORER_CONFIG, seed=3), BYTES.encode("ab")
     arguments = dict(decode=BYTES.decode, stop_ids=[EOS], vocab_size=None, step_texts=["e", "a", "\x00"])
     (found,) = search(Sampler(model), [prompt], [1], scorer=scorer, **arguments)

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanor1.gradient import Example, Workers, add_gradient, mean_loss, pack_examples
 from nanor1.model import ModelConfig, Transformer
-from nanor1.parallel import Example, Workers, add_gradient, mean_loss, pack_examples
-from nanor1.prompts import Prompter
 from nanor1.sampler import Sampler
-from nanor1.sft import (
+from nanor1.stages.sft import (
     Examples,
     examples_per_epoch,
     parse_data,
@@ -30,7 +29,8 @@ from nanor1.sft import (
     text_end,
     turn_end,
 )
-from nanor1.tasks import Problem, is_in_share, make_task
+from nanor1.tasks.problems import Problem, is_in_share, make_task
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
 SHARED = Path(os.environ.get("NANOR1_SHARED", "-"))

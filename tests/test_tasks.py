@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanor1.rewards import accuracy
-from nanor1.tasks import (
+from nanor1.tasks.problems import (
     SPLITS,
     TASKS,
     Problem,

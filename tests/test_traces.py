@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import Killed, die_saving
 
-from nanor1 import traces
 from nanor1.grpo import Rollout
 from nanor1.judge import Rules
-from nanor1.ledger import ledger_path
 from nanor1.model import Transformer
-from nanor1.pretrained import ModelConfig
-from nanor1.prompts import Prompter
+from nanor1.run.resumable import ledger_path
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Example, Problem
+from nanor1.stages import rejection_sampling
+from nanor1.stages.rejection_sampling import DROPPED, Question, Selection, ask, collect, is_looping, select, to_line
+from nanor1.tasks.problems import Example, Problem
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
-from nanor1.traces import DROPPED, Question, Selection, ask, collect, is_looping, select, to_line
+from nanor1.weights import ModelConfig
 
 WORDS = ["<think>", "</think>", "<answer>", "</answer>", "1", "2", "3", "4", "+", "=", "so"]
 NEXT = {"=": ["<think>"], "<think>": ["so"], "so": ["so", "</think>"], "</think>": ["<answer>", "</answer>"]}
@@ -215,7 +215,7 @@ def test_an_answer_to_messages_holds_the_think_tag_that_the_template_pre_filled(
 
 
 def test_the_lines_are_learned_token_for_token_as_they_were_sampled(tmp_path):
-    sft = pytest.importorskip("nanor1.sft")
+    sft = pytest.importorskip("nanor1.stages.sft")
     path, seen = tmp_path / "traces.jsonl", []
     _, tokenizer = tiny_model()
     generate = Sampler.generate
@@ -237,7 +237,7 @@ def test_the_lines_are_learned_token_for_token_as_they_were_sampled(tmp_path):
 
 
 def test_pairs_are_read_as_preferences(tmp_path):
-    preference = pytest.importorskip("nanor1.preference")
+    preference = pytest.importorskip("nanor1.stages.reward_model")
     path = tmp_path / "pairs.jsonl"
     ledger = sample(path, selection=Selection("pairs"), samples=12)
     pairs = preference.read_pairs(path, tiny_model()[1], 64)
@@ -262,7 +262,7 @@ def test_what_is_counted_adds_up_and_the_kept_answers_are_right(tmp_path):
         problem = PROBLEMS[row["problem"]]
         assert row["prompt"] == problem.prompt and row["answer"] == problem.answer
         assert row["completion"].endswith(f"</think> <answer> {problem.answer} </answer>")
-    report = traces.summary(ledger, Selection())
+    report = rejection_sampling.summary(ledger, Selection())
     assert report.startswith("sampled") and f"{len(kept)}   of {counts['problems']} problems" in report
 
 

@@ -25,22 +25,23 @@ import torch
 from running import assert_refused, call_main, own_process, read_lines, repeatable, step_lines
 from safetensors.torch import load_file
 
-from nanor1 import exam, judge, optim, training
-from nanor1.checkpoint import latest_checkpoint
-from nanor1.config import parse_args
-from nanor1.evaluate import Evaluation
+from nanor1 import judge, optim, training
+from nanor1.evaluation import exam
+from nanor1.evaluation.accuracy import Evaluation
+from nanor1.gradient import Workers
 from nanor1.grpo import Rollout
 from nanor1.judge import Rules
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
-from nanor1.parallel import Workers
-from nanor1.preference import load_reward_model, to_preference
-from nanor1.pretrained import ModelConfig
-from nanor1.prompts import Prompter
 from nanor1.rewards import REWARDS
+from nanor1.run.checkpoint import latest_checkpoint
+from nanor1.run.config import parse_args
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks import Problem, Task
+from nanor1.stages.reward_model import load_reward_model, to_preference
+from nanor1.tasks.problems import Problem, Task
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,7 +61,7 @@ VARIANTS = {
 }
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
-    ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluate", "nanor1.sampler"]
+    ["torch._dynamo", "nanor1.grpo", "nanor1.miniature", "nanor1.evaluation.accuracy", "nanor1.sampler"]
 )
 
 
@@ -170,7 +171,7 @@ def at_step(patch, at, *numbers):
 
 def kill_in_save(patch):
     """Die in the save of step 4, after the model was written and before the optimizer is."""
-    from nanor1 import checkpoint
+    from nanor1.run import checkpoint
 
     save_file = checkpoint.save_file
 

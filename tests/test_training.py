@@ -15,7 +15,7 @@ from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
 from nanor1.options import default_tokens_per_batch
-from nanor1.runlog import RunLog
+from nanor1.run.log import RunLog
 
 TINY = dataclasses.replace(MINIATURES["arithmetic"], width=8, mlp_width=8, n_layers=1)
 TOKENIZER = make_tokenizer(TINY)

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanor1.rewards import accuracy, final_answer
-from nanor1.tasks import Problem
-from nanor1.voting import (
+from nanor1.search.votes import (
     Candidate,
     best_of,
     group_answers,
@@ -19,6 +18,7 @@ from nanor1.voting import (
     weighted_vote,
     window_confidences,
 )
+from nanor1.tasks.problems import Problem
 
 MATH = Problem("What is a half?", r"\frac{1}{2}", "math")
 SUM = Problem("47 + 85 =", "132", "arithmetic", (47, 85))

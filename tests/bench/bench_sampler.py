@@ -50,11 +50,11 @@ from measure import (
     where,
 )
 
-from nanor1.machine import choose_device, peak_memory_gib
 from nanor1.model import Transformer
-from nanor1.pretrained import config_to_hf
+from nanor1.run.machine import choose_device, peak_memory_gib
 from nanor1.sampler import Sampler
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import config_to_hf
 
 FAR_BEHIND = 0.8  # of the best peer's rate: slower ones are not measured again
 LENGTHS = ["ragged", "equal"]

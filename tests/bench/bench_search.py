@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from measure import finish, where
 
-from nanor1.asking import Asker
+from nanor1.evaluation.measure import answer
+from nanor1.evaluation.methods import Run, figures
 from nanor1.judge import make_rules
-from nanor1.ledger import Progress
-from nanor1.machine import choose_device
-from nanor1.measure import answer
-from nanor1.methods import Run, figures
-from nanor1.prompts import Prompter
-from nanor1.tasks import Problem, make_task, read_examples
+from nanor1.run.machine import choose_device
+from nanor1.run.resumable import Progress
+from nanor1.search.asking import Asker
+from nanor1.tasks.problems import Problem, make_task, read_examples
+from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
 WAYS = {"plain 8": 8, "majority@8": Run("samples", 8), "plain 16": 16, "beam 4x4": Run("beam", 16)}

@@ -44,11 +44,11 @@ from measure import (
     where,
 )
 
+from nanor1.gradient import start_workers
 from nanor1.grpo import LossSettings, Rollout, add_gradient, group_advantages
-from nanor1.machine import choose_device, free_memory, peak_flops, peak_memory_gib
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW
-from nanor1.parallel import start_workers
+from nanor1.run.machine import choose_device, free_memory, peak_flops, peak_memory_gib
 from nanor1.sampler import Completion, Sampler
 from nanor1.tokenizer import Tokenizer
 

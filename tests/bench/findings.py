@@ -19,7 +19,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from anywhere, not installed
 
-from nanor1.config import option, parse_args
+from nanor1.run.config import option, parse_args
 
 ROOT = Path(__file__).parents[2]
 BIG, SMALL = "miniature/countdown", "miniature/countdown-small"

@@ -22,17 +22,17 @@ import torch
 from bench_train_step import sft_rollouts
 from measure import SHAPES, attempt, forget_the_last_case, random_model, seconds
 
-from nanor1.evaluate import accuracy_interval
+from nanor1.evaluation.accuracy import accuracy_interval
+from nanor1.evaluation.paired import paired_difference
+from nanor1.gradient import start_workers
 from nanor1.grpo import LossSettings, Rollout, add_gradient, completion_logprobs, to_items
 from nanor1.model import Transformer
 from nanor1.optim import MasterAdamW
 from nanor1.packing import pack
-from nanor1.paired import paired_difference
-from nanor1.parallel import start_workers
-from nanor1.pretrained import ModelConfig
 from nanor1.sampler import Sampler
 from nanor1.slots import Sampling, Slots, Step
 from nanor1.tokenizer import Tokenizer
+from nanor1.weights import ModelConfig
 
 DECODE = {"decode256": ("qwen2.5-1.5b", 256, 768), "decode1": ("qwen2.5-7b", 1, 512)}  # shape, rows, context
 # Means of |logp of trainer - of sampler|, four times those of the model of `smoke` on a CPU: more is a bug.

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that benchmarks run from anywhere, not installed
 
-from nanor1.machine import matrix_rate
 from nanor1.model import Transformer, reorder, reordered_linear
-from nanor1.pretrained import ModelConfig
+from nanor1.run.machine import matrix_rate
+from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

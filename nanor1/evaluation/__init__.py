@@ -1,0 +1,1 @@
+"""Accuracy with its interval, methods compared, evaluations paired, the picture."""

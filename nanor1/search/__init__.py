@@ -1,0 +1,1 @@
+"""Inference-time scaling: votes, beams over steps and over tokens, thinking longer."""
