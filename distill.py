@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
+import nanor1.run.openmp  # noqa: F401  # isort: skip  (before torch)
 
 from nanor1 import gradient
 from nanor1.evaluation.exam import EVALUATES, Exam, ExamOptions

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
+import nanor1.run.openmp  # noqa: F401  # isort: skip  (before torch)
 
 import torch
 

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-import nanor1  # noqa: F401  # isort: skip  (before torch: see there)
+import nanor1.run.openmp  # noqa: F401  # isort: skip  (before torch)
 
 from nanor1.evaluation.exam import Exam, ExamOptions, shorten
 from nanor1.grpo import LossSettings, Rollout, add_gradient, describe, mean, step_metrics

@@ -10,14 +10,4 @@ Names end in the letters of their shape, first axis first (`logp_M`, `cu_seqlens
     P problems      G completions a problem     B sequences, or rows    S slots of the cache
     N packed tokens     M tokens with a loss    T positions             V vocabulary
     C width         H query heads               K key/value heads       D head width
-
-A thread of GNU OpenMP, which torch has on Linux, looks for milliseconds whether the others are there before it sleeps.
-Beside one other busy program it so keeps the processor from the very thread that it waits for. GOMP_SPINCOUNT is how
-often it looks; 1000 is what the library takes itself where it knows of more threads than processors. torch reads it as
-it is imported, so scripts import this package first.
 """
-
-import os
-
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

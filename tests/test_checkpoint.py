@@ -290,7 +290,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from nanor1 import checkpoint
+from nanor1.run import checkpoint
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])

@@ -207,7 +207,7 @@ def test_help_shows_groups_types_defaults_and_stops(capsys):
 
 
 SCRIPT = """
-from nanor1.config import from_json, load_arguments, user_errors
+from nanor1.run.config import from_json, load_arguments, user_errors
 from dataclasses import dataclass
 
 @dataclass(frozen=True)

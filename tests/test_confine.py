@@ -292,7 +292,7 @@ TRAINER = """
 import ctypes, json, os, shutil, signal, socket, sys, tempfile
 root, request = sys.argv[1], json.load(sys.stdin)
 sys.path.insert(0, root)
-from nanor1 import sandbox
+from nanor1.sandbox import jobs as sandbox
 
 libc = ctypes.CDLL(None)
 seen = []
@@ -311,7 +311,7 @@ libc.msgsnd(target["msg"], ctypes.create_string_buffer(b"\\1" + bytes(7) + b"kep
 page = ctypes.create_string_buffer(b"kept", 64)
 target["address"] = ctypes.addressof(page)
 start, _, rest = sandbox.START.partition("from nanor1.sandbox.child")
-sandbox.START = f"{start}from nanor1 import confine; {request['patch']}from nanor1.sandbox.child{rest}"
+sandbox.START = f"{start}from nanor1.sandbox import confine; {request['patch']}from nanor1.sandbox.child{rest}"
 if request["is_readable"]:
     import contextlib
     sandbox.unreadable = contextlib.nullcontext()
@@ -349,7 +349,7 @@ def user_and_python(user):
     """The ids of a user for subprocess, and a Python that this user may start, with the project's root."""
     ids = {} if user == "this user" else {"user": 65534, "group": 65534, "extra_groups": []}
     root = str(Path(__file__).parents[1])
-    code = f"import sys; sys.path.insert(0, {root!r}); from nanor1 import jail, sandbox"
+    code = f"import sys; sys.path.insert(0, {root!r}); from nanor1.sandbox import child, jobs"
     for python in (sys.executable, "/usr/bin/python3"):
         with contextlib.suppress(OSError):
             if subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL, cwd="/", **ids).returncode == 0:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PRINTING = """
-from nanor1.config import user_errors
+from nanor1.run.config import user_errors
 
 @user_errors()
 def main():
@@ -118,7 +118,7 @@ def test_a_run_goes_on_without_its_console(tmp_path):
 
 def test_a_run_says_once_on_stderr_that_its_console_is_gone(tmp_path):
     writing = closed_pipe()
-    saying = "from nanor1.runlog import RunLog\nlog = RunLog('.')\nlog.say('a')\nlog.say('b')"
+    saying = "from nanor1.run.log import RunLog\nlog = RunLog('.')\nlog.say('a')\nlog.say('b')"
     run = start(["-c", saying], tmp_path, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert run.communicate()[1] == "nobody reads the console; the run goes on: see log.txt\n" and run.returncode == 0

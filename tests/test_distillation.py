@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from nanor1 import grpo, logprobs
 from nanor1.gradient import Example, Workers
+from nanor1.gradient import add_gradient as supervised_gradient
 from nanor1.grpo import LossSettings, Rollout
 from nanor1.model import ModelConfig, Transformer
 from nanor1.packing import pack
@@ -457,7 +458,7 @@ def test_a_scaled_loss_scales_the_gradient_and_no_metric(teacher, examples):
 def test_the_hard_loss_alone_is_supervised_fine_tuning(teacher, examples):
     model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, temperature=2.0, hard_weight=1.0)
     means, gradient = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
-    loss, wanted = gradient_of(model, lambda w: gradient.add_gradient(w, examples, 15, VOCAB_SIZE))
+    loss, wanted = gradient_of(model, lambda w: supervised_gradient(w, examples, 15, VOCAB_SIZE))
     assert means["loss"] == pytest.approx(loss, rel=1e-5) and means["nll"] == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
 

@@ -139,7 +139,7 @@ def test_a_killed_run_keeps_every_line_it_logged(tmp_path):
     RunLog.create(tmp_path / "run", {}).close()
     script = f"""
 import os, signal
-from nanor1.runlog import RunLog
+from nanor1.run.log import RunLog
 log = RunLog({str(tmp_path / "run")!r})
 for step in range(50):
     log.metrics(step, {{"loss": 0.5}})

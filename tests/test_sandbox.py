@@ -379,7 +379,7 @@ def wait_for(condition):
 def test_a_killed_trainer_takes_its_programs_along(tmp_path):
     marker = uuid.uuid4().hex
     code = f"sandbox.START += '  # {marker}'\nsandbox.run_tests('while True: pass', 'assert f()', timeout_s=60)"
-    command = [sys.executable, "-c", f"from nanor1 import sandbox\n{code}"]
+    command = [sys.executable, "-c", f"from nanor1.sandbox import jobs as sandbox\n{code}"]
     trainer = subprocess.Popen(command, cwd=Path(__file__).parents[1], env={"TMPDIR": str(tmp_path)})
     wait_for(lambda: len(processes(marker)) == 4)  # itself, the keeper, the judge and the program
     trainer.kill()

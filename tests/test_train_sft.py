@@ -292,13 +292,13 @@ def test_steps_win_over_epochs(train, files):
 
 def seen_examples(patch):
     """The examples of each update from now on."""
-    seen, learn = [], train_sft.parallel.add_gradient
+    seen, learn = [], train_sft.gradient.add_gradient
 
     def see_and_learn(workers, examples, *arguments):
         seen.append(examples)
         return learn(workers, examples, *arguments)
 
-    patch.setattr(train_sft.parallel, "add_gradient", see_and_learn)
+    patch.setattr(train_sft.gradient, "add_gradient", see_and_learn)
     return seen
 
 
@@ -448,7 +448,7 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(run, flags, said):
 
 def poison(patch, steps):
     """Make the gradient nan in these steps (from 0)."""
-    learn, count = train_sft.parallel.add_gradient, iter(range(1000))
+    learn, count = train_sft.gradient.add_gradient, iter(range(1000))
 
     def learn_poison(workers, *arguments):
         loss = learn(workers, *arguments)
@@ -457,7 +457,7 @@ def poison(patch, steps):
             return float("nan")
         return loss
 
-    patch.setattr(train_sft.parallel, "add_gradient", learn_poison)
+    patch.setattr(train_sft.gradient, "add_gradient", learn_poison)
 
 
 def test_one_gradient_that_is_not_finite_is_skipped_and_the_run_goes_on(train, process, files):

@@ -45,7 +45,7 @@ START = """
 import site, sys
 site.setquit()  # exit() and quit()
 sys.path.insert(0, sys.argv[1])
-from nanor1.jail import keep
+from nanor1.sandbox.child import keep
 del sys.path[0]
 keep(sys.argv[2:])
 """
