@@ -8,8 +8,6 @@ Sources: GPT-2 (Radford et al. 2019), Llama (2302.13971, 2407.21783 for the rope
 Qwen3 (2505.09388); rotary positions 2104.09864; RMSNorm 1910.07467; SwiGLU 2002.05202.
 
 Left out: mixture of experts, sliding windows, dropout, encoder-decoder.
-
-Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 import math
@@ -42,29 +40,29 @@ NARROW = 256  # width under which the products of a model gain nothing from reor
 REORDERED_ROWS = 64  # of the products that their layout is chosen for; those of 1 to 512 rows are as fast with it
 
 
-def reorder(weight_MC: Tensor) -> Tensor | None:
+def reorder(weight: Tensor) -> Tensor | None:
     """A copy of a matrix, fp32 or bf16 on an x86 CPU, laid out as oneDNN reads it; None where that cannot be.
 
     For few rows F.linear takes as long to put the matrix in order as to multiply. torch keeps the operation that does
     it once, and the one that multiplies by it, for what torch.compile freezes (oneDNN's guide, "Memory Format
     Propagation").
     """
-    is_x86 = weight_MC.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    is_x86 = weight.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
     if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
-    is_bf16 = weight_MC.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight_MC.dtype != torch.float32 and not is_bf16:
+    is_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not is_bf16:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight_MC.detach(), REORDERED_ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), REORDERED_ROWS)
 
 
 def reordered_linear(
-    x_NC: Tensor, reordered: Tensor, bias_M: Tensor | None = None, other_NM: Tensor | None = None, then: str = "none"
+    x_NC: Tensor, reordered: Tensor, bias: Tensor | None = None, other: Tensor | None = None, then: str = "none"
 ) -> Tensor:
     """x W^T + b, W from `reorder`; then "swish", or "add" or "mul" of the other. Rounded once, and without gradient."""
-    if other_NM is None:
-        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, then, [], "")
-    return torch.ops.mkldnn._linear_pointwise(x_NC, other_NM, reordered, bias_M, then)
+    if other is None:
+        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias, then, [], "")
+    return torch.ops.mkldnn._linear_pointwise(x_NC, other, reordered, bias, then)
 
 
 class Linear(nn.Linear):
@@ -220,9 +218,7 @@ def allow_programs() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
-def _attend_packed(
-    q, k, v, where: Layout, table: TileTable | None, k_SKTD: Tensor | None, v_SKTD: Tensor | None
-) -> Tensor:
+def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor | None) -> Tensor:
     """Attention within packed sequences, whose keys and values are also written to a cache if one is given."""
     if k_SKTD is not None:
         k_SKTD[where.row_N, :, where.position_N] = k
@@ -230,10 +226,8 @@ def _attend_packed(
     if keys := where.shared:
         k, v = spread(k, keys), spread(v, keys)
     elif keys := where.cached:
-        k, v = k_SKTD[keys.row_M, :, keys.position_M], v_SKTD[keys.row_M, :, keys.position_M]
-    else:
-        return attention(q, k, v, where.cu_seqlens_B1, where.max_len, table=table)
-    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len, table=table)
+        k, v = k_SKTD[keys.row_J, :, keys.position_J], v_SKTD[keys.row_J, :, keys.position_J]
+    return attention(q, k, v, where.cu_seqlens_B1, where.cu_seqlens_k_B1, where.table)
 
 
 def _attend_cached(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, row_B: Tensor, position_B: Tensor, *where) -> Tensor:
@@ -412,10 +406,13 @@ class Transformer(nn.Module):
         wherever the model is: see `layout`.
         """
         where = to_device(layout(cu_seqlens_B1, parent_B, past_B), ids_N.device)
-        table = _tiles(where)
+        where.table = _tiles(where)
         caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
-        contexts = ((where, table, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
-        return self._run(ids_N, where.position_N, self.attend_packed, contexts)
+        # a prefill is never compiled: it would need programs of its own
+        run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
+        if torch.is_grad_enabled() and self.checkpoints_activations:
+            run_block = partial(checkpoint, run_block, use_reentrant=False)
+        return self._run(ids_N, where.position_N, run_block, self.attend_packed, ((where, *kv) for kv in caches))
 
     def decode(
         self,
@@ -439,17 +436,12 @@ class Transformer(nn.Module):
         elif is_running_B is not None:
             length_B = torch.where(is_running_B, length_B, 0)
         where = (row_B, position_B, slot_B, length_B, max_len, bias_BT)
-        contexts = ((k_SKTD, v_SKTD, *where) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
+        contexts = ((*kv, *where) for kv in zip(cache.k, cache.v, strict=True))
         run_block = run_block or (Block.forward if slot_B is None else Block.__call__)
-        return self._run(ids_B, position_B, _attend_cached, contexts, run_block)
+        return self._run(ids_B, position_B, run_block, _attend_cached, contexts)
 
     def _run(
-        self,
-        ids_N: Tensor,
-        position_N: Tensor,
-        attend: Callable,
-        contexts: Iterable[tuple],
-        run_block: Callable | None = None,
+        self, ids_N: Tensor, position_N: Tensor, run_block: Callable, attend: Callable, contexts: Iterable[tuple]
     ) -> Tensor:
         if torch.is_grad_enabled():
             self.drop_reordered()
@@ -458,10 +450,6 @@ class Transformer(nn.Module):
             x, rope = x + self.model.embed_positions(position_N), None
         else:
             rope = self.rope_angles(position_N)
-        if run_block is None:  # a prefill is never compiled: it would need programs of its own
-            run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
-        if torch.is_grad_enabled() and self.checkpoints_activations:
-            run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
             x = run_block(block, x, rope, attend, *context)
         return self.model.norm(x)

@@ -631,7 +631,7 @@ def test_continuations_of_a_shared_prompt_equal_full_copies_in_values_and_gradie
 )
 def test_with_lengths_on_the_cpu_a_forward_asks_its_device_for_nothing(monkeypatch, goes_on):
     """On the meta device there is no number to be had: whoever asks for one, as on a GPU would wait, fails."""
-    monkeypatch.setattr(nanor1.model, "attention", lambda q, *_, table: q)
+    monkeypatch.setattr(nanor1.model, "attention", lambda q, *_: q)
     monkeypatch.setattr(nanor1.model, "_tiles", Layout.tiles)  # as on CUDA
     with torch.device("meta"):
         model = Transformer(config_from_hf(CONFIGS["llama"]))
@@ -856,7 +856,7 @@ def define_attention_op():
     """Attention as one operator that torch.compile cannot look into, as a GPU's kernel is."""
 
     def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, n_q: int, cu_k: torch.Tensor, n_k: int,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
         queries: torch.Tensor, keys: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         assert all(map(torch.equal, (queries, keys), tile_table(cu_q, cu_k, len(q), len(k))))
@@ -879,14 +879,11 @@ def define_attention_op():
     backward_op = torch.library.custom_op("nanor1_test::attention_backward", backward, mutates_args=())
     backward_op.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
     op.register_autograd(
-        lambda ctx, grad: (*backward_op(grad, *ctx.saved_tensors), *[None] * 6),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4], inputs[5]),
+        lambda ctx, grad: (*backward_op(grad, *ctx.saved_tensors), *[None] * 4),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5]),
     )
 
-    def attention(q, k, v, cu_q, n_q, cu_k=None, n_k=None, *, table):
-        return op(q, k, v, cu_q, n_q, cu_q if cu_k is None else cu_k, n_q if n_k is None else n_k, *table)
-
-    return attention
+    return lambda q, k, v, cu_q, cu_k, table: op(q, k, v, cu_q, cu_k, *table)
 
 
 @pytest.fixture(scope="module")
