@@ -12,7 +12,7 @@ Left out: mixture of experts, sliding windows, dropout, encoder-decoder.
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -40,19 +40,22 @@ NARROW = 256  # width under which the products of a model gain nothing from reor
 REORDERED_ROWS = 64  # of the products that their layout is chosen for; those of 1 to 512 rows are as fast with it
 
 
-def reorder(weight: Tensor) -> Tensor | None:
-    """A copy of a matrix, fp32 or bf16 on an x86 CPU, laid out as oneDNN reads it; None where that cannot be.
+def can_reorder(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout of its own for such a matrix: fp32, or bf16 where it multiplies it, on an x86 CPU."""
+    is_x86 = weight.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    is_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_bf16 or weight.dtype == torch.float32
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """A copy of a matrix, laid out as oneDNN reads it.
 
     For few rows F.linear takes as long to put the matrix in order as to multiply. torch keeps the operation that does
     it once, and the one that multiplies by it, for what torch.compile freezes (oneDNN's guide, "Memory Format
     Propagation").
     """
-    is_x86 = weight.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    is_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype != torch.float32 and not is_bf16:
-        return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), REORDERED_ROWS)
 
 
@@ -301,12 +304,9 @@ class Transformer(nn.Module):
                     p.zero_()
         return model.to(device=device, dtype=dtype)
 
-    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors, which transformers loads too; tied weights are written once.
-
-        `state_dict` stands in for the model's own where its parameters are elsewhere, as when they are sharded.
-        """
-        write_folder(folder, self.config, self.hf_config, self.state_dict() if state_dict is None else state_dict)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which transformers loads too; tied weights are written once."""
+        write_folder(folder, self.config, self.hf_config, self.state_dict())
 
     def compile_blocks(self, **options) -> None:
         """Compile each block in place, for forwards with a gradient and for decoding in slots; parameter names stay.
@@ -335,7 +335,7 @@ class Transformer(nn.Module):
             return
         self.drop_reordered()
         head_VC = self.head_weight_VC
-        if head_VC.device.type != "cpu" or self.config.hidden_size < NARROW:  # small ones are no faster for it
+        if self.config.hidden_size < NARROW or not can_reorder(head_VC):
             return
         if 2 * sum(p.nbytes for p in self.parameters()) > free_memory(head_VC.device):
             return
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
             biases = [proj.bias for proj in projections if proj.bias is not None]
             matrix = reorder(torch.cat([proj.weight for proj in projections]))
-            block.self_attn.reordered = matrix if matrix is None else (matrix, torch.cat(biases) if biases else None)
+            block.self_attn.reordered = matrix, torch.cat(biases) if biases else None
             for part in (block.self_attn.o_proj, *block.mlp.children()):
                 if isinstance(part, Linear):
                     part.reordered = reorder(part.weight)
@@ -433,7 +433,7 @@ class Transformer(nn.Module):
         length_B, row_B, bias_BT = position_B + 1, slot_B, None
         if slot_B is None:
             row_B, bias_BT = torch.arange(len(ids_B), device=ids_B.device), hide_behind(length_B, max_len)
-        elif is_running_B is not None:
+        else:
             length_B = torch.where(is_running_B, length_B, 0)
         where = (row_B, position_B, slot_B, length_B, max_len, bias_BT)
         contexts = ((*kv, *where) for kv in zip(cache.k, cache.v, strict=True))

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import nanor1.model
 from nanor1.gradient import Workers
-from nanor1.model import KVCache, ModelConfig, RMSNorm, Transformer, reorder, reordered_linear, rope_frequencies
+from nanor1.model import (
+    KVCache,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    can_reorder,
+    reorder,
+    reordered_linear,
+    rope_frequencies,
+)
 from nanor1.optim import MasterAdamW
 from nanor1.packing import Layout, tile_table
 from nanor1.weights import RopeScaling, config_from_hf, config_to_hf, read_config
@@ -386,14 +395,6 @@ def test_tied_weights_are_written_once_and_read_twice_only_when_equal(tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_a_state_dict_given_to_save_stands_in_for_the_parameters(tmp_path):
-    model = random_model(MINIATURE)
-    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state)
-    loaded = Transformer.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
-
-
 def truncate(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -661,11 +662,10 @@ def test_small_matrices_are_not_reordered():
 def test_a_product_with_a_reordered_matrix_is_torchs(n_rows, has_bias, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((n_rows, 50), (70, 50), (70,)))
-    copy = reorder(weight)
-    if copy is None:
+    if not can_reorder(weight):
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
     wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if has_bias else None)
-    out = reordered_linear(x, copy, bias if has_bias else None)
+    out = reordered_linear(x, reorder(weight), bias if has_bias else None)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
 
@@ -683,9 +683,9 @@ def test_residual_factor_and_activation_are_part_of_a_product_with_a_reordered_m
 
 
 def test_what_onednn_does_not_multiply_is_not_reordered():
-    assert reorder(torch.ones(4, 4, dtype=torch.float64)) is None
-    assert reorder(torch.ones(4, 4, dtype=torch.float16)) is None
-    assert reorder(torch.ones(4, 4, device="meta")) is None
+    assert not can_reorder(torch.ones(4, 4, dtype=torch.float64))
+    assert not can_reorder(torch.ones(4, 4, dtype=torch.float16))
+    assert not can_reorder(torch.ones(4, 4, device="meta"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
