@@ -94,14 +94,12 @@ def reference_attention(
     q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_seqlens_B1: Tensor, cu_seqlens_k_B1: Tensor | None = None
 ) -> Tensor:
     """The same as `attention`, sequence by sequence, in fp32: slow, and easy to believe."""
-    group = q_NHD.shape[1] // k_JKD.shape[1]
-    bounds = cu_seqlens_B1.tolist()
-    bounds_k = bounds if cu_seqlens_k_B1 is None else cu_seqlens_k_B1.tolist()
-    outputs = []
-    for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
-        q = q_NHD[start:end].float()
-        k, v = (x[start_k:end_k].float().repeat_interleave(group, dim=1) for x in (k_JKD, v_JKD))
-        scores_HTJ = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    lengths = cu_seqlens_B1.diff().tolist()
+    lengths_k = lengths if cu_seqlens_k_B1 is None else cu_seqlens_k_B1.diff().tolist()
+    group, outputs = q_NHD.shape[1] // k_JKD.shape[1], []
+    for q, *kv in zip(q_NHD.split(lengths), k_JKD.split(lengths_k), v_JKD.split(lengths_k), strict=True):
+        k, v = (x.float().repeat_interleave(group, dim=1) for x in kv)
+        scores_HTJ = torch.einsum("qhd,khd->hqk", q.float(), k) * q.shape[-1] ** -0.5
         future_TJ = torch.ones_like(scores_HTJ[0], dtype=torch.bool).triu(1 + len(k) - len(q))
         weights_HTJ = scores_HTJ.masked_fill(future_TJ, float("-inf")).softmax(dim=-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights_HTJ, v))
@@ -177,7 +175,7 @@ def _blocks(bounds_B1: list[int], bounds_k_B1: list[int], group: int) -> list[tu
 
 
 def _by_kv_head(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scaled queries [K, N * group, D], keys and values [K, M, D], and what is added to scores of keys yet to come."""
+    """Scaled queries [K, N * group, D], keys and values [K, J, D], and what is added to scores of keys yet to come."""
     q, k, v = (_heads_first(x, k_JKD.shape[1]) for x in (q_NHD, k_JKD, v_JKD))
     hidden = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q.dtype).triu_(1)
     return q * q.shape[-1] ** -0.5, k, v, hidden.repeat_interleave(q_NHD.shape[1] // k_JKD.shape[1], 0)
@@ -203,7 +201,7 @@ def _packed(x: Tensor, like_NHD: Tensor) -> Tensor:
 
 
 def _in_a_rectangle(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_B1: Tensor, cu_k_B1: Tensor) -> Tensor:
-    """One SDPA for all sequences.
+    """One SDPA for all sequences; the device is asked for their longest lengths.
 
     Behind the end of a sequence stands whatever follows it. Its own queries see no key there, and those are not read.
     """

@@ -312,11 +312,11 @@ class Transformer(nn.Module):
         """Compile each block in place, for forwards with a gradient and for decoding in slots; parameter names stay.
 
         All blocks share a program, and all lengths do, but for the limits at which torch changes its plan (4,096 tokens
-        on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
-        Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
+        on a CPU). Without Triton kernels attention stays outside: it looks at lengths, and would be compiled again for
+        each. With them shared prompts are a program of their own. `options` are torch.compile's.
         """
         allow_programs()
-        if self.head_weight_VC.device.type == "cpu":
+        if not self.head_weight_VC.is_cuda or self.head_weight_VC.dtype == torch.float32:
             self.attend_packed = torch.compiler.disable(_attend_packed)
         for block in self.model.layers:
             block.compile(dynamic=True, **options)
