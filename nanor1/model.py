@@ -143,9 +143,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=config.output_bias)
-        if config.has_qk_norm:
-            self.q_norm = RMSNorm(D, config.norm_eps)
-            self.k_norm = RMSNorm(D, config.norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.has_qk_norm else None for _ in range(2))
         self.head_dim = D
         self.reordered: tuple[Tensor, Tensor | None] | None = None  # q, k and v in one, for sampling on a CPU
 
@@ -157,7 +155,7 @@ class Attention(nn.Module):
         else:
             projected = reordered_linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
-        if hasattr(self, "q_norm"):
+        if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
