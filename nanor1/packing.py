@@ -268,17 +268,15 @@ def _copies_of_prompts(where: Layout, parent_B: Tensor, column_N: Tensor) -> tup
     return prompt_R, torch.where(children_RG >= 0, copies_RG, where.n_keys)
 
 
-def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:
+def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor) -> int:
     """How many (query, key) pairs causal attention over these sequences has: what its cost grows with.
 
-    >>> attended_pairs(torch.tensor([0, 3]))
-    6
+    >>> attended_pairs(torch.tensor([0, 3, 5]), torch.tensor([-1, 0]))
+    15
     """
     lengths_B = cu_seqlens_B1.diff()
-    pairs = lengths_B * (lengths_B + 1) // 2
-    if parent_B is not None:
-        pairs = pairs + torch.where(parent_B >= 0, lengths_B * lengths_B[parent_B], 0)
-    return int(pairs.sum())
+    prefix_B = torch.where(parent_B >= 0, lengths_B[parent_B], 0)
+    return int((lengths_B * (lengths_B + 1) // 2 + lengths_B * prefix_B).sum())
 
 
 def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int, n_keys: int) -> TileTable:
