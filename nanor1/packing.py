@@ -103,24 +103,22 @@ def pack(items: Sequence[Item], tokens_per_batch: int, together: int = 1) -> lis
 
 
 def pack_one(items: Sequence[Item], chosen: Sequence[int]) -> Batch:
-    """One batch of the items of these numbers: prompts, then what continues them, longest first.
+    """One batch of the items of these numbers: each prompt, then the sequences that continue it.
 
-    A prompt with one item is one sequence with it. Longest first: see nanor1/attention.py.
+    A prompt with one item is one sequence with it.
     """
     groups = [list(group) for _, group in groupby(chosen, lambda i: items[i].prompt_ids or i)]
-    row = {i: b for b, group in enumerate(groups) for i in group}  # of the sequence that an item's prompt opens
-    alone = {i for i, *others in groups if not others}
-    shared = [i for i in chosen if i not in alone and len(items[i].ids) > 1]
-    shared.sort(key=lambda i: len(items[i].prompt_ids) + len(items[i].ids), reverse=True)
-    sequences = [items[i].prompt_ids + (items[i].ids[:-1] if i in alone else []) for i, *_ in groups]
-    sequences += [items[i].ids[:-1] for i in shared]
-    starts = list(accumulate(map(len, sequences), initial=0))
-    start_of = dict(zip(shared, starts[len(groups) :], strict=False))
-    predictors = []
-    for i in chosen:
-        end = starts[row[i]] + len(items[i].prompt_ids)
-        start = start_of.get(i, end)
-        predictors.append([end - 1, *range(start, start + len(items[i].ids) - 1)])
+    sequences, parents, predictors, start = [], [], [], 0
+    for group in groups:
+        row, prompt_ids = len(sequences), items[group[0]].prompt_ids
+        seen = [items[i].ids[:-1] for i in group]
+        sequences += [prompt_ids + seen[0]] if len(group) == 1 else [prompt_ids, *filter(None, seen)]
+        parents += [-1] + [row] * (len(sequences) - row - 1)
+        start += len(prompt_ids)
+        last_of_prompt = start - 1
+        for ids in seen:
+            predictors.append([last_of_prompt, *range(start, start + len(ids))])
+            start += len(ids)
     is_learned = end_to_end([items[i].each("is_learned") for i in chosen], torch.bool)
 
     def learned(lists: list[list], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -128,8 +126,8 @@ def pack_one(items: Sequence[Item], chosen: Sequence[int]) -> Batch:
 
     return Batch(
         end_to_end(sequences),
-        torch.tensor(starts),
-        torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
+        torch.tensor(list(accumulate(map(len, sequences), initial=0))),
+        torch.tensor(parents),
         learned(predictors),
         learned([items[i].ids for i in chosen]),
         learned([[i] * len(items[i].ids) for i in chosen]),

@@ -66,9 +66,9 @@ def test_a_layout_is_moved_with_all_its_tensors_and_a_batch_but_for_those_that_i
 def test_what_is_not_learned_is_seen_and_no_target_whether_the_prompt_is_shared_or_not():
     masked, whole = Item([1, 2], [3, 4, 5], [False, True, True], advantage=[0.0, 2.0, 3.0]), Item([1, 2], [6, 7])
     (batch,) = pack([whole, masked, Item([], [8, 9], [False, True], weight=0.5)], 100)
-    assert batch.ids_N.tolist() == [1, 2, 8, 3, 4, 6] and batch.cu_seqlens_B1.tolist() == [0, 2, 3, 5, 6]
-    assert batch.parent_B.tolist() == [-1, -1, 0, 0] and batch.item_M.tolist() == [1, 1, 0, 0, 2]
-    assert batch.target_M.tolist() == [4, 5, 6, 7, 9] and batch.predictor_M.tolist() == [3, 4, 1, 5, 2]
+    assert batch.ids_N.tolist() == [1, 2, 3, 4, 6, 8] and batch.cu_seqlens_B1.tolist() == [0, 2, 4, 5, 6]
+    assert batch.parent_B.tolist() == [-1, 0, 0, -1] and batch.item_M.tolist() == [1, 1, 0, 0, 2]
+    assert batch.target_M.tolist() == [4, 5, 6, 7, 9] and batch.predictor_M.tolist() == [2, 3, 1, 4, 5]
     assert batch.advantage_M.tolist() == [2, 3, 0, 0, 0] and batch.weight_M.tolist() == [1, 1, 1, 1, 0.5]
 
 
