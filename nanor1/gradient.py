@@ -112,11 +112,8 @@ def add_gradient(
     """
 
     def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        def chunk_loss(logp: Tensor, at: slice) -> Tensor:
-            return -(logp * batch.weight_M[at]).sum()
-
         inputs = batch.predictor_states(model), model.head_weight_VC, batch.target_M
-        loss, _, _ = chunked_loss(*inputs, chunk_loss, vocab_size=vocab_size)
+        loss, _, _ = chunked_loss(*inputs, lambda logp, at: -(logp * batch.weight_M[at]).sum(), vocab_size=vocab_size)
         return loss, loss.detach()
 
     losses = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_of, learns)
