@@ -7,7 +7,8 @@ and run (what keeps a run).
 
 Names end in the letters of their shape, first axis first (`logp_M`, `cu_seqlens_B1`: B + 1 entries):
 
-    P problems      G completions a problem     B sequences, or rows    S slots of the cache
-    N packed tokens     M tokens with a loss    T positions             V vocabulary
-    C width         H query heads               K key/value heads       D head width
+    P problems          G completions a problem     B sequences, or rows    S slots of the cache
+    N packed tokens     M tokens with a loss        J keys of the N queries, copies of shared prompts included
+    T positions         R tokens of shared prompts  V vocabulary            C width
+    H query heads       K key/value heads           D head width
 """

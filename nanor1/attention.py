@@ -10,9 +10,6 @@ rectangle for torch's scaled_dot_product_attention (SDPA). `reference_attention`
 tests compare them all.
 
 Attention: Vaswani et al. 2017 (1706.03762, eq. 1); grouped queries: Ainslie et al. 2023 (2305.13245).
-
-Letters: N packed queries, M packed keys, B sequences, T most queries of one, U most keys, H query heads, K key/value
-heads, D head width, S slots of a cache.
 """
 
 import warnings
@@ -31,28 +28,23 @@ FEW_ROWS = 4  # of a decode step: up to here SDPA is quicker in bf16
 
 def attention(
     q_NHD: Tensor,
-    k_MKD: Tensor,
-    v_MKD: Tensor,
+    k_JKD: Tensor,
+    v_JKD: Tensor,
     cu_seqlens_B1: Tensor,
-    max_len: int,
-    cu_seqlens_k_B1: Tensor | None = None,
-    max_len_k: int | None = None,
+    cu_seqlens_k_B1: Tensor,
     table: TileTable | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence; returns out_NHD in q's dtype, scaled by D ** -0.5.
 
-    `cu_seqlens_B1` is int64 on q's device, starting at 0 and ending at N; `max_len` is the longest sequence (the Triton
-    kernels and a CPU do not look at it). The same of the keys, where a sequence has more of them than queries; None: as
-    many. `table` is made of both for the Triton kernels (nanor1.packing.tile_table; None: for this call alone).
+    `cu_seqlens_B1` and `cu_seqlens_k_B1` are int64 on q's device, from 0 to N and J. `table` is made of them for the
+    Triton kernels (nanor1.packing.tile_table; None: for this call alone).
     """
-    if cu_seqlens_k_B1 is None:
-        cu_seqlens_k_B1, max_len_k = cu_seqlens_B1, max_len
     kernels = _triton_kernels(q_NHD)
     if kernels is not None:
-        return kernels.flash_attention(q_NHD, k_MKD, v_MKD, cu_seqlens_B1, cu_seqlens_k_B1, table)
+        return kernels.flash_attention(q_NHD, k_JKD, v_JKD, cu_seqlens_B1, cu_seqlens_k_B1, table)
     if q_NHD.device.type == "cpu":
-        return _Products.apply(q_NHD, k_MKD, v_MKD, cu_seqlens_B1.tolist(), cu_seqlens_k_B1.tolist())
-    return _in_a_rectangle(q_NHD, k_MKD, v_MKD, cu_seqlens_B1, cu_seqlens_k_B1, max_len, max_len_k)
+        return _Products.apply(q_NHD, k_JKD, v_JKD, cu_seqlens_B1.tolist(), cu_seqlens_k_B1.tolist())
+    return _in_a_rectangle(q_NHD, k_JKD, v_JKD, cu_seqlens_B1, cu_seqlens_k_B1)
 
 
 def cached_attention(
@@ -99,20 +91,18 @@ def hide_behind(length_B: Tensor, n_keys: int) -> Tensor:
 
 
 def reference_attention(
-    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cu_seqlens_B1: Tensor, cu_seqlens_k_B1: Tensor | None = None
+    q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_seqlens_B1: Tensor, cu_seqlens_k_B1: Tensor | None = None
 ) -> Tensor:
     """The same as `attention`, sequence by sequence, in fp32: slow, and easy to believe."""
-    group = q_NHD.shape[1] // k_MKD.shape[1]
-    bounds = cu_seqlens_B1.tolist()
-    bounds_k = bounds if cu_seqlens_k_B1 is None else cu_seqlens_k_B1.tolist()
-    outputs = []
-    for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
-        q = q_NHD[start:end].float()
-        k, v = (x[start_k:end_k].float().repeat_interleave(group, dim=1) for x in (k_MKD, v_MKD))
-        scores_HTU = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-        future_TU = torch.ones_like(scores_HTU[0], dtype=torch.bool).triu(1 + len(k) - len(q))
-        weights_HTU = scores_HTU.masked_fill(future_TU, float("-inf")).softmax(dim=-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights_HTU, v))
+    lengths = cu_seqlens_B1.diff().tolist()
+    lengths_k = lengths if cu_seqlens_k_B1 is None else cu_seqlens_k_B1.diff().tolist()
+    group, outputs = q_NHD.shape[1] // k_JKD.shape[1], []
+    for q, *kv in zip(q_NHD.split(lengths), k_JKD.split(lengths_k), v_JKD.split(lengths_k), strict=True):
+        k, v = (x.float().repeat_interleave(group, dim=1) for x in kv)
+        scores_HTJ = torch.einsum("qhd,khd->hqk", q.float(), k) * q.shape[-1] ** -0.5
+        future_TJ = torch.ones_like(scores_HTJ[0], dtype=torch.bool).triu(1 + len(k) - len(q))
+        weights_HTJ = scores_HTJ.masked_fill(future_TJ, float("-inf")).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights_HTJ, v))
     return torch.cat(outputs).to(q_NHD.dtype)
 
 
@@ -141,23 +131,23 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, bounds_B1: list[int], bounds_k_B1: list[int]
+        ctx, q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, bounds_B1: list[int], bounds_k_B1: list[int]
     ) -> Tensor:
-        ctx.blocks = _blocks(bounds_B1, bounds_k_B1, group=q_NHD.shape[1] // k_MKD.shape[1])
-        q, k, v, hidden = _by_kv_head(q_NHD, k_MKD, v_MKD)
+        ctx.blocks = _blocks(bounds_B1, bounds_k_B1, group=q_NHD.shape[1] // k_JKD.shape[1])
+        q, k, v, hidden = _by_kv_head(q_NHD, k_JKD, v_JKD)
         out, kept = torch.empty_like(q), []
         for rows, keys in ctx.blocks:
             p = _probabilities(q[:, rows], k[:, keys], hidden)
             torch.bmm(p, v[:, keys], out=out[:, rows])
             kept.append(p if p.shape[-1] < BLOCK else None)
-        ctx.save_for_backward(q_NHD, k_MKD, v_MKD, *kept)
+        ctx.save_for_backward(q_NHD, k_JKD, v_JKD, *kept)
         return _packed(out, q_NHD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_NHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_NHD, k_MKD, v_MKD, *kept = ctx.saved_tensors
-        q, k, v, hidden = _by_kv_head(q_NHD, k_MKD, v_MKD)
+        q_NHD, k_JKD, v_JKD, *kept = ctx.saved_tensors
+        q, k, v, hidden = _by_kv_head(q_NHD, k_JKD, v_JKD)
         dout = _heads_first(dout_NHD, len(k))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (rows, keys), p in zip(ctx.blocks, kept, strict=True):
@@ -168,7 +158,7 @@ class _Products(torch.autograd.Function):
             dk[:, keys].baddbmm_(ds.mT, q[:, rows])
             torch.bmm(ds, k[:, keys], out=dq[:, rows])
         dq *= q_NHD.shape[-1] ** -0.5
-        return _packed(dq, q_NHD), _packed(dk, k_MKD), _packed(dv, v_MKD), None, None
+        return _packed(dq, q_NHD), _packed(dk, k_JKD), _packed(dv, v_JKD), None, None
 
 
 def _blocks(bounds_B1: list[int], bounds_k_B1: list[int], group: int) -> list[tuple[slice, slice]]:
@@ -184,11 +174,11 @@ def _blocks(bounds_B1: list[int], bounds_k_B1: list[int], group: int) -> list[tu
     ]
 
 
-def _by_kv_head(q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scaled queries [K, N * group, D], keys and values [K, M, D], and what is added to scores of keys yet to come."""
-    q, k, v = (_heads_first(x, k_MKD.shape[1]) for x in (q_NHD, k_MKD, v_MKD))
+def _by_kv_head(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled queries [K, N * group, D], keys and values [K, J, D], and what is added to scores of keys yet to come."""
+    q, k, v = (_heads_first(x, k_JKD.shape[1]) for x in (q_NHD, k_JKD, v_JKD))
     hidden = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q.dtype).triu_(1)
-    return q * q.shape[-1] ** -0.5, k, v, hidden.repeat_interleave(q_NHD.shape[1] // k_MKD.shape[1], 0)
+    return q * q.shape[-1] ** -0.5, k, v, hidden.repeat_interleave(q_NHD.shape[1] // k_JKD.shape[1], 0)
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
@@ -210,33 +200,27 @@ def _packed(x: Tensor, like_NHD: Tensor) -> Tensor:
     return x.unflatten(1, (len(like_NHD), -1)).transpose(0, 1).reshape(like_NHD.shape).to(like_NHD.dtype)
 
 
-def _in_a_rectangle(
-    q_NHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, cu_B1: Tensor, cu_k_B1: Tensor, max_len: int, max_len_k: int
-) -> Tensor:
-    """One SDPA for all sequences, without asking the device for a length.
+def _in_a_rectangle(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_B1: Tensor, cu_k_B1: Tensor) -> Tensor:
+    """One SDPA for all sequences; the device is asked for their longest lengths.
 
     Behind the end of a sequence stands whatever follows it. Its own queries see no key there, and those are not read.
     """
-    q_BHTD, k_BHUD, v_BHUD = (
-        _pad(q_NHD, cu_B1, max_len),
-        _pad(k_MKD, cu_k_B1, max_len_k),
-        _pad(v_MKD, cu_k_B1, max_len_k),
-    )
-    k_BHUD, v_BHUD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BHUD, v_BHUD))
-    is_seen_B1TU = None
-    if cu_k_B1 is not cu_B1:
+    q_BHTD, k_BKJD, v_BKJD = _pad(q_NHD, cu_B1), _pad(k_JKD, cu_k_B1), _pad(v_JKD, cu_k_B1)
+    k_BHJD, v_BHJD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BKJD, v_BKJD))
+    is_seen_B1TJ = None  # a causal mask, which is quicker not given
+    if len(q_NHD) != len(k_JKD):
         offset_B = cu_k_B1.diff() - cu_B1.diff()
-        i_T1, j_U = (torch.arange(n, device=cu_B1.device) for n in (max_len, max_len_k))
-        is_seen_B1TU = j_U <= i_T1[:, None] + offset_B[:, None, None, None]
+        i_T, j_J = (torch.arange(x.shape[2], device=x.device) for x in (q_BHTD, k_BHJD))
+        is_seen_B1TJ = j_J <= i_T[:, None] + offset_B[:, None, None, None]
     out_BHTD = F.scaled_dot_product_attention(
-        q_BHTD, k_BHUD, v_BHUD, attn_mask=is_seen_B1TU, is_causal=is_seen_B1TU is None
+        q_BHTD, k_BHJD, v_BHJD, attn_mask=is_seen_B1TJ, is_causal=is_seen_B1TJ is None
     )
     token_N = torch.arange(len(q_NHD), device=cu_B1.device)
     row_N = torch.searchsorted(cu_B1, token_N, right=True) - 1
-    return out_BHTD.transpose(1, 2).flatten(0, 1).index_select(0, row_N * max_len + token_N - cu_B1[row_N])
+    return out_BHTD.transpose(1, 2).flatten(0, 1).index_select(0, row_N * q_BHTD.shape[2] + token_N - cu_B1[row_N])
 
 
-def _pad(x_NHD: Tensor, cu_B1: Tensor, max_len: int) -> Tensor:
+def _pad(x_NHD: Tensor, cu_B1: Tensor) -> Tensor:
     """[N, H, D] -> [B, H, T, D]; of a token's cells one at most has a gradient, so their sum has no order."""
-    index_BT = (cu_B1[:-1, None] + torch.arange(max_len, device=cu_B1.device)).clamp(max=len(x_NHD) - 1)
+    index_BT = (cu_B1[:-1, None] + torch.arange(int(cu_B1.diff().max()), device=cu_B1.device)).clamp(max=len(x_NHD) - 1)
     return x_NHD.index_select(0, index_BT.flatten()).unflatten(0, index_BT.shape).transpose(1, 2)

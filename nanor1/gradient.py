@@ -97,18 +97,6 @@ def pack_examples(examples: Sequence[Example], tokens_per_batch: int, loss_scale
     return pack([Item([], e.ids, e.is_target, weight=weight) for e in examples], tokens_per_batch)
 
 
-def batch_loss(model, batch: Batch, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the targets' negative log-likelihoods, with a gradient and without."""
-    loss, _, _ = chunked_loss(
-        batch.predictor_states(model),
-        model.head_weight_VC,
-        batch.target_M,
-        lambda logp, at: -(logp * batch.weight_M[at]).sum(),
-        vocab_size=vocab_size,
-    )
-    return loss, loss.detach()
-
-
 def add_gradient(
     workers: Workers,
     examples: Sequence[Example],
@@ -122,8 +110,13 @@ def add_gradient(
     Ids at or above `vocab_size` are never sampled, and here have no probability either. The gradient is multiplied by
     `loss_scale` (see nanor1/optim.py). Without `learns` there is none.
     """
-    batches = pack_examples(examples, tokens_per_batch, loss_scale)
-    losses = workers.accumulate(batches, partial(batch_loss, vocab_size=vocab_size), learns)
+
+    def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = batch.predictor_states(model), model.head_weight_VC, batch.target_M
+        loss, _, _ = chunked_loss(*inputs, lambda logp, at: -(logp * batch.weight_M[at]).sum(), vocab_size=vocab_size)
+        return loss, loss.detach()
+
+    losses = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_of, learns)
     return torch.stack(losses).sum().item() / loss_scale
 
 

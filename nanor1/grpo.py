@@ -208,9 +208,11 @@ def _loss_and_sums(model, batch: Batch, reference, settings: LossSettings) -> tu
         with torch.no_grad():
             ref_logp_M, _ = completion_logprobs(reference, batch, temperature, vocab_size)
 
-    def loss_of(logp: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    is_clipped_M = torch.zeros_like(batch.weight_M)
+
+    def loss_of(logp: Tensor, at: slice) -> Tensor:
         sampler_logp = batch.sampler_logp_M[at]
-        return policy_loss(
+        loss, is_clipped_M[at] = policy_loss(
             logp,
             sampler_logp if settings.is_batch_reused else logp.detach(),
             batch.advantage_M[at],
@@ -222,17 +224,12 @@ def _loss_and_sums(model, batch: Batch, reference, settings: LossSettings) -> tu
             kl_coef=settings.kl_coef,
             kl=settings.kl,
         )
+        return loss
 
-    loss, logp_M, entropy_M = chunked_loss(
-        batch.predictor_states(model),
-        model.head_weight_VC,
-        batch.target_M,
-        lambda logp, at: loss_of(logp, at)[0],
-        temperature,
-        vocab_size,
-    )
-    gap_M, is_clipped_M = (logp_M - batch.sampler_logp_M).abs(), loss_of(logp_M, slice(None))[1]
-    sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.float().sum(), gap_M.sum(), gap_M.max()]
+    inputs = batch.predictor_states(model), model.head_weight_VC, batch.target_M
+    loss, logp_M, entropy_M = chunked_loss(*inputs, loss_of, temperature, vocab_size)
+    gap_M = (logp_M - batch.sampler_logp_M).abs()
+    sums = [loss.detach() / settings.loss_scale, entropy_M.sum(), is_clipped_M.sum(), gap_M.sum(), gap_M.max()]
     if reference is not None:
         sums.append(kl_estimate(logp_M, ref_logp_M, "k3").sum())
     n_packed, n_tokens = len(batch.ids_N), len(batch.target_M)

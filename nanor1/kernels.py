@@ -30,8 +30,7 @@ Sources: FlashAttention-2 (Dao 2023, 2307.08691) for both passes; Milakov and Gi
 online softmax; Flash-Decoding (Dao, Haziza, Massa, Sizov 2023) for the split. Left out: dropout, bias, other masks than
 the causal one, and warp specialisation, which Triton 3.6 and 3.7 offer for few kernels.
 
-Letters: N packed tokens, B sequences or rows, H query heads, K key/value heads, G = H / K, D head width, S slots of a
-cache, T its length; i is a query, j a key.
+In kernels i is a query, j a key, and GROUP query heads share a key/value head.
 """
 
 from functools import cache
@@ -140,8 +139,8 @@ def _fold(s, m, total, acc, scale: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _forward_kernel(
-    q_NHD, k_MKD, v_MKD, out, lse, table, lse_stride,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    q_NHD, k_JKD, v_JKD, out, lse, table, lse_stride,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (h, block): a block of queries of one head against all keys that they see."""
     h = tl.program_id(0)
@@ -161,13 +160,13 @@ def _forward_kernel(
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
+            k = _load(k_JKD, k_start + j0, k_start + k_len, h // GROUP, D, BLOCK_N, WIDTH)
             s = tl.dot(q, k.T)
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
                 s = tl.where(j[None, :] <= (i + offset)[:, None], s, float("-inf"))
             p, m, total, acc = _fold(s, m, total, acc, scale)
-            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
+            v = _load(v_JKD, k_start + j0, k_start + k_len, h // GROUP, D, BLOCK_N, WIDTH)
             acc = tl.dot(p.to(v.dtype), v, acc)
 
     lse_row = lse + h * lse_stride.to(tl.int64) + lse_start
@@ -177,8 +176,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dq_kernel(
-    q_NHD, k_MKD, v_MKD, out_NHD, dout_NHD, lse, delta, dq, table, lse_stride,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    q_NHD, k_JKD, v_JKD, out_NHD, dout_NHD, lse, delta, dq, table, lse_stride,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (h, block), as in the forward pass: delta and dq of a block of queries."""
     h = tl.program_id(0)
@@ -202,8 +201,8 @@ def _dq_kernel(
     for MASKED in tl.static_range(2):
         first, last = (n_open, n_seen) if MASKED else (0, n_open)
         for j0 in tl.range(first, last, BLOCK_N):
-            k = _load(k_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
-            v = _load(v_MKD, k_start + j0, k_start + k_len, h // G, D, BLOCK_N, WIDTH)
+            k = _load(k_JKD, k_start + j0, k_start + k_len, h // GROUP, D, BLOCK_N, WIDTH)
+            v = _load(v_JKD, k_start + j0, k_start + k_len, h // GROUP, D, BLOCK_N, WIDTH)
             p = tl.exp2(tl.dot(q, k.T) * scale - lse_i[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BLOCK_N)
@@ -215,8 +214,8 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _dkdv_kernel(
-    q_NHD, k_MKD, v_MKD, dout_NHD, lse_desc, delta_desc, dk, dv, table,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    q_NHD, k_JKD, v_JKD, dout_NHD, lse_desc, delta_desc, dk, dv, table,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, block): dk and dv of a block of keys, from all queries that see one of them, head after head.
 
@@ -231,14 +230,14 @@ def _dkdv_kernel(
     scale: tl.constexpr = D**-0.5 * LOG2_E
 
     j = j0 + tl.arange(0, BLOCK_N)
-    k = _load(k_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
-    v = _load(v_MKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
+    k = _load(k_JKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
+    v = _load(v_JKD, k_start + j0, k_start + k_len, kv_head, D, BLOCK_N, WIDTH)
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     i_first = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M
     n_blocks = tl.cdiv(q_len - i_first, BLOCK_M)
-    for step in tl.range(0, G * n_blocks):  # one loop: a loop over heads would fill the pipeline anew for each
-        h = kv_head * G + step // n_blocks
+    for step in tl.range(0, GROUP * n_blocks):  # one loop: a loop over heads would fill the pipeline anew for each
+        h = kv_head * GROUP + step // n_blocks
         i0 = i_first + step % n_blocks * BLOCK_M
         q = _load(q_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
         dout = _load(dout_NHD, q_start + i0, q_start + q_len, h, D, BLOCK_M, WIDTH)
@@ -258,7 +257,7 @@ def _dkdv_kernel(
 def _decode_kernel(
     q, k, v, slots, lengths, out, lse,  # strides are in units of 8: so the compiler knows that it may load 16 bytes
     k_stride_slot, k_stride_head, k_stride_token, v_stride_slot, v_stride_head, v_stride_token,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (split, kv head, row): a share of the keys against all heads that share them, rows of one product.
 
@@ -276,11 +275,11 @@ def _decode_kernel(
 
     g = tl.arange(0, BLOCK_M)
     column = tl.arange(0, WIDTH)
-    mask = (g < G)[:, None] & (column < D)[None, :]
-    row = (b * K + kv_head) * G + g
-    share_row = row + (split * B * K * G).to(tl.int64)
+    mask = (g < GROUP)[:, None] & (column < D)[None, :]
+    row = (b * K + kv_head) * GROUP + g
+    share_row = row + (split * B * K * GROUP).to(tl.int64)
     if (split > 0) & (first >= length):
-        tl.store(lse + share_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=g < G)
+        tl.store(lse + share_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=g < GROUP)
         return
     q_tile = tl.load(q + row[:, None] * D + column[None, :], mask=mask, other=0.0)
     k_row = k + (slot * k_stride_slot + kv_head * k_stride_head) * 8 + column[None, :]
@@ -298,7 +297,7 @@ def _decode_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
 
     total = tl.where(total > 0, total, 1.0)
-    tl.store(lse + share_row, m + tl.log2(total), mask=g < G)
+    tl.store(lse + share_row, m + tl.log2(total), mask=g < GROUP)
     tl.store(out + share_row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
@@ -335,25 +334,25 @@ def unsupported(q: Tensor) -> str | None:
 
 def flash_attention(
     q_NHD: Tensor,
-    k_MKD: Tensor,
-    v_MKD: Tensor,
+    k_JKD: Tensor,
+    v_JKD: Tensor,
     cu_seqlens_q_B1: Tensor,
     cu_seqlens_k_B1: Tensor,
     table: packing.TileTable | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence, differentiable; returns out_NHD in q's dtype.
 
-    The queries of a sequence are its last positions: it has at least as many keys, and N and M differ if it has more.
-    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and M; nothing reads them on the host. `table` is
+    The queries of a sequence are its last positions: it has at least as many keys, and N and J differ if it has more.
+    `cu_seqlens_*_B1` are int32 or int64, on q's device, from 0 to N and J; nothing reads them on the host. `table` is
     theirs (nanor1.packing.tile_table), for several calls to share; None: made here. Raises ValueError for what the
     kernels do not take.
     """
-    _check(q_NHD, k_MKD, v_MKD)
+    _check(q_NHD, k_JKD, v_JKD)
     if len(cu_seqlens_q_B1) != len(cu_seqlens_k_B1):
         raise ValueError(f"{len(cu_seqlens_q_B1) - 1} sequences of queries, {len(cu_seqlens_k_B1) - 1} of keys")
     if table is None:
-        table = packing.tile_table(cu_seqlens_q_B1, cu_seqlens_k_B1, len(q_NHD), len(k_MKD))
-    return _forward(q_NHD, k_MKD, v_MKD, *table)[0]
+        table = packing.tile_table(cu_seqlens_q_B1, cu_seqlens_k_B1, len(q_NHD), len(k_JKD))
+    return _forward(q_NHD, k_JKD, v_JKD, *table)[0]
 
 
 def flash_decode(
@@ -475,7 +474,7 @@ def _plan(q: Tensor, k: Tensor, kernel: str) -> tuple[Tiles, dict]:
     D = q.shape[-1]
     width = _padded(D)
     tiles = TILES[_chip(q.device), width][kernel]
-    constants = dict(D=D, G=q.shape[1] // k.shape[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width)
+    constants = dict(D=D, GROUP=q.shape[1] // k.shape[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width)
     return tiles, constants | dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 

@@ -2,7 +2,7 @@
 
 With a vocabulary of 150,000 the logits of a training batch are larger than the model. Here they are made for a chunk of
 tokens at a time, and a loss's gradient is formed while its chunk's logits are there: three matrix products of
-N x C x V, where a backward that made the logits again would take four.
+M x C x V, where a backward that made the logits again would take four.
 
 - `token_logprobs` only looks.
 - `chunked_loss` asks that a token's loss depend on its own log-probability only, as in every policy loss and in
@@ -22,8 +22,6 @@ Only logp and entropy, one number a token, outlive a chunk. Departures from comp
 sums are fp32 for weights of bf16 too. A bf16 logit between 16 and 32 is a multiple of 0.125, which would part the
 trainer from the sampler; a bf16 sum of the weight's gradient over the chunks loses addends 256 times smaller. The error
 is rounded to bf16 where that is multiplied faster.
-
-Letters: N tokens, C width, V vocabulary.
 """
 
 from collections import defaultdict
@@ -45,30 +43,30 @@ ALIGNMENT = 8  # vocabulary entries: rows of bf16 start at multiples of 16 bytes
 
 @torch.no_grad()
 def token_logprobs(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, temperature: float = 1.0, vocab_size: int | None = None
+    hidden_MC: Tensor, weight_VC: Tensor, targets_M: Tensor, temperature: float = 1.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) at the sampling temperature, and the entropy of the whole distribution in nats; both fp32 [N].
+    """log p(target) at the sampling temperature, and the entropy of the whole distribution in nats; both fp32 [M].
 
     hidden and weight are of one dtype, fp32 or bf16 (in fp64 all is fp64). Targets, int64, are below `vocab_size`; ids
     at or above it (padding of the output matrix) get probability 0, as in the sampler. No gradient.
     """
-    logp_N, entropy_N = hidden_NC.new_empty(2, len(hidden_NC), dtype=_wide(hidden_NC.dtype))
-    for at, logits in logit_chunks(hidden_NC, weight_VC, temperature, vocab_size):
-        logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at])
-    return logp_N, entropy_N
+    logp_M, entropy_M = hidden_MC.new_empty(2, len(hidden_MC), dtype=_wide(hidden_MC.dtype))
+    for at, logits in logit_chunks(hidden_MC, weight_VC, temperature, vocab_size):
+        logp_M[at], entropy_M[at] = _statistics(logits, targets_M[at])
+    return logp_M, entropy_M
 
 
 def chunked_loss(
-    hidden_NC: Tensor,
+    hidden_MC: Tensor,
     weight_VC: Tensor,
-    targets_N: Tensor,
+    targets_M: Tensor,
     loss_fn: Callable[[Tensor, slice], Tensor],
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the chunks' losses, logp [N], entropy [N]); the loss alone carries a gradient.
+    """(sum of the chunks' losses, logp [M], entropy [M]); the loss alone carries a gradient.
 
-    `loss_fn(logp of some tokens, their slice of N)` returns a scalar, the sum of those tokens' losses, each a function
+    `loss_fn(logp of some tokens, their slice of M)` returns a scalar, the sum of those tokens' losses, each a function
     of that token's own logp alone. Its gradient is formed at once, so the loss's backward only multiplies it by what
     comes from above; a second backward, and differentiating twice, raise RuntimeError. Shapes and dtypes are those of
     `token_logprobs`; hidden and weight get gradients of their dtype.
@@ -78,21 +76,21 @@ def chunked_loss(
     >>> round(loss.item(), 4)  # log(8)
     2.0794
     """
-    logp_N, entropy_N = hidden_NC.new_empty(2, len(hidden_NC), dtype=_wide(hidden_NC.dtype))
+    logp_M, entropy_M = hidden_MC.new_empty(2, len(hidden_MC), dtype=_wide(hidden_MC.dtype))
 
     def loss_of_chunk(logits: Tensor, at: slice, error: Tensor | None) -> tuple[Tensor, Tensor]:
-        logp_N[at], entropy_N[at] = _statistics(logits, targets_N[at], error)
+        logp_M[at], entropy_M[at] = _statistics(logits, targets_M[at], error)
         with torch.enable_grad():
-            logp = logp_N[at].detach().requires_grad_()
+            logp = logp_M[at].detach().requires_grad_()
             loss = loss_fn(logp, at)
             (grad_logp,) = torch.autograd.grad(loss, logp)
         return loss.detach(), grad_logp / -temperature
 
-    return loss_of_logits(hidden_NC, weight_VC, loss_of_chunk, temperature, vocab_size), logp_N, entropy_N
+    return loss_of_logits(hidden_MC, weight_VC, loss_of_chunk, temperature, vocab_size), logp_M, entropy_M
 
 
 def loss_of_logits(
-    hidden_NC: Tensor,
+    hidden_MC: Tensor,
     weight_VC: Tensor,
     loss_fn: Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]],
     temperature: float = 1.0,
@@ -100,44 +98,44 @@ def loss_of_logits(
 ) -> Tensor:
     """The sum of the chunks' losses, with a gradient that is formed at once, as that of `chunked_loss` is.
 
-    `loss_fn(logits of n tokens, their slice of N, error)` returns the sum of their losses and a factor [n], one a
+    `loss_fn(logits of n tokens, their slice of M, error)` returns the sum of their losses and a factor [n], one a
     token. The logits are as `logit_chunks` makes them. It writes d loss / d (hidden weight^T), divided by that factor,
     into `error`, which is of the logits' shape and may be their very memory. None: no gradient is wanted.
     """
     if not torch.is_grad_enabled():
-        hidden_NC, weight_VC = hidden_NC.detach(), weight_VC.detach()
-    return _LossOfLogits.apply(hidden_NC, weight_VC, loss_fn, temperature, vocab_size or len(weight_VC))
+        hidden_MC, weight_VC = hidden_MC.detach(), weight_VC.detach()
+    return _LossOfLogits.apply(hidden_MC, weight_VC, loss_fn, temperature, vocab_size or len(weight_VC))
 
 
 @torch.no_grad()
 def logit_chunks(
-    hidden_NC: Tensor, weight_VC: Tensor, temperature: float = 1.0, vocab_size: int | None = None
+    hidden_MC: Tensor, weight_VC: Tensor, temperature: float = 1.0, vocab_size: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the tokens, each with its logits: fp32, rounded up to an aligned row, ids above the vocabulary -1e30.
 
     No gradient; the next chunk's logits are written over these.
     """
     vocab_size = vocab_size or len(weight_VC)
-    for at, logits, _ in _chunks(*_operands(hidden_NC, weight_VC, vocab_size), temperature, vocab_size):
+    for at, logits, _ in _chunks(*_operands(hidden_MC, weight_VC, vocab_size), temperature, vocab_size):
         yield at, logits
 
 
 class _LossOfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, loss_fn, temperature, vocab_size):
-        hidden, weight = _operands(hidden_NC, weight_VC, vocab_size)
+    def forward(ctx, hidden_MC, weight_VC, loss_fn, temperature, vocab_size):
+        hidden, weight = _operands(hidden_MC, weight_VC, vocab_size)
         factors = hidden, weight  # what the error is multiplied with
-        if hidden_NC.dtype == torch.bfloat16 and hidden_NC.device.type == "cpu" and _cpu_multiplies_bf16():
-            factors = hidden_NC, weight_VC[: len(weight)]
+        if hidden_MC.dtype == torch.bfloat16 and hidden_MC.device.type == "cpu" and _cpu_multiplies_bf16():
+            factors = hidden_MC, weight_VC[: len(weight)]
         loss, gradients = hidden.new_zeros((), dtype=_wide(hidden.dtype)), []
         if any(ctx.needs_input_grad):
-            gradients = [torch.zeros_like(x, dtype=loss.dtype) for x in (hidden_NC, weight_VC)]
+            gradients = [torch.zeros_like(x, dtype=loss.dtype) for x in (hidden_MC, weight_VC)]
         for at, logits, error in _chunks(hidden, weight, temperature, vocab_size, has_error=bool(gradients)):
             chunk_loss, scale = loss_fn(logits, at, error)
             loss += chunk_loss
             if gradients:
                 _add_gradients(gradients, at, error, scale, *factors)
-        ctx.gradients = [gradient.to(hidden_NC.dtype) for gradient in gradients]
+        ctx.gradients = [gradient.to(hidden_MC.dtype) for gradient in gradients]
         return loss
 
     @staticmethod
@@ -154,16 +152,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _operands(hidden_NC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _operands(hidden_MC: Tensor, weight_VC: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """What the logits are a product of: the vocabulary's rows alone, and bf16 only where a product of it is fp32.
 
     That is on CUDA (torch.mm with out_dtype, torch >= 2.8). Elsewhere bf16 is converted, once a call: a product of bf16
     would round the logits.
     """
     weight = weight_VC[: _aligned(vocab_size)]
-    if hidden_NC.is_cuda:
-        return hidden_NC, weight
-    return hidden_NC.to(_wide(hidden_NC.dtype)), weight.to(_wide(weight.dtype))
+    if hidden_MC.is_cuda:
+        return hidden_MC, weight
+    return hidden_MC.to(_wide(hidden_MC.dtype)), weight.to(_wide(weight.dtype))
 
 
 @cache
@@ -192,15 +190,15 @@ def _chunks(
     than exp. The slices depend on the vocabulary and not on how many rows pad it: two models of one vocabulary have the
     same.
     """
-    N, V = len(hidden), len(weight)
+    M, V = len(hidden), len(weight)
     dtype = _wide(hidden.dtype)
     n = max(1, CHUNK_BYTES[hidden.device.type] // (_aligned(V) * dtype.itemsize))
     if n >= (multiple := CHUNK_ROWS[hidden.device.type]):
         n -= n % multiple
-    buffer = hidden.new_empty(min(n, N), V, dtype=dtype)
+    buffer = hidden.new_empty(min(n, M), V, dtype=dtype)
     room = torch.empty_like(buffer, dtype=hidden.dtype) if has_error and hidden.dtype != dtype else buffer
-    for start in range(0, N, n):
-        at = slice(start, min(start + n, N))
+    for start in range(0, M, n):
+        at = slice(start, min(start + n, M))
         # data: torch.compile would make another program for a view of a larger tensor than for all of it
         logits = _product(hidden[at], weight.T, out=buffer[: at.stop - start].data)
         if temperature != 1:
@@ -219,9 +217,9 @@ def _statistics(logits: Tensor, targets: Tensor, error: Tensor | None = None) ->
     if _is_compiled(logits.device):
         lse, entropy = _compiled_softmax()(logits, error)
     else:
-        N, V = logits.shape
+        n, V = logits.shape
         rows = max(1, BLOCK_BYTES[logits.device.type] // (V * logits.itemsize))
-        rooms = logits.new_empty(2, min(rows, N), V)  # once: made anew a block, they leave holes in a CPU's heap
+        rooms = logits.new_empty(2, min(rows, n), V)  # once: made anew a block, they leave holes in a CPU's heap
         errors = repeat(None) if error is None else error.split(rows)
         parts = [_softmax(*pair, *rooms[:, : len(pair[0])]) for pair in zip(logits.split(rows), errors, strict=False)]
         lse, entropy = map(torch.cat, zip(*parts, strict=True))
@@ -261,18 +259,18 @@ def _add_gradients(gradients, at: slice, error: Tensor, scale: Tensor, hidden: T
     Where the error is fp32 and the operands bf16, a CPU rounds products too: then a part of the vocabulary at a time,
     so that the rounded error and the products are small, and their sums are fp32.
     """
-    grad_hidden_NC, total = gradients[0], gradients[1][: len(weight)]
+    grad_hidden_MC, total = gradients[0], gradients[1][: len(weight)]
     scaled = (hidden[at] * scale[:, None]).to(weight.dtype)
     if error.dtype != weight.dtype:
         for start in range(0, len(weight), PART_ROWS):
             part = slice(start, start + PART_ROWS)
             rounded = error[:, part].to(weight.dtype)
-            grad_hidden_NC[at] += rounded @ weight[part]
+            grad_hidden_MC[at] += rounded @ weight[part]
             total[part] += rounded.T @ scaled
     else:
-        _product(error, weight, out=grad_hidden_NC[at])
+        _product(error, weight, out=grad_hidden_MC[at])
         if total.dtype == error.dtype:
             total.addmm_(error.T, scaled)
         else:
             total += _product(error.T, scaled, out=torch.empty_like(total))
-    grad_hidden_NC[at] *= scale[:, None]
+    grad_hidden_MC[at] *= scale[:, None]

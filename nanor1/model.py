@@ -8,13 +8,11 @@ Sources: GPT-2 (Radford et al. 2019), Llama (2302.13971, 2407.21783 for the rope
 Qwen3 (2505.09388); rotary positions 2104.09864; RMSNorm 1910.07467; SwiGLU 2002.05202.
 
 Left out: mixture of experts, sliding windows, dropout, encoder-decoder.
-
-Letters: N packed tokens, B rows, T positions, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -42,29 +40,32 @@ NARROW = 256  # width under which the products of a model gain nothing from reor
 REORDERED_ROWS = 64  # of the products that their layout is chosen for; those of 1 to 512 rows are as fast with it
 
 
-def reorder(weight_MC: Tensor) -> Tensor | None:
-    """A copy of a matrix, fp32 or bf16 on an x86 CPU, laid out as oneDNN reads it; None where that cannot be.
+def can_reorder(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout of its own for such a matrix: fp32, or bf16 where it multiplies it, on an x86 CPU."""
+    is_x86 = weight.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    is_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_bf16 or weight.dtype == torch.float32
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """A copy of a matrix, laid out as oneDNN reads it.
 
     For few rows F.linear takes as long to put the matrix in order as to multiply. torch keeps the operation that does
     it once, and the one that multiplies by it, for what torch.compile freezes (oneDNN's guide, "Memory Format
     Propagation").
     """
-    is_x86 = weight_MC.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if not is_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    is_bf16 = weight_MC.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight_MC.dtype != torch.float32 and not is_bf16:
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight_MC.detach(), REORDERED_ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), REORDERED_ROWS)
 
 
 def reordered_linear(
-    x_NC: Tensor, reordered: Tensor, bias_M: Tensor | None = None, other_NM: Tensor | None = None, then: str = "none"
+    x_NC: Tensor, reordered: Tensor, bias: Tensor | None = None, other: Tensor | None = None, then: str = "none"
 ) -> Tensor:
     """x W^T + b, W from `reorder`; then "swish", or "add" or "mul" of the other. Rounded once, and without gradient."""
-    if other_NM is None:
-        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias_M, then, [], "")
-    return torch.ops.mkldnn._linear_pointwise(x_NC, other_NM, reordered, bias_M, then)
+    if other is None:
+        return torch.ops.mkldnn._linear_pointwise(x_NC, reordered, bias, then, [], "")
+    return torch.ops.mkldnn._linear_pointwise(x_NC, other, reordered, bias, then)
 
 
 class Linear(nn.Linear):
@@ -142,9 +143,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=config.output_bias)
-        if config.has_qk_norm:
-            self.q_norm = RMSNorm(D, config.norm_eps)
-            self.k_norm = RMSNorm(D, config.norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.has_qk_norm else None for _ in range(2))
         self.head_dim = D
         self.reordered: tuple[Tensor, Tensor | None] | None = None  # q, k and v in one, for sampling on a CPU
 
@@ -156,7 +155,7 @@ class Attention(nn.Module):
         else:
             projected = reordered_linear(x, *self.reordered).split([proj.out_features for proj in projections], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
-        if hasattr(self, "q_norm"):
+        if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
@@ -220,9 +219,7 @@ def allow_programs() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
-def _attend_packed(
-    q, k, v, where: Layout, table: TileTable | None, k_SKTD: Tensor | None, v_SKTD: Tensor | None
-) -> Tensor:
+def _attend_packed(q, k, v, where: Layout, k_SKTD: Tensor | None, v_SKTD: Tensor | None) -> Tensor:
     """Attention within packed sequences, whose keys and values are also written to a cache if one is given."""
     if k_SKTD is not None:
         k_SKTD[where.row_N, :, where.position_N] = k
@@ -230,10 +227,8 @@ def _attend_packed(
     if keys := where.shared:
         k, v = spread(k, keys), spread(v, keys)
     elif keys := where.cached:
-        k, v = k_SKTD[keys.row_M, :, keys.position_M], v_SKTD[keys.row_M, :, keys.position_M]
-    else:
-        return attention(q, k, v, where.cu_seqlens_B1, where.max_len, table=table)
-    return attention(q, k, v, where.cu_seqlens_B1, where.max_len, keys.cu_seqlens_B1, keys.max_len, table=table)
+        k, v = k_SKTD[keys.row_J, :, keys.position_J], v_SKTD[keys.row_J, :, keys.position_J]
+    return attention(q, k, v, where.cu_seqlens_B1, where.cu_seqlens_k_B1, where.table)
 
 
 def _attend_cached(q, k, v, k_SKTD: Tensor, v_SKTD: Tensor, row_B: Tensor, position_B: Tensor, *where) -> Tensor:
@@ -307,22 +302,19 @@ class Transformer(nn.Module):
                     p.zero_()
         return model.to(device=device, dtype=dtype)
 
-    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors, which transformers loads too; tied weights are written once.
-
-        `state_dict` stands in for the model's own where its parameters are elsewhere, as when they are sharded.
-        """
-        write_folder(folder, self.config, self.hf_config, self.state_dict() if state_dict is None else state_dict)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which transformers loads too; tied weights are written once."""
+        write_folder(folder, self.config, self.hf_config, self.state_dict())
 
     def compile_blocks(self, **options) -> None:
         """Compile each block in place, for forwards with a gradient and for decoding in slots; parameter names stay.
 
         All blocks share a program, and all lengths do, but for the limits at which torch changes its plan (4,096 tokens
-        on a CPU). On the CPU attention stays outside: it looks at every length, and would be compiled again for each.
-        Elsewhere shared prompts are a program of their own. `options` are torch.compile's.
+        on a CPU). Without Triton kernels attention stays outside: it looks at lengths, and would be compiled again for
+        each. With them shared prompts are a program of their own. `options` are torch.compile's.
         """
         allow_programs()
-        if self.head_weight_VC.device.type == "cpu":
+        if not self.head_weight_VC.is_cuda or self.head_weight_VC.dtype == torch.float32:
             self.attend_packed = torch.compiler.disable(_attend_packed)
         for block in self.model.layers:
             block.compile(dynamic=True, **options)
@@ -341,7 +333,7 @@ class Transformer(nn.Module):
             return
         self.drop_reordered()
         head_VC = self.head_weight_VC
-        if head_VC.device.type != "cpu" or self.config.hidden_size < NARROW:  # small ones are no faster for it
+        if self.config.hidden_size < NARROW or not can_reorder(head_VC):
             return
         if 2 * sum(p.nbytes for p in self.parameters()) > free_memory(head_VC.device):
             return
@@ -349,7 +341,7 @@ class Transformer(nn.Module):
             projections = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
             biases = [proj.bias for proj in projections if proj.bias is not None]
             matrix = reorder(torch.cat([proj.weight for proj in projections]))
-            block.self_attn.reordered = matrix if matrix is None else (matrix, torch.cat(biases) if biases else None)
+            block.self_attn.reordered = matrix, torch.cat(biases) if biases else None
             for part in (block.self_attn.o_proj, *block.mlp.children()):
                 if isinstance(part, Linear):
                     part.reordered = reorder(part.weight)
@@ -412,10 +404,13 @@ class Transformer(nn.Module):
         wherever the model is: see `layout`.
         """
         where = to_device(layout(cu_seqlens_B1, parent_B, past_B), ids_N.device)
-        table = _tiles(where)
+        where.table = _tiles(where)
         caches = zip(cache.k, cache.v, strict=True) if cache else repeat((None, None))
-        contexts = ((where, table, k_SKTD, v_SKTD) for k_SKTD, v_SKTD in caches)
-        return self._run(ids_N, where.position_N, self.attend_packed, contexts)
+        # a prefill is never compiled: it would need programs of its own
+        run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
+        if torch.is_grad_enabled() and self.checkpoints_activations:
+            run_block = partial(checkpoint, run_block, use_reentrant=False)
+        return self._run(ids_N, where.position_N, run_block, self.attend_packed, ((where, *kv) for kv in caches))
 
     def decode(
         self,
@@ -436,20 +431,15 @@ class Transformer(nn.Module):
         length_B, row_B, bias_BT = position_B + 1, slot_B, None
         if slot_B is None:
             row_B, bias_BT = torch.arange(len(ids_B), device=ids_B.device), hide_behind(length_B, max_len)
-        elif is_running_B is not None:
+        else:
             length_B = torch.where(is_running_B, length_B, 0)
         where = (row_B, position_B, slot_B, length_B, max_len, bias_BT)
-        contexts = ((k_SKTD, v_SKTD, *where) for k_SKTD, v_SKTD in zip(cache.k, cache.v, strict=True))
+        contexts = ((*kv, *where) for kv in zip(cache.k, cache.v, strict=True))
         run_block = run_block or (Block.forward if slot_B is None else Block.__call__)
-        return self._run(ids_B, position_B, _attend_cached, contexts, run_block)
+        return self._run(ids_B, position_B, run_block, _attend_cached, contexts)
 
     def _run(
-        self,
-        ids_N: Tensor,
-        position_N: Tensor,
-        attend: Callable,
-        contexts: Iterable[tuple],
-        run_block: Callable | None = None,
+        self, ids_N: Tensor, position_N: Tensor, run_block: Callable, attend: Callable, contexts: Iterable[tuple]
     ) -> Tensor:
         if torch.is_grad_enabled():
             self.drop_reordered()
@@ -458,10 +448,6 @@ class Transformer(nn.Module):
             x, rope = x + self.model.embed_positions(position_N), None
         else:
             rope = self.rope_angles(position_N)
-        if run_block is None:  # a prefill is never compiled: it would need programs of its own
-            run_block = Block.__call__ if torch.is_grad_enabled() else Block.forward
-        if torch.is_grad_enabled() and self.checkpoints_activations:
-            run_block = partial(checkpoint, run_block, use_reentrant=False)
         for block, context in zip(self.model.layers, contexts, strict=False):
             x = run_block(block, x, rope, attend, *context)
         return self.model.norm(x)

@@ -2,8 +2,6 @@
 
 A token is drawn by inverting the cumulative distribution with one number in [0, 1), which is a hash of a request's key
 and the token's position. So a draw depends on nothing else: not on the batch, not on what was drawn before elsewhere.
-
-Letters: B rows, V vocabulary, S blocks of a vocabulary.
 """
 
 import torch
@@ -31,14 +29,14 @@ def sample_tokens(
         logits_BV = logits_BV / temperature
     max_B1 = logits_BV.amax(-1, keepdim=True)
     weight_BV = (logits_BV - max_B1).exp_()  # probabilities but for their sum
-    block_BS = _block_sums(weight_BV)
-    sum_B = block_BS.sum(-1)
+    block_sums = _block_sums(weight_BV)
+    sum_B = block_sums.sum(-1)
     if temperature == 0:
         token_B = logits_BV.argmax(-1)
     else:
         weight_BV = narrow(weight_BV, top_k, top_p)
         is_narrowed = top_k or top_p < 1
-        token_B = _draw(weight_BV, _block_sums(weight_BV) if is_narrowed else block_BS, uniform_B)
+        token_B = _draw(weight_BV, _block_sums(weight_BV) if is_narrowed else block_sums, uniform_B)
     return token_B, (logits_BV.gather(-1, token_B[:, None]) - max_B1).squeeze(1) - sum_B.log()
 
 
@@ -59,49 +57,48 @@ def narrow(weight_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     sorts the vocabulary: how many tokens it keeps is known only afterwards, and a captured step cannot ask.
     """
     if 0 < top_k < weight_BV.shape[-1]:
-        kept_BK, index_BK = weight_BV.topk(top_k)  # in order
+        kept, index = weight_BV.topk(top_k)  # in order
     elif top_p < 1.0:
-        kept_BK, index_BK = weight_BV.sort(dim=-1, descending=True, stable=True)
+        kept, index = weight_BV.sort(dim=-1, descending=True, stable=True)
     else:
         return weight_BV
     if top_p < 1.0:
-        before_BK = kept_BK.cumsum(-1) - kept_BK
-        before_BK[:, 0] = -1.0  # the largest is kept whatever is rounded
-        kept_BK = torch.where(before_BK < top_p * kept_BK.sum(-1, keepdim=True), kept_BK, 0.0)
-    return torch.zeros_like(weight_BV).scatter(-1, index_BK, kept_BK)
+        before = kept.cumsum(-1) - kept
+        before[:, 0] = -1.0  # the largest is kept whatever is rounded
+        kept = torch.where(before < top_p * kept.sum(-1, keepdim=True), kept, 0.0)
+    return torch.zeros_like(weight_BV).scatter(-1, index, kept)
 
 
 def _block_sums(weight_BV: Tensor) -> Tensor:
-    """The sum of each BLOCK of neighbours, the last of which may be shorter: [B, S]."""
+    """The sum of each BLOCK of neighbours, the last of which may be shorter: [B, blocks]."""
     n_whole = weight_BV.shape[-1] // BLOCK * BLOCK
-    sums_BS = weight_BV[:, :n_whole].unflatten(-1, (-1, BLOCK)).sum(-1) if n_whole else weight_BV[:, :0]
+    sums = weight_BV[:, :n_whole].unflatten(-1, (n_whole // BLOCK, BLOCK)).sum(-1)
     if n_whole == weight_BV.shape[-1]:
-        return sums_BS
-    return torch.cat((sums_BS, weight_BV[:, n_whole:].sum(-1, keepdim=True)), dim=-1)
+        return sums
+    return torch.cat((sums, weight_BV[:, n_whole:].sum(-1, keepdim=True)), dim=-1)
 
 
-def _draw(weight_BV: Tensor, block_BS: Tensor, uniform_B: Tensor) -> Tensor:
+def _draw(weight_BV: Tensor, block_sums: Tensor, uniform_B: Tensor) -> Tensor:
     """The token at which the cumulated weight passes `uniform_B` of the whole; never one of weight 0.
 
     First a block is drawn, then a token of it: one running sum in fp32 over 150,000 tokens is too coarse for a third of
     them ever to be drawn, and one in fp64 takes longer than the softmax.
     """
-    block_B, uniform_B = _invert(block_BS, uniform_B)
+    block_B, uniform_B = _invert(block_sums, uniform_B)
     V = weight_BV.shape[-1]
-    column_T = torch.arange(min(BLOCK, V), device=weight_BV.device)
-    column_BT = block_B[:, None] * BLOCK + column_T
-    inside_BT = weight_BV.gather(-1, column_BT.clamp(max=V - 1)).masked_fill(column_BT >= V, 0.0)
-    return block_B * BLOCK + _invert(inside_BT, uniform_B)[0]
+    column = block_B[:, None] * BLOCK + torch.arange(min(BLOCK, V), device=weight_BV.device)
+    inside = weight_BV.gather(-1, column.clamp(max=V - 1)).masked_fill(column >= V, 0.0)
+    return block_B * BLOCK + _invert(inside, uniform_B)[0]
 
 
-def _invert(weight_BN: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def _invert(weight_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """The first index whose cumulated weight exceeds `uniform_B` of the sum, and how far into it that is, in [0, 1)."""
-    cdf_BN = weight_BN.cumsum(-1, dtype=uniform_B.dtype)
-    threshold_B1 = uniform_B[:, None] * cdf_BN[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
-    index_B1.clamp_(max=cdf_BN.shape[-1] - 1)  # beyond the end only where a weight is NaN
-    weight_B1 = weight_BN.gather(-1, index_B1)
-    inside_B1 = (threshold_B1 - cdf_BN.gather(-1, index_B1) + weight_B1) / weight_B1
+    cdf_BV = weight_BV.cumsum(-1, dtype=uniform_B.dtype)
+    threshold_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
+    index_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
+    index_B1.clamp_(max=cdf_BV.shape[-1] - 1)  # beyond the end only where a weight is NaN
+    weight_B1 = weight_BV.gather(-1, index_B1)
+    inside_B1 = (threshold_B1 - cdf_BV.gather(-1, index_B1) + weight_B1) / weight_B1
     return index_B1.squeeze(1), inside_B1.clamp(min=0).squeeze(1)  # rounding may leave it below 0, but never at 1
 
 

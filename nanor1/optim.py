@@ -31,6 +31,7 @@ class MasterAdamW:
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for name, p in self.params.items()
         }
+        self.rounded = [(p, self.masters[name]) for name, p in self.params.items() if self.masters[name] is not p]
         self.is_scaled = any(p.dtype == torch.float16 for p in self.params.values())
         self.loss_scale, self.n_since_change = FIRST_SCALE if self.is_scaled else 1.0, 0
         matrices = [p for p in self.masters.values() if p.dim() >= 2]
@@ -46,9 +47,9 @@ class MasterAdamW:
 
         The gradients are those of the loss times `loss_scale`; the norm is that of the loss.
         """
-        for name, p in self.params.items():
-            if self.masters[name] is not p and p.grad is not None:
-                self.masters[name].grad, p.grad = p.grad.float(), None
+        for p, master in self.rounded:
+            if p.grad is not None:
+                master.grad, p.grad = p.grad.float(), None
         if self.is_scaled:
             for master in self.masters.values():
                 if master.grad is not None:
@@ -74,9 +75,8 @@ class MasterAdamW:
 
     @torch.no_grad()
     def _round_into_model(self) -> None:
-        for name, p in self.params.items():
-            if self.masters[name] is not p:
-                p.copy_(self.masters[name])
+        for p, master in self.rounded:
+            p.copy_(master)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a resumed run needs, by parameter name: moments, step counts, masters where there are; the scale."""

@@ -6,9 +6,6 @@ and multiplied once. Its keys and values are then laid before those of each cont
 and gradients are those of the full copies. The idea is Prefix Grouper's (2506.05433).
 
 Left out: continuations of continuations.
-
-Letters: N packed tokens, M packed keys (N and the copies) or tokens with a loss, B sequences, G continuations of a
-sequence at most.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -106,24 +103,22 @@ def pack(items: Sequence[Item], tokens_per_batch: int, together: int = 1) -> lis
 
 
 def pack_one(items: Sequence[Item], chosen: Sequence[int]) -> Batch:
-    """One batch of the items of these numbers: prompts, then what continues them, longest first.
+    """One batch of the items of these numbers: each prompt, then the sequences that continue it.
 
-    A prompt with one item is one sequence with it. Longest first: see nanor1/attention.py.
+    A prompt with one item is one sequence with it.
     """
     groups = [list(group) for _, group in groupby(chosen, lambda i: items[i].prompt_ids or i)]
-    row = {i: b for b, group in enumerate(groups) for i in group}  # of the sequence that an item's prompt opens
-    alone = {i for i, *others in groups if not others}
-    shared = [i for i in chosen if i not in alone and len(items[i].ids) > 1]
-    shared.sort(key=lambda i: len(items[i].prompt_ids) + len(items[i].ids), reverse=True)
-    sequences = [items[i].prompt_ids + (items[i].ids[:-1] if i in alone else []) for i, *_ in groups]
-    sequences += [items[i].ids[:-1] for i in shared]
-    starts = list(accumulate(map(len, sequences), initial=0))
-    start_of = dict(zip(shared, starts[len(groups) :], strict=False))
-    predictors = []
-    for i in chosen:
-        end = starts[row[i]] + len(items[i].prompt_ids)
-        start = start_of.get(i, end)
-        predictors.append([end - 1, *range(start, start + len(items[i].ids) - 1)])
+    sequences, parents, predictors, start = [], [], [], 0
+    for group in groups:
+        row, prompt_ids = len(sequences), items[group[0]].prompt_ids
+        seen = [items[i].ids[:-1] for i in group]
+        sequences += [prompt_ids + seen[0]] if len(group) == 1 else [prompt_ids, *filter(None, seen)]
+        parents += [-1] + [row] * (len(sequences) - row - 1)
+        start += len(prompt_ids)
+        last_of_prompt = start - 1
+        for ids in seen:
+            predictors.append([last_of_prompt, *range(start, start + len(ids))])
+            start += len(ids)
     is_learned = end_to_end([items[i].each("is_learned") for i in chosen], torch.bool)
 
     def learned(lists: list[list], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -131,8 +126,8 @@ def pack_one(items: Sequence[Item], chosen: Sequence[int]) -> Batch:
 
     return Batch(
         end_to_end(sequences),
-        torch.tensor(starts),
-        torch.tensor([-1] * len(groups) + [row[i] for i in shared]),
+        torch.tensor(list(accumulate(map(len, sequences), initial=0))),
+        torch.tensor(parents),
         learned(predictors),
         learned([items[i].ids for i in chosen]),
         learned([[i] * len(items[i].ids) for i in chosen]),
@@ -178,24 +173,20 @@ def index_tensor(numbers: Iterable[int], device: torch.device) -> Tensor:
 
 @dataclass
 class SharedKeys:
-    """How the keys and values of N tokens become the M of all sequences: each one's prompt, then its own."""
+    """How the keys and values of N tokens become the J of all sequences: each one's prompt, then its own."""
 
-    cu_seqlens_B1: Tensor  # of the M keys
-    max_len: int
-    source_M: Tensor  # the token of each key
+    source_J: Tensor  # the token of each key
     own_N: Tensor  # the key that is a token's own
     prompt_R: Tensor  # tokens of sequences that are continued
-    copies_RG: Tensor  # the keys that are copies of such a token; M where there are fewer than G
+    copies_RG: Tensor  # the keys that are copies of such a token; J where there are fewer than G
 
 
 @dataclass
 class CachedKeys:
-    """Where in a cache the M keys of all sequences stand: what it held of each, then its own."""
+    """Where in a cache the J keys of all sequences stand: what it held of each, then its own."""
 
-    cu_seqlens_B1: Tensor  # of the M keys
-    max_len: int
-    row_M: Tensor
-    position_M: Tensor
+    row_J: Tensor
+    position_J: Tensor
 
 
 class TileTable(NamedTuple):
@@ -216,19 +207,17 @@ class Layout:
     """What a forward over packed sequences has to know; tensors are int64 where those that it is made of are."""
 
     cu_seqlens_B1: Tensor
-    max_len: int
+    cu_seqlens_k_B1: Tensor  # of the keys that they see, N where none are shared or cached
+    n_keys: int
     row_N: Tensor  # the sequence of each token
     position_N: Tensor  # counted from the start of the prompt
     shared: SharedKeys | None = None
     cached: CachedKeys | None = None
+    table: TileTable | None = None  # for the attention kernels, once for all layers
 
     def tiles(self) -> TileTable:
-        """For the attention kernels; nothing waits for the device."""
-        keys, n_queries = self.shared or self.cached, len(self.row_N)
-        if keys is None:
-            return tile_table(self.cu_seqlens_B1, self.cu_seqlens_B1, n_queries, n_queries)
-        n_keys = len(keys.source_M if self.shared else keys.row_M)
-        return tile_table(self.cu_seqlens_B1, keys.cu_seqlens_B1, n_queries, n_keys)
+        """The table; nothing waits for the device."""
+        return tile_table(self.cu_seqlens_B1, self.cu_seqlens_k_B1, len(self.row_N), self.n_keys)
 
 
 def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor | None = None) -> Layout:
@@ -240,34 +229,52 @@ def layout(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None, past_B: Tensor
     """
     lengths_B = cu_seqlens_B1.diff()
     _, row_N, column_N = _places(lengths_B)
-    plain = Layout(cu_seqlens_B1, int(lengths_B.max()), row_N, column_N)
     if past_B is not None:
         assert parent_B is None, "parent_B and past_B are two ways to lie behind other tokens"
-        lengths_k_B = lengths_B + past_B
-        cu_keys_B1, *place_M = _places(lengths_k_B)
-        cached = CachedKeys(cu_keys_B1, int(lengths_k_B.max()), *place_M)
-        return replace(plain, position_N=column_N + past_B[row_N], cached=cached)
-    if parent_B is None or not bool((parent_B >= 0).any()):
-        return plain
-    index_B, is_child_B = torch.arange(len(parent_B), device=parent_B.device), parent_B >= 0
-    is_right = (parent_B < index_B).all() and not is_child_B[parent_B[is_child_B]].any()
-    assert is_right, f"parents {parent_B.tolist()}: each must be -1 or an earlier sequence that has none itself"
-    prefix_B = torch.where(is_child_B, lengths_B[parent_B], 0)
-    shared = _share(cu_seqlens_B1, parent_B, prefix_B, row_N, column_N)
-    return replace(plain, position_N=column_N + prefix_B[row_N], shared=shared)
+        prefix_B = past_B
+    elif parent_B is not None and bool((parent_B >= 0).any()):
+        index_B, is_child_B = torch.arange(len(parent_B), device=parent_B.device), parent_B >= 0
+        is_right = (parent_B < index_B).all() and not is_child_B[parent_B[is_child_B]].any()
+        assert is_right, f"parents {parent_B.tolist()}: each must be -1 or an earlier sequence that has none itself"
+        prefix_B = torch.where(is_child_B, lengths_B[parent_B], 0)
+    else:
+        return Layout(cu_seqlens_B1, cu_seqlens_B1, len(row_N), row_N, column_N)
+    cu_seqlens_k_B1, row_J, column_J = _places(lengths_B + prefix_B)
+    where = Layout(cu_seqlens_B1, cu_seqlens_k_B1, len(row_J), row_N, column_N + prefix_B[row_N])
+    if past_B is not None:
+        where.cached = CachedKeys(row_J, column_J)
+    else:
+        behind_J = column_J - prefix_B[row_J]  # negative in the prompt
+        start_J = cu_seqlens_B1[torch.where(behind_J < 0, parent_B[row_J], row_J)]
+        source_J = start_J + torch.where(behind_J < 0, column_J, behind_J)
+        own_N = cu_seqlens_k_B1[row_N] + where.position_N
+        where.shared = SharedKeys(source_J, own_N, *_copies_of_prompts(where, parent_B, column_N))
+    return where
 
 
-def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor | None = None) -> int:
+def _copies_of_prompts(where: Layout, parent_B: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor]:
+    """prompt_R and copies_RG of SharedKeys."""
+    children: list[list[int]] = [[] for _ in parent_B]
+    for child, parent in enumerate(parent_B.tolist()):
+        if parent >= 0:
+            children[parent].append(child)
+    G = max(2, *map(len, children))  # for a size of 1 torch.compile would make another program
+    children_BG = torch.tensor([row + [-1] * (G - len(row)) for row in children], device=parent_B.device)
+    prompt_R = (children_BG[where.row_N, 0] >= 0).nonzero().squeeze(1)
+    children_RG = children_BG[where.row_N[prompt_R]]
+    copies_RG = where.cu_seqlens_k_B1[children_RG] + column_N[prompt_R, None]
+    return prompt_R, torch.where(children_RG >= 0, copies_RG, where.n_keys)
+
+
+def attended_pairs(cu_seqlens_B1: Tensor, parent_B: Tensor) -> int:
     """How many (query, key) pairs causal attention over these sequences has: what its cost grows with.
 
-    >>> attended_pairs(torch.tensor([0, 3]))
-    6
+    >>> attended_pairs(torch.tensor([0, 3, 5]), torch.tensor([-1, 0]))
+    15
     """
     lengths_B = cu_seqlens_B1.diff()
-    pairs = lengths_B * (lengths_B + 1) // 2
-    if parent_B is not None:
-        pairs = pairs + torch.where(parent_B >= 0, lengths_B * lengths_B[parent_B], 0)
-    return int(pairs.sum())
+    prefix_B = torch.where(parent_B >= 0, lengths_B[parent_B], 0)
+    return int((lengths_B * (lengths_B + 1) // 2 + lengths_B * prefix_B).sum())
 
 
 def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int, n_keys: int) -> TileTable:
@@ -280,30 +287,28 @@ def tile_table(cu_seqlens_q_B1: Tensor, cu_seqlens_k_B1: Tensor, n_queries: int,
     """
     length_B, length_k_B = cu_seqlens_q_B1.diff(), cu_seqlens_k_B1.diff()
     offset_B = length_k_B - length_B  # query i sees the keys up to i + offset
-    # of each sequence's first tile, so that all its tiles have a number before the next sequence's first
-    number_B, number_k_B = (
-        cu_B1[:-1] // TILE + torch.arange(len(cu_B1) - 1, device=cu_B1.device)
-        for cu_B1 in (cu_seqlens_q_B1, cu_seqlens_k_B1)
-    )
+    number_B, row, first = _cut(cu_seqlens_q_B1, n_queries)
+    seen = (torch.minimum(first + TILE, length_B[row]) + offset_B[row]) * (first < length_B[row])
+    # one tile more, so that the tables are never equally long
+    _, row_k, first_k = _cut(cu_seqlens_k_B1, n_keys + TILE)
+    seeing = length_B[row_k] - (first_k - offset_B[row_k]).clamp(min=0)
     sequence_B5 = torch.stack((cu_seqlens_q_B1[:-1], length_B, cu_seqlens_k_B1[:-1], length_k_B, number_B * TILE), 1)
-
-    row_T, first_T = _cut(number_B, n_queries)
-    n_keys_T = (torch.minimum(first_T + TILE, length_B[row_T]) + offset_B[row_T]) * (first_T < length_B[row_T])
-    row_k_T, first_k_T = _cut(number_k_B, n_keys + TILE)  # one more, so that the tables are never equally long
-    n_queries_T = length_B[row_k_T] - (first_k_T - offset_B[row_k_T]).clamp(min=0)
-    entries = ((first_T, row_T, n_keys_T), (first_k_T, row_k_T, n_queries_T))
     tables = (
-        torch.cat((first_T[:, None], sequence_B5[row_T]), 1)[work_T.argsort(descending=True, stable=True)]
-        for first_T, row_T, work_T in entries
+        torch.cat((first[:, None], sequence_B5[row]), 1)[work.argsort(descending=True, stable=True)]
+        for row, first, work in ((row, first, seen), (row_k, first_k, seeing))
     )
-    return TileTable(*(table_T6.flatten().int() for table_T6 in tables))
+    return TileTable(*(table.flatten().int() for table in tables))
 
 
-def _cut(number_B: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """For each tile its sequence and its first token within that; spare tiles begin behind the sequence's end."""
-    tile_T = torch.arange(n_tokens // TILE + len(number_B), device=number_B.device)
-    row_T = torch.searchsorted(number_B, tile_T, right=True) - 1
-    return row_T, (tile_T - number_B[row_T]) * TILE
+def _cut(cu_seqlens_B1: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The number of each sequence's first tile, and of each tile its sequence and its first token within that.
+
+    All tiles of a sequence have a number before the next one's first; spare tiles begin behind the sequence's end.
+    """
+    number_B = cu_seqlens_B1[:-1] // TILE + torch.arange(len(cu_seqlens_B1) - 1, device=cu_seqlens_B1.device)
+    tile = torch.arange(n_tokens // TILE + len(number_B), device=number_B.device)
+    row = torch.searchsorted(number_B, tile, right=True) - 1
+    return number_B, row, (tile - number_B[row]) * TILE
 
 
 def _places(lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,43 +318,24 @@ def _places(lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cu_seqlens_B1, row_N, torch.arange(len(row_N), device=row_N.device) - cu_seqlens_B1[row_N]
 
 
-def _share(cu_seqlens_B1: Tensor, parent_B: Tensor, prefix_B: Tensor, row_N: Tensor, column_N: Tensor) -> SharedKeys:
-    lengths_B = cu_seqlens_B1.diff() + prefix_B
-    cu_keys_B1, row_M, column_M = _places(lengths_B)
-    behind_M = column_M - prefix_B[row_M]  # negative in the prompt
-    source_M = torch.where(behind_M < 0, cu_seqlens_B1[parent_B[row_M]] + column_M, cu_seqlens_B1[row_M] + behind_M)
-
-    children: list[list[int]] = [[] for _ in parent_B]
-    for child, parent in enumerate(parent_B.tolist()):
-        if parent >= 0:
-            children[parent].append(child)
-    G = max(2, *map(len, children))  # for a size of 1 torch.compile would make another program
-    children_BG = torch.tensor([row + [-1] * (G - len(row)) for row in children], device=parent_B.device)
-    prompt_R = (children_BG[row_N, 0] >= 0).nonzero().squeeze(1)
-    children_RG = children_BG[row_N[prompt_R]]
-    copies_RG = torch.where(children_RG >= 0, cu_keys_B1[children_RG] + column_N[prompt_R, None], len(row_M))
-    own_N = cu_keys_B1[row_N] + prefix_B[row_N] + column_N
-    return SharedKeys(cu_keys_B1, int(lengths_B.max()), source_M, own_N, prompt_R, copies_RG)
-
-
 def spread(x_NKD: Tensor, shared: SharedKeys) -> Tensor:
-    """Keys or values of the N tokens -> of the M keys of all sequences."""
-    return _Spread.apply(x_NKD, shared.source_M, shared.own_N, shared.prompt_R, shared.copies_RG)
+    """Keys or values of the N tokens -> of the J keys of all sequences."""
+    return _Spread.apply(x_NKD, shared.source_J, shared.own_N, shared.prompt_R, shared.copies_RG)
 
 
 class _Spread(torch.autograd.Function):
     """A gather whose backward gathers too: the same sum in the same order every time, and no scatter."""
 
     @staticmethod
-    def forward(ctx, x_NKD: Tensor, source_M: Tensor, own_N: Tensor, prompt_R: Tensor, copies_RG: Tensor) -> Tensor:
+    def forward(ctx, x_NKD: Tensor, source_J: Tensor, own_N: Tensor, prompt_R: Tensor, copies_RG: Tensor) -> Tensor:
         ctx.save_for_backward(own_N, prompt_R, copies_RG)
-        return x_NKD.index_select(0, source_M)
+        return x_NKD.index_select(0, source_J)
 
     @staticmethod
-    def backward(ctx, grad_MKD: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx, grad_JKD: Tensor) -> tuple[Tensor, None, None, None, None]:
         own_N, prompt_R, copies_RG = ctx.saved_tensors
-        padded = torch.cat((grad_MKD, torch.zeros_like(grad_MKD[:1])))
+        padded = torch.cat((grad_JKD, torch.zeros_like(grad_JKD[:1])))
         copies_sum_RKD = padded.index_select(0, copies_RG.flatten()).unflatten(0, copies_RG.shape).sum(1)
-        grad_NKD = grad_MKD.index_select(0, own_N)
+        grad_NKD = grad_JKD.index_select(0, own_N)
         grad_NKD.index_add_(0, prompt_R, copies_sum_RKD)  # each prompt token once, so nothing races
         return grad_NKD, None, None, None, None

@@ -34,9 +34,7 @@ FEWER_QUERIES = {  # (queries, keys) of each sequence
 @pytest.fixture(autouse=True, params=[False, True], ids=["cpu", "elsewhere"])
 def each_way_without_kernels(request, monkeypatch):
     def in_a_rectangle(q, k, v, bounds, bounds_k):
-        cu = torch.tensor(bounds)
-        cu_k = cu if bounds == bounds_k else torch.tensor(bounds_k)
-        return nanor1.attention._in_a_rectangle(q, k, v, cu, cu_k, int(cu.diff().max()), int(cu_k.diff().max()))
+        return nanor1.attention._in_a_rectangle(q, k, v, torch.tensor(bounds), torch.tensor(bounds_k))
 
     if request.param:
         monkeypatch.setattr(nanor1.attention._Products, "apply", in_a_rectangle)
@@ -76,7 +74,7 @@ def test_scores_are_divided_by_the_root_of_the_head_width():
     k = torch.zeros(2, 1, 4)
     k[1, 0, 0] = 1.0
     v = torch.tensor([0.0, 4.0]).view(2, 1, 1).expand(2, 1, 4)
-    for out in (reference_attention(q, k, v, torch.tensor([0, 2])), attention(q, k, v, torch.tensor([0, 2]), 2)):
+    for out in (reference_attention(q, k, v, torch.tensor([0, 2])), attention(q, k, v, *[torch.tensor([0, 2])] * 2)):
         torch.testing.assert_close(out[1, 0], torch.full((4,), 3.0))
 
 
@@ -84,7 +82,7 @@ def test_scores_are_divided_by_the_root_of_the_head_width():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_attention_equals_the_reference_forward_and_backward(lengths, n_heads, n_kv_heads):
     q, k, v, cu_seqlens_B1 = packed_inputs(lengths, n_heads, n_kv_heads, dtype=torch.float32)
-    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_seqlens_B1, max(lengths)), q, k, v)
+    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_seqlens_B1, cu_seqlens_B1), q, k, v)
     wanted = outputs_and_gradients(lambda *qkv: reference_attention(*qkv, cu_seqlens_B1), q, k, v)
     torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-4)
 
@@ -95,35 +93,30 @@ def test_sequences_with_fewer_queries_than_keys_equal_the_reference_forward_and_
     lengths, lengths_k = map(list, zip(*pairs, strict=True))
     *qkv, cu_q = packed_inputs(lengths, n_heads, n_kv_heads, dtype=torch.float32, lengths_k=lengths_k)
     cu_k = cu_seqlens(lengths_k)
-    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_q, max(lengths), cu_k, max(lengths_k)), *qkv)
+    results = outputs_and_gradients(lambda *qkv: attention(*qkv, cu_q, cu_k), *qkv)
     wanted = outputs_and_gradients(lambda *qkv: reference_attention(*qkv, cu_q, cu_k), *qkv)
     torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_fewer_queries_than_keys_give_the_last_rows_of_the_whole():
     *qkv, cu_k = packed_inputs([9, 6], 4, 2, dtype=torch.float32)
-    whole = attention(*qkv, cu_k, 9)
+    whole = attention(*qkv, cu_k, cu_k)
     last = [7, 8, 14]
     q, k, v = qkv
-    for function in (lambda *a: attention(*a[:4], 2, a[4], 9), reference_attention):
+    for function in (attention, reference_attention):
         torch.testing.assert_close(function(q[last], k, v, cu_seqlens([2, 1]), cu_k), whole[last])
-
-
-def test_equal_numbers_of_keys_given_twice_change_nothing():
-    *qkv, cu = packed_inputs([5, 1, 9], 4, 2, dtype=torch.float32)
-    torch.testing.assert_close(attention(*qkv, cu, 9, cu.clone(), 9), attention(*qkv, cu, 9))
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2]], ids=["ragged", "equal"])
 def test_gradients_equal_numerical_ones(lengths):
     q, k, v, cu_seqlens_B1 = packed_inputs(lengths, 2, 1, head_dim=2)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cu_seqlens_B1, max(lengths)), leaves)
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cu_seqlens_B1, cu_seqlens_B1), leaves)
 
 
 def test_attention_keeps_the_dtype_and_stays_near_the_reference_in_bf16():
     q, k, v, cu_seqlens_B1 = packed_inputs([6, 2], 4, 2, dtype=torch.bfloat16)
-    out = attention(q, k, v, cu_seqlens_B1, 6)
+    out = attention(q, k, v, cu_seqlens_B1, cu_seqlens_B1)
     assert out.dtype == torch.bfloat16
     wanted = reference_attention(q.float(), k.float(), v.float(), cu_seqlens_B1)
     torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
@@ -133,7 +126,7 @@ def test_attention_keeps_the_dtype_and_stays_near_the_reference_in_bf16():
 def test_no_gradient_crosses_from_one_sequence_to_another_or_from_the_future(lengths):
     q, k, v, cu_seqlens_B1 = packed_inputs(lengths, 2, 1)
     k.requires_grad_(), v.requires_grad_()
-    out = attention(q, k, v, cu_seqlens_B1, max(lengths))
+    out = attention(q, k, v, cu_seqlens_B1, cu_seqlens_B1)
     for start, end in pairwise(cu_seqlens_B1.tolist()):
         token = (start + end) // 2
         grads = torch.autograd.grad(out[token].sum(), (k, v), retain_graph=True)
@@ -200,6 +193,6 @@ def test_where_the_kernels_do_not_run_a_warning_says_why_and_the_result_is_the_s
 
     q, k, v, cu = packed_inputs([5, 1, 3], 4, 2, head_dim=64, dtype=torch.float32)
     with pytest.warns(UserWarning, match="SDPA.*(device xpu|not installed)"):
-        out = attention(q.as_subclass(Elsewhere), k, v, cu, 5)
+        out = attention(q.as_subclass(Elsewhere), k, v, cu, cu)
     wanted = reference_attention(q, k, v, cu)
     torch.testing.assert_close(out.as_subclass(torch.Tensor), wanted, atol=1e-5, rtol=1e-4)

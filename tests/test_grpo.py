@@ -323,12 +323,12 @@ def test_as_a_loss_k3_has_the_gradient_of_the_kl_the_other_way_round():
 def test_a_group_shares_its_prompt_and_a_lone_rollout_lies_behind_its_own():
     group = [rollout([1, 2], [3, STOP], [-0.1, -0.2]), rollout([1, 2], [4, 5, STOP], [-0.3, -0.4, -0.5])]
     (batch,) = pack([*group, rollout([6], [7, STOP], [-0.6, -0.7])], [1.0, -2.0, 3.0], [0.25, 0.5, 0.125], ALL_IN_ONE)
-    assert batch.ids_N.tolist() == [1, 2, 6, 7, 4, 5, 3]  # a last token predicts nothing
-    assert batch.cu_seqlens_B1.tolist() == [0, 2, 4, 6, 7]
-    assert batch.parent_B.tolist() == [-1, -1, 0, 0]
+    assert batch.ids_N.tolist() == [1, 2, 4, 5, 3, 6, 7]  # a last token predicts nothing
+    assert batch.cu_seqlens_B1.tolist() == [0, 2, 4, 5, 7]
+    assert batch.parent_B.tolist() == [-1, 0, 0, -1]
     assert batch.item_M.tolist() == [1, 1, 1, 0, 0, 2, 2]
     assert batch.target_M.tolist() == [4, 5, STOP, 3, STOP, 7, STOP]
-    assert batch.predictor_M.tolist() == [1, 4, 5, 1, 6, 2, 3]  # the prompt's last token predicts both first ones
+    assert batch.predictor_M.tolist() == [1, 2, 3, 1, 4, 5, 6]  # the prompt's last token predicts both first ones
     assert batch.advantage_M.tolist() == [-2, -2, -2, 1, 1, 3, 3]
     assert batch.weight_M.tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
     assert batch.sampler_logp_M.tolist() == pytest.approx([-0.3, -0.4, -0.5, -0.1, -0.2, -0.6, -0.7])

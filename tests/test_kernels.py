@@ -418,7 +418,7 @@ def compile_ahead_of_time(name, capability, dtype, width, tiles):
     """What a launch of the kernel would compile, for a chip that need not be there."""
     padded = kernels._padded(width)
     kernel = getattr(kernels, f"_{name}_kernel")
-    constants = dict(D=width, G=4, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=padded)
+    constants = dict(D=width, GROUP=4, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=padded)
     width_of_descriptors = padded if capability == 90 else None
     signature = {name: argument_type(name, tiles, dtype, width_of_descriptors) for name in kernel.arg_names}
     attributes = {
@@ -452,8 +452,8 @@ INSTRUCTIONS = {
 def argument_type(argument, tiles, dtype, width):
     if argument in ("lse_desc", "delta_desc"):
         return f"tensordesc<fp32[1, {tiles.block_m}]>"
-    if argument.endswith(("_NHD", "_MKD")):
-        rows = tiles.block_n if argument.endswith("_MKD") else tiles.block_m
+    if argument.endswith(("_NHD", "_JKD")):
+        rows = tiles.block_n if argument.endswith("_JKD") else tiles.block_m
         return f"tensordesc<{dtype}[1, {rows}, {width}]>" if width else kernels.Strided(f"*{dtype}", "i32", "i32")
     if argument in ("slots", "lengths"):
         return "*i64"

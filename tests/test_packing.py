@@ -16,16 +16,16 @@ def test_positions_count_from_the_start_of_each_sequence():
     where = layout(starts([3, 1, 2]))
     assert where.position_N.tolist() == [0, 1, 2, 0, 0, 1]
     assert where.row_N.tolist() == [0, 0, 0, 1, 2, 2]
-    assert where.max_len == 3 and where.shared is None
+    assert where.cu_seqlens_k_B1.tolist() == [0, 3, 4, 6] and where.shared is None
 
 
 def test_a_continuation_goes_on_behind_its_prompt_and_its_keys_follow_the_prompts():
     # tokens 0 1 are a prompt, 2 a sequence of its own, 3 4 5 and 6 continue the prompt
     where = layout(starts([2, 1, 3, 1]), torch.tensor([-1, -1, 0, 0]))
     assert where.position_N.tolist() == [0, 1, 0, 2, 3, 4, 2]
-    assert where.shared.source_M.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1, 6]
-    assert where.shared.cu_seqlens_B1.tolist() == [0, 2, 3, 8, 11]
-    assert (where.max_len, where.shared.max_len) == (3, 5)
+    assert where.shared.source_J.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1, 6]
+    assert where.cu_seqlens_k_B1.tolist() == [0, 2, 3, 8, 11]
+    assert where.n_keys == 11
 
 
 def test_parents_that_are_all_absent_are_no_sharing():
@@ -48,15 +48,15 @@ def test_sequences_lie_behind_others_in_one_way_only():
 def test_keys_of_a_cache_are_those_it_held_and_then_the_new_ones():
     where = layout(starts([2, 1, 1]), past_B=torch.tensor([1, 0, 2]))
     assert where.position_N.tolist() == [1, 2, 0, 2] and where.row_N.tolist() == [0, 0, 1, 2]
-    assert where.cached.row_M.tolist() == [0, 0, 0, 1, 2, 2, 2] and where.cached.max_len == 3
-    assert where.cached.position_M.tolist() == [0, 1, 2, 0, 0, 1, 2]
-    assert where.cached.cu_seqlens_B1.tolist() == [0, 3, 4, 7]
+    assert where.cached.row_J.tolist() == [0, 0, 0, 1, 2, 2, 2] and where.n_keys == 7
+    assert where.cached.position_J.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert where.cu_seqlens_k_B1.tolist() == [0, 3, 4, 7]
 
 
 def test_a_layout_is_moved_with_all_its_tensors_and_a_batch_but_for_those_that_its_layout_is_made_of():
     where = layout(starts([2, 1, 3, 1]), torch.tensor([-1, -1, 0, 0]))
     moved = to_device(where, "meta")
-    assert moved.shared.max_len == 5 and moved.cached is None
+    assert moved.n_keys == 11 and moved.cached is None
     tensors = [x for part in (moved, moved.shared) for x in vars(part).values() if isinstance(x, torch.Tensor)]
     assert len(tensors) >= 8 and all(x.is_meta for x in tensors)
     batch = pack([Item([1], [2, 3])], 9)[0].to("meta")
@@ -66,9 +66,9 @@ def test_a_layout_is_moved_with_all_its_tensors_and_a_batch_but_for_those_that_i
 def test_what_is_not_learned_is_seen_and_no_target_whether_the_prompt_is_shared_or_not():
     masked, whole = Item([1, 2], [3, 4, 5], [False, True, True], advantage=[0.0, 2.0, 3.0]), Item([1, 2], [6, 7])
     (batch,) = pack([whole, masked, Item([], [8, 9], [False, True], weight=0.5)], 100)
-    assert batch.ids_N.tolist() == [1, 2, 8, 3, 4, 6] and batch.cu_seqlens_B1.tolist() == [0, 2, 3, 5, 6]
-    assert batch.parent_B.tolist() == [-1, -1, 0, 0] and batch.item_M.tolist() == [1, 1, 0, 0, 2]
-    assert batch.target_M.tolist() == [4, 5, 6, 7, 9] and batch.predictor_M.tolist() == [3, 4, 1, 5, 2]
+    assert batch.ids_N.tolist() == [1, 2, 3, 4, 6, 8] and batch.cu_seqlens_B1.tolist() == [0, 2, 4, 5, 6]
+    assert batch.parent_B.tolist() == [-1, 0, 0, -1] and batch.item_M.tolist() == [1, 1, 0, 0, 2]
+    assert batch.target_M.tolist() == [4, 5, 6, 7, 9] and batch.predictor_M.tolist() == [2, 3, 1, 4, 5]
     assert batch.advantage_M.tolist() == [2, 3, 0, 0, 0] and batch.weight_M.tolist() == [1, 1, 1, 1, 0.5]
 
 
@@ -115,8 +115,6 @@ def test_attended_pairs_are_those_of_a_mask_in_full(groups):
         n_keys = length + (lengths[parent] if parent >= 0 else 0)
         n_pairs += int(torch.ones(length, n_keys).tril(n_keys - length).sum())
     assert attended_pairs(starts(lengths), torch.tensor(parents)) == n_pairs
-    if not any(p >= 0 for p in parents):
-        assert attended_pairs(starts(lengths)) == n_pairs
 
 
 def tiles_by_hand(pairs, is_keys):
