@@ -205,7 +205,8 @@ def _in_a_rectangle(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_B1: Tensor, 
 
     Behind the end of a sequence stands whatever follows it. Its own queries see no key there, and those are not read.
     """
-    q_BHTD, k_BKJD, v_BKJD = _pad(q_NHD, cu_B1), _pad(k_JKD, cu_k_B1), _pad(v_JKD, cu_k_B1)
+    n_queries, n_keys = torch.stack([cu_B1, cu_k_B1]).diff().amax(1).tolist()  # the one wait for the device
+    q_BHTD, k_BKJD, v_BKJD = _pad(q_NHD, cu_B1, n_queries), _pad(k_JKD, cu_k_B1, n_keys), _pad(v_JKD, cu_k_B1, n_keys)
     k_BHJD, v_BHJD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BKJD, v_BKJD))
     is_seen_B1TJ = None  # a causal mask, which is quicker not given
     if len(q_NHD) != len(k_JKD):
@@ -220,7 +221,7 @@ def _in_a_rectangle(q_NHD: Tensor, k_JKD: Tensor, v_JKD: Tensor, cu_B1: Tensor, 
     return out_BHTD.transpose(1, 2).flatten(0, 1).index_select(0, row_N * q_BHTD.shape[2] + token_N - cu_B1[row_N])
 
 
-def _pad(x_NHD: Tensor, cu_B1: Tensor) -> Tensor:
+def _pad(x_NHD: Tensor, cu_B1: Tensor, max_len: int) -> Tensor:
     """[N, H, D] -> [B, H, T, D]; of a token's cells one at most has a gradient, so their sum has no order."""
-    index_BT = (cu_B1[:-1, None] + torch.arange(int(cu_B1.diff().max()), device=cu_B1.device)).clamp(max=len(x_NHD) - 1)
+    index_BT = (cu_B1[:-1, None] + torch.arange(max_len, device=cu_B1.device)).clamp(max=len(x_NHD) - 1)
     return x_NHD.index_select(0, index_BT.flatten()).unflatten(0, index_BT.shape).transpose(1, 2)
