@@ -23,7 +23,6 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import zip_longest
@@ -126,25 +125,25 @@ class Tokenizer:
             raise ValueError(f"cannot load the tokenizer of {folder}: {error}") from error
 
     @classmethod
-    def from_words(cls, words: Iterable[str], **options: object) -> "Tokenizer":
-        """A vocabulary of whitespace-separated words: ids follow the order of `words`, then those of `options`.
+    def from_words(cls, words: Iterable[str], eos: str = "<|endoftext|>") -> "Tokenizer":
+        """A vocabulary of whitespace-separated words, numbered in their order, and behind them its end of text.
 
-        Options are `eos`, `pad`, other `specials` and a `chat_template`. Raises ValueError for a repeated word or one
-        with whitespace in it; `encode` does for an unknown word.
+        Raises ValueError for a repeated word or one with whitespace in it; `encode` does for an unknown word.
         """
-        words = list(words)
+        words = [*words, eos]
         if bad := [word for word in words if word.split() != [word]]:
             raise ValueError(f"{bad[0]!r} cannot be one word of a vocabulary: words are split on whitespace")
-        model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
-        return cls(_new_files(words, model, {"type": "WhitespaceSplit"}, None, **options))
-
-    @classmethod
-    def from_bytes(cls, **options: object) -> "Tokenizer":
-        """The 256 bytes, each its own id, then the special tokens of `options`, which are those of `from_words`."""
-        ids = dict(sorted(_byte_of_character().items(), key=lambda item: item[1]))
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        model = {"type": "BPE", "vocab": ids, "merges": []}
-        return cls(_new_files(list(ids), model, byte_level, byte_level, **options))
+        ids = {word: i for i, word in enumerate(words)}
+        if repeated := [word for i, word in enumerate(words) if ids[word] != i]:
+            raise ValueError(f"{repeated[0]!r} is in the vocabulary twice: every word needs its own id")
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": ids.pop(eos), "content": eos} | flags]
+        tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+        tokenizer |= {"post_processor": None, "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None}
+        tokenizer["model"] = {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos}
+        contents = zip(_REQUIRED_FILES, (tokenizer, config), strict=True)
+        return cls({name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in contents})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files this tokenizer was loaded from, unchanged, into `folder`, which is made if need be."""
@@ -548,31 +547,6 @@ def _template_environment() -> jinja2.Environment:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _new_files(
-    taken: list[str],
-    model: dict,
-    pre_tokenizer: dict,
-    decoder: dict | None,
-    specials: Sequence[str] = (),
-    eos: str = "<|endoftext|>",
-    pad: str | None = None,
-    chat_template: str | None = None,
-) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a new vocabulary, its special tokens numbered after `taken`."""
-    special_texts = list(dict.fromkeys([eos, *([pad] if pad else []), *specials]))
-    texts = [*taken, *special_texts]
-    if repeated := [text for text, count in Counter(texts).items() if count > 1]:
-        raise ValueError(f"{repeated[0]!r} is in the vocabulary twice: every word and special token needs its own id")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": len(taken) + n, "content": text} | flags for n, text in enumerate(special_texts)]
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    tokenizer |= {"post_processor": None, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos}
-    config |= {name: v for name, v in (("pad_token", pad), ("chat_template", chat_template)) if v is not None}
-    contents = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-    return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in contents.items()}
 
 
 def check_same_vocabulary(one: Tokenizer, other: Tokenizer, why: str) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vocabularies import of_bytes
 
 from nanor1 import chat
 from nanor1.chat import INTERRUPTED, Answer, Dimmer, answer, converse
@@ -15,7 +16,6 @@ from nanor1.model import ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
 from nanor1.search.asking import Asker
 from nanor1.tasks.prompts import Prompter
-from nanor1.tokenizer import Tokenizer
 
 TEMPLATES = Path(os.environ.get("NANOR1_SHARED", "")) / "conformance" / "tokenizers" / "templates"
 TEMPLATE = (
@@ -52,7 +52,7 @@ def new_asker(sampler, prompter, sampling, **arguments):
 
 
 def speaker(*texts, chat_template=TEMPLATE, context=1000, template_arguments=None, stop_texts=(), **arguments):
-    tokenizer = Tokenizer.from_bytes(chat_template=chat_template)
+    tokenizer = of_bytes(chat_template=chat_template)
     prompter = Prompter(tokenizer, "chat" if chat_template else "bare", template_arguments or {}, stop_texts=stop_texts)
     arguments = {"sampling": {"max_new_tokens": 500}} | arguments
     return new_asker(Scripted(tokenizer, *texts, context=context), prompter, **arguments)
@@ -228,7 +228,7 @@ def test_a_line_that_does_not_fit_is_refused_and_forgotten(type_lines, capsys):
 
 def test_a_turn_reads_only_what_is_new_and_says_what_it_would_have_said(type_lines, capsys, monkeypatch):
     torch.manual_seed(0)
-    tokenizer = Tokenizer.from_bytes(chat_template=TEMPLATE)
+    tokenizer = of_bytes(chat_template=TEMPLATE)
     model = Transformer(ModelConfig("llama", tokenizer.vocab_size, 32, 40, 2, 4, 2, 8, 512))
     sampling = {"max_new_tokens": 20}
     read, forward = [], Transformer.forward

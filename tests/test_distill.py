@@ -22,6 +22,7 @@ from running import (
     step_lines,
     write_lines,
 )
+from vocabularies import of_bytes
 
 from nanor1 import judge, training
 from nanor1.evaluation import exam
@@ -32,7 +33,6 @@ from nanor1.run.resumable import Ledger
 from nanor1.stages import rejection_sampling, teacher
 from nanor1.tasks.problems import make_task
 from nanor1.tasks.prompts import Prompter
-from nanor1.tokenizer import Tokenizer
 from nanor1.weights import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,7 +264,7 @@ def test_each_step_on_policy_asks_other_problems_with_other_random_numbers(proce
 
 
 def byte_model(folder, seed, chat_template=None, **tokens):
-    tokenizer = Tokenizer.from_bytes(chat_template=chat_template, **tokens)
+    tokenizer = of_bytes(chat_template=chat_template, **tokens)
     config = ModelConfig(
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
@@ -306,8 +306,8 @@ def test_traces_cross_from_one_vocabulary_and_template_to_another(process, tmp_p
 
 def test_each_of_two_models_is_asked_in_its_own_template(tmp_path):
     problem = make_task("arithmetic").sample(1, 0, 0)[0]
-    plain = Tokenizer.from_bytes()
-    chat = Tokenizer.from_bytes(chat_template=CHAT, specials=["<|user|>", "<|model|>"])
+    plain = of_bytes()
+    chat = of_bytes(chat_template=CHAT, specials=["<|user|>", "<|model|>"])
     config = distill.Config(model="m", teacher="t")
     ask = lambda template, student, other: teacher.to_teacher(  # noqa: E731
         config, Prompter(student, template), other
@@ -322,7 +322,7 @@ def test_each_of_two_models_is_asked_in_its_own_template(tmp_path):
 
 def test_a_teacher_is_told_what_its_own_chat_template_has_a_variable_for():
     loud, deaf = (
-        Tokenizer.from_bytes(chat_template=f"{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{more}")
+        of_bytes(chat_template=f"{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{more}")
         for more in ("{% if loud %}!{% endif %}", "?")
     )
     student = Prompter(loud, "chat", {"loud": True}, system="Be brief.", style="cot")

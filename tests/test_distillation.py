@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from vocabularies import of_bytes, of_words
 
 from nanor1 import grpo, logprobs
 from nanor1.gradient import Example, Workers
@@ -596,8 +597,8 @@ WHY = "this compares tokens"
 
 def test_equal_vocabularies_pass_whatever_surrounds_them():
     words = ["1", "2", "+"]
-    check_same_vocabulary(Tokenizer.from_words(words), Tokenizer.from_words(words, chat_template="{{ messages }}"), WHY)
-    check_same_vocabulary(Tokenizer.from_bytes(), Tokenizer.from_bytes(), WHY)
+    check_same_vocabulary(Tokenizer.from_words(words), of_words(words, chat_template="{{ messages }}"), WHY)
+    check_same_vocabulary(of_bytes(), of_bytes(), WHY)
 
 
 @pytest.mark.parametrize(
@@ -615,11 +616,11 @@ def test_different_vocabularies_are_refused_with_their_first_difference(student,
 
 def test_one_more_special_token_at_the_end_is_a_difference():
     with pytest.raises(ValueError, match=re.escape("(257 and 258 tokens; first difference at id 257: None and '<x>')")):
-        check_same_vocabulary(Tokenizer.from_bytes(), Tokenizer.from_bytes(specials=["<x>"]), WHY)
+        check_same_vocabulary(of_bytes(), of_bytes(specials=["<x>"]), WHY)
 
 
 def test_ids_without_a_token_are_compared_too(tmp_path):
-    Tokenizer.from_bytes().save_pretrained(tmp_path)
+    of_bytes().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
     content["added_tokens"][0]["id"] = 300  # was 256
@@ -627,7 +628,7 @@ def test_ids_without_a_token_are_compared_too(tmp_path):
     sparse = Tokenizer.from_pretrained(tmp_path)
     check_same_vocabulary(sparse, sparse, WHY)
     with pytest.raises(ValueError, match=re.escape("first difference at id 256: '<|endoftext|>' and None")):
-        check_same_vocabulary(Tokenizer.from_bytes(), sparse, WHY)
+        check_same_vocabulary(of_bytes(), sparse, WHY)
 
 
 TURNS = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
@@ -636,7 +637,7 @@ OTHER_TURNS = TURNS.replace("<end>", "<|im_end|>")
 
 def ending(eos="<|endoftext|>", template=TURNS):
     """A tokenizer of the one vocabulary; only its own stop and its template differ."""
-    tokenizer = Tokenizer.from_bytes(specials=["<end>", "<|im_end|>"], chat_template=template)
+    tokenizer = of_bytes(specials=["<end>", "<|im_end|>"], chat_template=template)
     tokenizer.eos_id = tokenizer.token_id(eos)
     return tokenizer
 

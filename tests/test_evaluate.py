@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import of_bytes
 
 from nanor1.evaluation.accuracy import accuracy_interval, evaluate, majority_accuracy, summarize, wilson_interval
 from nanor1.grpo import Rollout
@@ -246,7 +247,7 @@ def test_accuracy_and_format_are_judged_even_where_they_are_not_rewarded(tokeniz
 
 def test_a_bare_prompt_is_the_question_with_the_models_first_token_where_it_has_one(tokenizer):
     assert Prompter(tokenizer, "bare").write(SUM) == ("2 + 3 =", tokenizer.encode("2 + 3 ="))
-    bytes_tokenizer = Tokenizer.from_bytes(specials=["<s>"])
+    bytes_tokenizer = of_bytes(specials=["<s>"])
     bytes_tokenizer.adds_bos, bytes_tokenizer.bos_id = True, bytes_tokenizer.token_id("<s>")
     assert Prompter(bytes_tokenizer, "bare").write(SUM) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
 
@@ -255,7 +256,7 @@ def test_a_chat_prompt_is_the_template_with_its_special_tokens():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
     )
-    tokenizer = Tokenizer.from_bytes(specials=["<|im_start|>"], chat_template=template)
+    tokenizer = of_bytes(specials=["<|im_start|>"], chat_template=template)
     text, ids = Prompter(tokenizer, "chat").write(SUM)
     assert text.startswith("<|im_start|>2 + 3 =") and text.endswith("!")
     assert ids == [tokenizer.token_id("<|im_start|>"), *text.removeprefix("<|im_start|>").encode()]
@@ -283,7 +284,7 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
 
 
 def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
-    tokenizer = Tokenizer.from_bytes()
+    tokenizer = of_bytes()
     double, triple = (
         code_problem({"text": "Multiply.", "test_list": [f"assert f(2) == {value}"], "code": "def f(n): ..."})
         for value in (4, 6)
@@ -295,7 +296,7 @@ def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
 
 
 def test_a_new_turn_behind_a_program_is_no_part_of_it():
-    tokenizer = Tokenizer.from_bytes()
+    tokenizer = of_bytes()
     problem = code_problem({"text": "Double.", "test_list": ["assert f(2) == 4"], "code": "def f(n): ..."})
     answer = tokenizer.encode("def f(n):\n    return 2 * n\nUser: thanks")
     made, prompts = [[Completion(answer, [0.0], "stop")]], [("Q", [1])]
@@ -305,7 +306,7 @@ def test_a_new_turn_behind_a_program_is_no_part_of_it():
 
 
 def test_a_reward_model_is_asked_once_for_all_its_none_is_left_out_and_no_answer_is_worth_nothing():
-    tokenizer, asked = Tokenizer.from_bytes(), []
+    tokenizer, asked = of_bytes(), []
 
     def preference(prompt_ids_B, texts_B):
         asked.append((prompt_ids_B, texts_B))

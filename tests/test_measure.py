@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import Killed, call_main, die_saving, read_lines, write_lines
+from vocabularies import of_bytes
 
 from nanor1.evaluation import measure
 from nanor1.evaluation.methods import METHODS
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
     """The files of this module: a model, a reward model, problems."""
     folder = tmp_path_factory.mktemp("measure")
     specials = ["<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer = Tokenizer.from_bytes(specials=specials, eos="<end>", chat_template=TEMPLATE)
+    tokenizer = of_bytes(specials=specials, eos="<end>", chat_template=TEMPLATE)
     V = tokenizer.vocab_size
     config = ModelConfig("llama", V, V, 8, 1, 1, 1, 8, 1024)
     torch.manual_seed(0)

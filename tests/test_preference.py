@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from vocabularies import of_bytes, of_words
 
 from nanor1.gradient import Workers
 from nanor1.model import ModelConfig, Transformer
@@ -44,7 +45,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}bot :{% endif %}"
 )
 WORDS = "a b c d e f g h please user bot : <think> </think>".split()
-TOKENIZER = Tokenizer.from_words(WORDS, chat_template=TEMPLATE)
+TOKENIZER = of_words(WORDS, chat_template=TEMPLATE)
 STOP = TOKENIZER.eos_id
 ALL_IN_ONE, ONE_EACH = 10**6, 1  # tokens_per_batch
 
@@ -327,7 +328,7 @@ def test_what_does_not_fit_the_context_scores_nan_and_the_others_their_own():
 
 
 def test_a_special_token_spelled_out_in_an_answer_stays_mere_text():
-    tokenizer = Tokenizer.from_bytes(pad="<|user|>")
+    tokenizer = of_bytes(pad="<|user|>")
     model = random_scorer(config=ModelConfig("llama", tokenizer.vocab_size, 24, 40, 2, 4, 2, 6, 64))
     prompt, text = tokenizer.encode("Hi"), "x<|user|>Good!<|endoftext|>"
     (mine,) = score(model, tokenizer, [prompt], [text], ALL_IN_ONE)
@@ -373,7 +374,7 @@ def test_both_forms_of_a_pair_are_read_as_prompt_answer_and_stop_token(tmp_path)
 
 
 def test_a_chat_templates_special_tokens_are_tokens_and_a_texts_are_text(tmp_path):
-    tokenizer = Tokenizer.from_bytes(specials=["<|bot|>"], chat_template="{{ messages[0].content }}<|bot|>")
+    tokenizer = of_bytes(specials=["<|bot|>"], chat_template="{{ messages[0].content }}<|bot|>")
     row = {"prompt": [{"role": "user", "content": "x"}], "chosen": "y", "rejected": "z"}
     path = write_lines(tmp_path / "pairs.jsonl", row, row | {"prompt": "x<|bot|>"})
     chat, text = read_pairs(path, tokenizer, 100).pairs
@@ -396,7 +397,7 @@ SYSTEM_TEMPLATE = (
 
 
 def test_the_prompt_of_a_pair_takes_variables_a_system_message_and_earlier_thinking(tmp_path):
-    tokenizer = Tokenizer.from_words([*WORDS, "system"], chat_template=SYSTEM_TEMPLATE)
+    tokenizer = of_words([*WORDS, "system"], chat_template=SYSTEM_TEMPLATE)
     prompt = [
         {"role": "user", "content": "a"},
         {"role": "bot", "content": "b", "reasoning_content": "c"},

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from vocabularies import of_bytes
 
 from nanor1.tasks.problems import Problem
 from nanor1.tasks.prompts import NEXT_TURN, PromptOptions, choose_template, make_prompter
@@ -17,7 +18,7 @@ SUM = Problem("2 + 3?", "5", "gsm8k")
 
 def make(template=CHATML, stops=None, eos="[end]"):
     """A tokenizer over bytes; `stops` are the tokens that generation_config.json ends on."""
-    tokenizer = Tokenizer.from_bytes(specials=["[im_start]", "[im_end]", "[other]"], eos=eos, chat_template=template)
+    tokenizer = of_bytes(specials=["[im_start]", "[im_end]", "[other]"], eos=eos, chat_template=template)
     if stops is None:
         return tokenizer
     ids = [tokenizer.token_id(stop) for stop in stops]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vocabularies import of_bytes, of_words
 
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
@@ -68,7 +69,7 @@ def save(folder, model, tokenizer):
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
     """Random weights over bytes: answers are mostly broken UTF-8, and differ from seed to seed."""
-    tokenizer = Tokenizer.from_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
+    tokenizer = of_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
     model = new_model(tokenizer.vocab_size, 16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -332,7 +333,7 @@ LOUD, SHOWN = {"loud": True, "tone": "é"}, "<|system|>éHi"
 @pytest.fixture
 def told(run, tmp_path, chat_folder, monkeypatch):
     """Run main() on a model whose template can be told `loud` and `tone`; returns its result and the prompts' texts."""
-    tokenizer = Tokenizer.from_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TELLING)
+    tokenizer = of_bytes(specials=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TELLING)
     folder = save(tmp_path / "told", Transformer.from_pretrained(chat_folder, torch.float32), tokenizer)
 
     def run_main(*argv):
@@ -365,11 +366,11 @@ def test_the_chat_template_is_told_its_arguments_wherever_it_is_used(told, tmp_p
 def test_what_a_template_can_be_told_are_the_variables_it_reads_and_is_not_given_anyway():
     template = "{{ bos_token }}{% for m in messages %}{% set text = m.content %}{{ text + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt and strftime_now(form) %}{{ raise_exception(tone.name) }}{% endif %}"
-    tokenizer = Tokenizer.from_bytes(chat_template=template)
+    tokenizer = of_bytes(chat_template=template)
     assert tokenizer.template_parameters == {"bos_token", "form", "tone"}  # this vocabulary has no bos_token
-    assert Tokenizer.from_bytes().template_parameters == set()
+    assert of_bytes().template_parameters == set()
     with pytest.raises(ValueError, match="the chat template cannot be read"):
-        Tokenizer.from_bytes(chat_template="{% if %}").template_parameters  # noqa: B018
+        of_bytes(chat_template="{% if %}").template_parameters  # noqa: B018
 
 
 def test_training_text_is_continued_with_the_same_template_arguments_however_they_are_spelled(told, tmp_path):
@@ -602,7 +603,7 @@ def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoi
 
 def test_prompts_are_answered_without_being_judged_and_cut_answers_left_out(run, tmp_path):
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    folder = save_rigged(tmp_path / "chat", Tokenizer.from_words(WORDS, eos="<end>", chat_template=template), NEXT)
+    folder = save_rigged(tmp_path / "chat", of_words(WORDS, eos="<end>", chat_template=template), NEXT)
     prompts, out_file = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "="}]
     rows = [{"prompt": "1 + 2 :"}, {"prompt": "go"}, {"messages": chat}]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import assert_refused, call_main, own_process, read_lines, step_lines, write_lines
+from vocabularies import of_bytes
 
 from nanor1 import rewards
 from nanor1.model import Transformer
@@ -37,7 +38,7 @@ COMMON = "--max-new-tokens 4 --threads 1 --template bare"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model over bytes that says anything, and problems of several kinds of file."""
-    folder, tokenizer = tmp_path_factory.mktemp("scripts"), Tokenizer.from_bytes()
+    folder, tokenizer = tmp_path_factory.mktemp("scripts"), of_bytes()
     torch.manual_seed(0)
     config = ModelConfig("llama", tokenizer.vocab_size, 16, 16, 1, 2, 1, 8, 128)
     Transformer(config).save_pretrained(folder / "model")
@@ -316,7 +317,7 @@ def chat_folder(folder, tmp_path):
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}<e>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{{ '!' if loud else '?' }}{% endif %}"
     )
-    tokenizer = Tokenizer.from_bytes(specials=["<e>"], chat_template=template)
+    tokenizer = of_bytes(specials=["<e>"], chat_template=template)
     Transformer(ModelConfig("llama", tokenizer.vocab_size, 16, 16, 1, 2, 1, 8, 1024)).save_pretrained(tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
     return tmp_path / "chat"
@@ -623,7 +624,7 @@ def test_other_held_out_problems_are_not_compared_with_those_at_the_start(run, t
 
 def test_a_traces_problem_is_known_by_its_question_in_every_template():
     problem = Problem("1 + 1?", "2", "gsm8k")
-    tokenizer = Tokenizer.from_bytes(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = of_bytes(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     for template, style in (("r1-zero", "think"), ("bare", "think"), ("chat", "think"), ("chat", "direct")):
         prompter = Prompter(tokenizer, template, style=style)
         shown = prompter.show(problem)

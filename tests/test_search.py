@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabularies import of_bytes
 
 from nanor1.model import KVCache, ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
@@ -414,7 +415,7 @@ def test_what_was_read_and_sampled_is_what_went_through_the_model(monkeypatch):
 # ---- scorers
 
 
-BYTES = Tokenizer.from_bytes()
+BYTES = of_bytes()
 EOS = BYTES.eos_id
 SCORER_CONFIG = ModelConfig("llama", BYTES.vocab_size, 24, 40, 2, 4, 2, 6, 96)
 
@@ -477,7 +478,7 @@ def test_no_prompts_find_nothing():
 
 def merging_tokenizer(*merges):
     """Bytes, the end of the text, and a token for each pair that is merged, in this order."""
-    tokenizer = Tokenizer.from_bytes()
+    tokenizer = of_bytes()
     files = dict(tokenizer._files)
     content = json.loads(files["tokenizer.json"])
     for i, (left, right) in enumerate(merges):
@@ -679,7 +680,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% if hint %}{{ hint }}{% endif %}{% endif %}"
 )
-CHAT = Tokenizer.from_bytes(chat_template=TEMPLATE)
+CHAT = of_bytes(chat_template=TEMPLATE)
 
 
 def refined(model, questions=("a?", "bcd?"), sampler=None, **arguments):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import of_bytes, of_words
 
 from nanor1.gradient import Example, Workers, add_gradient, mean_loss, pack_examples
 from nanor1.model import ModelConfig, Transformer
@@ -49,11 +50,11 @@ ALL_IN_ONE, ONE_EACH = 10**6, 1  # tokens_per_batch
 
 
 def word_tokenizer(**options):
-    return Tokenizer.from_words(WORDS, eos="<end>", chat_template=WORD_TEMPLATE, **options)
+    return of_words(WORDS, eos="<end>", chat_template=WORD_TEMPLATE, **options)
 
 
 def chat_tokenizer(template=CHAT, eos="<|im_end|>"):
-    return Tokenizer.from_bytes(eos=eos, specials=["<|im_start|>"], chat_template=template)
+    return of_bytes(eos=eos, specials=["<|im_start|>"], chat_template=template)
 
 
 def with_bos(tokenizer):
@@ -167,13 +168,13 @@ def test_a_control_token_spelled_out_in_an_answer_is_mere_text(tmp_path):
 
 def base_tokenizer(template=CHAT):
     """As Qwen2.5 base: the folder's own stop is <|endoftext|>, and its template ends turns with <|im_end|>."""
-    return Tokenizer.from_bytes(eos="<|endoftext|>", specials=["<|im_start|>", "<|im_end|>"], chat_template=template)
+    return of_bytes(eos="<|endoftext|>", specials=["<|im_start|>", "<|im_end|>"], chat_template=template)
 
 
 def test_a_turn_ends_as_the_template_ends_it_and_a_text_with_the_end_of_text(tmp_path):
     tokenizer = base_tokenizer()
     assert turn_end(tokenizer) == 258 == tokenizer.token_id("<|im_end|>") and text_end(tokenizer) == 256
-    assert turn_end(Tokenizer.from_bytes()) == text_end(Tokenizer.from_bytes()) == 256
+    assert turn_end(of_bytes()) == text_end(of_bytes()) == 256
     assert turn_end(base_tokenizer("{{ messages[-1].content }}")) == 256
     example = read_one(tmp_path, tokenizer, chat("2+2?", "4", "3+3?", "6"))
     assert learned(tokenizer, example) == ["4<|im_end|>", "6<|im_end|>"]
@@ -184,7 +185,7 @@ def test_a_tokenizer_that_declares_no_end_of_text_ends_texts_as_turns():
     tokenizer = base_tokenizer()
     tokenizer.eos_id, tokenizer.declared_stop_ids = None, ()
     assert text_end(tokenizer) == turn_end(tokenizer) == 258
-    bare = Tokenizer.from_bytes()
+    bare = of_bytes()
     bare.eos_id, bare.declared_stop_ids = None, ()
     with pytest.raises(ValueError, match="no token that ends a text"):
         text_end(bare)
@@ -406,7 +407,7 @@ def test_a_chat_the_template_refuses_is_refused_with_file_and_line(tmp_path):
 
 def test_messages_need_a_chat_template(tmp_path):
     with pytest.raises(ValueError, match="line 1: this tokenizer has no chat template"):
-        read_examples(write(tmp_path, chat("a", "b")), Tokenizer.from_bytes(), 100)
+        read_examples(write(tmp_path, chat("a", "b")), of_bytes(), 100)
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted(tmp_path):

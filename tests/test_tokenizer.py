@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import of_bytes, of_words
 
 from nanor1.tokenizer import Tokenizer
 
@@ -20,7 +21,7 @@ needs_conformance = pytest.mark.skipif(not SHARED, reason="NANOR1_SHARED (folder
 
 END = "<|endoftext|>"
 WORDS = ["1", "2", "+", "=", "<think>", "</think>", "<answer>", "</answer>", "naïve"]
-BYTES = Tokenizer.from_bytes()
+BYTES = of_bytes()
 
 
 def conformance(name: str) -> Path:
@@ -209,7 +210,7 @@ def test_flags_of_added_tokens_act_as_in_the_reference(flag, tmp_path):
 
 
 def test_words_number_in_order_and_only_end_of_text_is_special():
-    words = Tokenizer.from_words(WORDS, pad="<pad>")
+    words = of_words(WORDS, pad="<pad>")
     assert words.encode(" <think> 1 +\n2 </think>") == [4, 0, 2, 1, 5]
     assert words.decode([4, 0, 2, 1, 5, 9, 10]) == f"<think> 1 + 2 </think> {END} <pad>"
     assert (words.eos_id, words.pad_id, words.vocab_size) == (9, 10, 11)
@@ -219,7 +220,7 @@ def test_words_number_in_order_and_only_end_of_text_is_special():
 
 @pytest.mark.parametrize(
     "tokenizer",
-    [Tokenizer.from_words(WORDS, pad="<pad>", specials=["<s>"], chat_template="{{ messages[0].content }}"), BYTES],
+    [of_words(WORDS, pad="<pad>", specials=["<s>"], chat_template="{{ messages[0].content }}"), BYTES],
     ids=["words", "bytes"],
 )
 def test_miniature_vocabularies_load_again_here_and_in_transformers_with_equal_ids(tokenizer, tmp_path):
@@ -289,7 +290,7 @@ ALTERNATING = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% 
 
 def chat_folder(folder: Path, template: object, **stops: object) -> Path:
     """Bytes, <|endoftext|> (256, the tokenizer's own), <|im_start|> (257), <|im_end|> (258), and a template."""
-    tokenizer = Tokenizer.from_bytes(specials=[START, STOP])
+    tokenizer = of_bytes(specials=[START, STOP])
     edited_folder(folder, tokenizer, "tokenizer_config.json", chat_template=template)
     return edited_folder(folder, Tokenizer.from_pretrained(folder), "generation_config.json", **stops)
 
@@ -331,7 +332,7 @@ def test_what_opens_a_question_ends_no_turn_where_a_question_has_to_come_last(tm
 
 def test_among_words_too_the_template_ends_a_turn():
     template = "{% for m in messages %}{{ m.role }} : {{ m.content }} . <end> {% endfor %}"
-    words = Tokenizer.from_words(["."], specials=["<end>"], chat_template=template)
+    words = of_words(["."], specials=["<end>"], chat_template=template)
     assert (words.turn_end_id, words.stop_ids) == (2, (1, 2))
 
 
@@ -387,7 +388,7 @@ def test_real_templates_end_turns_with_the_token_that_their_models_were_taught(m
 
 
 def folder_with_rows(folder: Path, n_rows: int, **options: object) -> Path:
-    Tokenizer.from_bytes(specials=["<think>", "</think>"], **options).save_pretrained(folder)
+    of_bytes(specials=["<think>", "</think>"], **options).save_pretrained(folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     for token in content["added_tokens"][1:]:
         token["special"] = False
@@ -596,7 +597,7 @@ def tokenizer_with_template(model: str, path: Path, folder: Path) -> Tokenizer:
         return pretrained(model)
     if model == "deepseek_v3":  # its vocabulary is not in the set: the text is compared, not the ids
         specials = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-        tokenizer = Tokenizer.from_bytes(eos=specials["eos_token"], specials=[specials["bos_token"]])
+        tokenizer = of_bytes(eos=specials["eos_token"], specials=[specials["bos_token"]])
         edited_folder(folder, tokenizer, "tokenizer_config.json", **specials)
     else:
         pretrained(model).save_pretrained(folder)
@@ -618,7 +619,7 @@ def test_chat_templates_render_as_the_reference_on_every_recorded_line(template,
 
 
 def render(template: str, **arguments: object) -> str:
-    tokenizer = Tokenizer.from_bytes(chat_template=template)
+    tokenizer = of_bytes(chat_template=template)
     return tokenizer.apply_chat_template([{"role": "user", "content": "<é>"}], **arguments)
 
 
@@ -699,7 +700,7 @@ def test_random_unicode_is_encoded_and_decoded_as_transformers_does(model):
 
 
 def test_a_folder_is_parsed_once_as_long_as_its_files_stay_as_they_are(tmp_path):
-    made = Tokenizer.from_bytes(specials=["<a>"])
+    made = of_bytes(specials=["<a>"])
     made.save_pretrained(tmp_path)
     first = Tokenizer.from_pretrained(tmp_path)
     assert Tokenizer.from_pretrained(tmp_path) is first and first.stop_ids == (made.eos_id,)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from running import Killed, die_saving
+from vocabularies import of_bytes
 
 from nanor1.grpo import Rollout
 from nanor1.judge import Rules
@@ -207,7 +208,7 @@ def test_a_line_of_plain_text_is_prompt_and_completion_with_their_provenance():
 
 
 def test_an_answer_to_messages_holds_the_think_tag_that_the_template_pre_filled(tmp_path):
-    tokenizer = Tokenizer.from_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
+    tokenizer = of_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
     question = ask(PROBLEMS[0], Prompter(tokenizer, "chat"))
     line = to_line(question, 0, [rollout("<think>so</think> 3")], (0,), {})
     assert line["messages"] == [*question.shown, {"role": "assistant", "content": "<think>so</think> 3"}]
@@ -328,7 +329,7 @@ def test_other_problems_do_not_continue_a_file(tmp_path):
 
 
 def test_examples_that_were_shown_are_no_part_of_what_is_learned():
-    tokenizer = Tokenizer.from_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
+    tokenizer = of_bytes(specials=["<|user|>", "<|assistant|>"], chat_template=TEMPLATE)
     shots = (Example("1 + 1 =", "2"),)
     for template, asked in (("bare", "1 + 1 =\n2\n\n"), ("chat", "1 + 1 =")):
         question = ask(PROBLEMS[0], Prompter(tokenizer, template, examples=shots))

@@ -24,6 +24,7 @@ from running import (
     step_lines,
     write_lines,
 )
+from vocabularies import of_bytes
 
 from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
@@ -174,7 +175,7 @@ def test_a_trained_model_is_an_ordinary_folder_with_its_tokenizer(whole):
 
 
 def test_text_is_learned_from_fresh_weights_where_the_folder_has_none(process, files, tmp_path):
-    folder, tokenizer = tmp_path / "shape", Tokenizer.from_bytes()
+    folder, tokenizer = tmp_path / "shape", of_bytes()
     config = ModelConfig(
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=32,

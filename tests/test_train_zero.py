@@ -24,6 +24,7 @@ import running
 import torch
 from running import assert_refused, call_main, own_process, read_lines, repeatable, step_lines
 from safetensors.torch import load_file
+from vocabularies import of_bytes
 
 from nanor1 import judge, optim, training
 from nanor1.evaluation import exam
@@ -449,7 +450,7 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(uninterrupted, 
 @pytest.fixture
 def byte_model(tmp_path):
     """A model folder over bytes, with a context of 64 tokens."""
-    tokenizer = Tokenizer.from_bytes()
+    tokenizer = of_bytes()
     config = ModelConfig(
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,

@@ -31,7 +31,6 @@ from nanor1.optim import MasterAdamW
 from nanor1.packing import pack
 from nanor1.sampler import Sampler
 from nanor1.slots import Sampling, Slots, Step
-from nanor1.tokenizer import Tokenizer
 from nanor1.weights import ModelConfig
 
 DECODE = {"decode256": ("qwen2.5-1.5b", 256, 768), "decode1": ("qwen2.5-7b", 1, 512)}  # shape, rows, context
@@ -249,7 +248,10 @@ def prewarm(args) -> None:
 def tiny(args) -> None:
     """A model folder of a tiny shape with random weights and bytes for tokens, and train.jsonl and test.jsonl."""
     folder = Path(args.what)
-    tokenizer = Tokenizer.from_bytes(chat_template=CHAT)
+    sys.path.append(str(Path(__file__).parents[1]))
+    from vocabularies import of_bytes
+
+    tokenizer = of_bytes(chat_template=CHAT)
     torch.manual_seed(0)
     Transformer(ModelConfig("llama", tokenizer.vocab_size, 32, 64, 2, 2, 1, 16, 1024)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
