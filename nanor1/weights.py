@@ -255,34 +255,19 @@ def config_to_hf(config: ModelConfig) -> dict:
     return hf
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a parameter lies in the file: under `name`, a third of its columns, transposed."""
-
-    name: str
-    third: int | None = None
-    is_transposed: bool = False
-
-    def file_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        shape = tuple(shape)[::-1] if self.is_transposed else tuple(shape)
-        return shape if self.third is None else (*shape[:-1], 3 * shape[-1])
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        if self.third is not None:
-            tensor = tensor.chunk(3, dim=-1)[self.third]
-        return tensor.T if self.is_transposed else tensor
+def file_layout(config: ModelConfig, parameters: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the file's tensors, each with the parameters that it holds: one, or of GPT-2 q, k and v together."""
+    layout: dict[str, list[str]] = {}
+    for parameter in parameters:  # q, k, v come in this order
+        name = parameter
+        for ours, theirs in GPT2_NAMES.items() if config.model_type == "gpt2" else ():
+            name = name.replace(ours, theirs)
+        layout.setdefault(name, []).append(parameter)
+    return layout
 
 
-def stored_as(config: ModelConfig, parameter: str) -> Stored:
-    """Parameter names are the file's own, except those of GPT-2."""
-    if config.model_type != "gpt2":
-        return Stored(parameter)
-    name = parameter
-    for ours, theirs in GPT2_NAMES.items():
-        name = name.replace(ours, theirs)
-    qkv = re.search(r"\.([qkv])_proj\.", parameter)
-    third = None if qkv is None else "qkv".index(qkv.group(1))
-    return Stored(name, third, is_transposed=parameter.endswith("_proj.weight"))
+def is_transposed(config: ModelConfig, parameter: str) -> bool:
+    return config.model_type == "gpt2" and parameter.endswith("_proj.weight")
 
 
 def read_parameters(
@@ -298,10 +283,10 @@ def read_parameters(
     """
     if SCORE not in shapes and is_reward_model(folder):
         raise ValueError(f"{folder} holds a reward model, which scores text and writes none; give a language model")
-    stored = {parameter: stored_as(config, parameter) for parameter in shapes}
+    layout = file_layout(config, shapes)
     places = tensor_places(folder, "transformer." if config.model_type == "gpt2" else "model.")
-    check_names(folder, config, {item.name for item in stored.values()}, places.keys())
-    embedding = places[stored["model.embed_tokens.weight"].name]
+    check_names(folder, config, layout.keys(), places.keys())
+    embedding = places[next(name for name, parts in layout.items() if "model.embed_tokens.weight" in parts)]
     head = places.get("lm_head.weight", embedding) if config.tie_word_embeddings else embedding
     if head != embedding and not torch.equal(read_tensor(*embedding), read_tensor(*head)):
         raise ValueError(
@@ -309,16 +294,19 @@ def read_parameters(
             f"tie_word_embeddings to false there to use both"
         )
     dtype = dtype or read_tensor(*embedding).dtype
-    for parameter, item in stored.items():
-        path, key = places[item.name]
-        tensor, wanted = read_tensor(path, key), item.file_shape(shapes[parameter])
-        if tensor.shape != wanted:
+    for name, parts in layout.items():
+        path, key = places[name]
+        tensor, is_turned = read_tensor(path, key), is_transposed(config, parts[0])
+        n_rows, *rest = shapes[parts[0]]
+        wanted = [*rest, len(parts) * n_rows] if is_turned else [len(parts) * n_rows, *rest]
+        if list(tensor.shape) != wanted:
             raise ValueError(
-                f"{path}: {key} has shape {list(tensor.shape)}, but config.json calls for {list(wanted)}; "
+                f"{path}: {key} has shape {list(tensor.shape)}, but config.json calls for {wanted}; "
                 f"the two are of different models"
             )
-        contiguous = torch.empty(shapes[parameter], dtype=dtype, device=device)
-        yield parameter, contiguous.copy_(item.unpack(tensor))
+        for parameter, part in zip(parts, (tensor.T if is_turned else tensor).chunk(len(parts)), strict=True):
+            contiguous = torch.empty(shapes[parameter], dtype=dtype, device=device)
+            yield parameter, contiguous.copy_(part)
 
 
 def tensor_places(folder: str | Path, prefix: str) -> dict[str, tuple[Path, str]]:
@@ -393,13 +381,10 @@ def write_folder(folder: str | Path, config: ModelConfig, hf: Mapping, parameter
 
 
 def to_file_layout(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the family's files hold them: named, transposed, q, k and v joined; contiguous, on the CPU."""
-    parts: dict[str, list[Tensor]] = {}
-    for parameter, tensor in parameters.items():  # q, k, v come in this order
-        item = stored_as(config, parameter)
-        tensor = tensor.detach().cpu()
-        parts.setdefault(item.name, []).append(tensor.T if item.is_transposed else tensor)
-    return {
-        name: (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)).contiguous()
-        for name, tensors in parts.items()
-    }
+    """The tensors as the family's files hold them: named, q, k and v joined, transposed; contiguous, on the CPU."""
+    tensors = {}
+    for name, parts in file_layout(config, parameters).items():
+        first, *others = (parameters[parameter].detach().cpu() for parameter in parts)
+        tensor = torch.cat([first, *others]) if others else first
+        tensors[name] = (tensor.T if is_transposed(config, parts[0]) else tensor).contiguous()
+    return tensors
