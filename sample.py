@@ -223,18 +223,6 @@ def compare_pair(paths: str, given: frozenset[str]) -> None:
     print(compare_files(before, after))
 
 
-class Console:
-    """What making a miniature reports to."""
-
-    def say(self, text: str) -> None:
-        say(text)
-
-    def progress(self, done: int, total: int, label: str) -> None:
-        if sys.stderr.isatty():
-            end = "" if done < total else "\r\x1b[K"
-            print(f"\r\x1b[K{label} {done}/{total}{end}", end="", file=sys.stderr, flush=True)
-
-
 def read_stdin() -> str | None:
     """The prompt on stdin without the newline at its end; None where a person sits there."""
     if sys.stdin is None:  # closed
@@ -251,7 +239,7 @@ def make_asker(config: Config) -> Asker:
     """The model that the options name, not read yet, and how they ask it."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = find_model(config.model, config.seed, Console())
+    folder = find_model(config.model, config.seed, say)
     (_, model_config), tokenizer = read_config(folder), Tokenizer.from_pretrained(folder)
     is_asked = config.task and not own_miniature(tokenizer)
     asked = "bare" if config.raw else config.template

@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from nanor1.gradient import Example, add_gradient, start_workers
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
 from nanor1.run.checkpoint import model_folder
+from nanor1.run.log import show_progress
 from nanor1.tasks.problems import Problem, Task, make_task
 from nanor1.tokenizer import Tokenizer
 from nanor1.weights import ModelConfig
@@ -84,22 +85,25 @@ def miniature_task(miniature: Miniature) -> Task:
     return make_task(miniature.task, **miniature.problems)
 
 
-def base_model(miniature: Miniature, seed: int, log) -> Path:
-    """The folder of the pretrained base model: from the cache, or made now (`log.say`, `log.progress` tell)."""
+def base_model(miniature: Miniature, seed: int, say: Callable[[str], None]) -> Path:
+    """The folder of the pretrained base model: from the cache, or made now, as `say` hears."""
     key = json.dumps([asdict(miniature), seed], sort_keys=True).encode() + Path(__file__).read_bytes()
     folder = cache_folder() / f"{miniature.task}-{miniature.width}-seed{seed}-{hashlib.sha256(key).hexdigest()[:12]}"
     if (folder / "config.json").exists():
-        log.say(f"base model: found in the cache, {folder}")
+        say(f"base model: found in the cache, {folder}")
         return folder
     tokenizer = make_tokenizer(miniature)
     model = new_model(miniature, tokenizer.vocab_size, seed)
     n_parameters = sum(p.numel() for p in model.parameters())
-    log.say(
+    say(
         f"base model: pretraining {n_parameters:,} parameters on {miniature.steps * miniature.tokens_per_step:,} tokens"
     )
     start_s = time.monotonic()
-    loss = pretrain(model, tokenizer, miniature, seed, log)
-    log.say(f"base model: {time.monotonic() - start_s:.0f} s, loss {loss:.3f}, cached in {folder}")
+    try:
+        loss = pretrain(model, tokenizer, miniature, seed)
+    finally:
+        show_progress()
+    say(f"base model: {time.monotonic() - start_s:.0f} s, loss {loss:.3f}, cached in {folder}")
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -116,14 +120,14 @@ def cache_folder() -> Path:
     return folder
 
 
-def find_model(name: str, seed: int, log) -> Path:
+def find_model(name: str, seed: int, say: Callable[[str], None]) -> Path:
     """The model folder that a user means: a folder, a run folder's newest checkpoint, or `miniature/NAME`.
 
     A miniature base is pretrained first where the cache has none for this seed.
     """
     if name.startswith(NAMESPACE):
-        return base_model(find_miniature(name), seed, log)
-    return model_folder(name, log.say)
+        return base_model(find_miniature(name), seed, say)
+    return model_folder(name, say)
 
 
 def find_miniature(name: str) -> Miniature | None:
@@ -321,7 +325,7 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
     return ".layers." in name and p.dim() == 2
 
 
-def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, seed: int, log) -> float:
+def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, seed: int) -> float:
     """Next-token prediction on the corpus; returns the mean loss of the last tenth of the steps, nats a token."""
     named = list(model.named_parameters())
     muon = Muon([p for name, p in named if is_hidden_matrix(name, p)])
@@ -338,7 +342,7 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, miniature: Miniature, see
         adamw.param_groups[0]["lr"] = ADAMW_LR * scale
         adamw.step()
         model.zero_grad()
-        log.progress(step + 1, miniature.steps, f"pretraining, loss {losses[-1]:.2f}, step")
+        show_progress(f"pretraining, loss {losses[-1]:.2f}, step {step + 1}/{miniature.steps}")
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
 

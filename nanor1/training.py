@@ -236,7 +236,7 @@ class Run:
         self.start_s = start_s - self.progress.wall_s
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.folder = checkpoint or find_model(config.model, config.seed, log)
+        self.folder = checkpoint or find_model(config.model, config.seed, log.say)
         log.say(f"model: {self.folder}")
         self.tokenizer = Tokenizer.from_pretrained(self.folder)
         hf_config, model_config = read_config(self.folder)

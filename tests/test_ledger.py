@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from nanor1.run import resumable
+from nanor1.run.log import show_progress
 from nanor1.run.resumable import Ledger, Progress, ledger_path, open_ledger, read_lines
 
 ARGUMENTS = {"--n": 6, "--model": "m"}
@@ -172,6 +173,6 @@ def test_on_a_terminal_one_line_is_rewritten_and_in_the_end_removed(clock, capsy
     for _ in range(3):
         clock[0] += resumable.LIVE_S
         progress.hear(1)
-    progress.clear()
+    show_progress()
     err = capsys.readouterr().err
     assert err.count("\r\x1b[K") == 4 and "\n" not in err and err.endswith("\r\x1b[K")

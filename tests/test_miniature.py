@@ -53,19 +53,6 @@ def responses(name):
     return [(tuple(map(int, re.findall(r"\d+", m["numbers"]))), m) for m in matches if m]
 
 
-class Log:
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, text):
-        self.said.append(text)
-
-    def progress(self, done, total, label):
-        assert 0 < done <= total
-
-
 # ---- the corpus
 
 
@@ -225,7 +212,7 @@ def test_the_number_of_workers_changes_no_bit(monkeypatch):
     for n in (1, 2, 3):
         monkeypatch.setattr("nanor1.miniature.start_workers", lambda model, n=n: Workers(model, n))
         model = new_model(miniature, tokenizer.vocab_size, 0)
-        pretrain(model, tokenizer, miniature, 0, Log())
+        pretrain(model, tokenizer, miniature, 0)
         found.append(model.state_dict())
     assert all(torch.equal(x, other[name]) for other in found[1:] for name, x in found[0].items())
 
@@ -237,7 +224,7 @@ def test_a_few_steps_of_pretraining_lower_the_loss_on_text_not_seen(name):
     model = new_model(miniature, tokenizer.vocab_size, 0)
     unseen = next_examples(documents(miniature, seed=99), tokenizer, 2000)
     before = mean_loss(Workers(model), unseen, 10_000)
-    reported = pretrain(model, tokenizer, miniature, 0, Log())
+    reported = pretrain(model, tokenizer, miniature, 0)
     after = mean_loss(Workers(model), unseen, 10_000)
     assert after < before - 0.5
     assert reported == pytest.approx(after, abs=0.5)
@@ -251,19 +238,19 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_base_model_is_pretrained_once_and_then_found_in_the_cache(cache, monkeypatch):
     miniature = tiny("arithmetic", steps=2, tokens_per_step=100)
-    first, again = Log(), Log()
-    folder = base_model(miniature, 0, first)
+    first, again = [], []
+    folder = base_model(miniature, 0, first.append)
     weights = {name: p.clone() for name, p in Transformer.from_pretrained(folder).named_parameters()}
     with monkeypatch.context() as patch:
         patch.setattr("nanor1.miniature.pretrain", lambda *_: pytest.fail("trained again"))
-        assert base_model(miniature, 0, again) == folder
-    assert "pretraining" in first.said[0] and "found in the cache" in again.said[0]
+        assert base_model(miniature, 0, again.append) == folder
+    assert "pretraining" in first[0] and "found in the cache" in again[0]
     assert [path.name for path in cache.iterdir()] == [folder.name]  # nothing half-written is left
-    other_seed, longer = base_model(miniature, 1, Log()), base_model(dataclasses.replace(miniature, steps=3), 0, Log())
+    other_seed, longer = base_model(miniature, 1, print), base_model(dataclasses.replace(miniature, steps=3), 0, print)
     assert len({folder, other_seed, longer}) == 3
 
     fresh = new_model(miniature, make_tokenizer(miniature).vocab_size, 0)
-    pretrain(fresh, make_tokenizer(miniature), miniature, 0, Log())
+    pretrain(fresh, make_tokenizer(miniature), miniature, 0)
     for name, p in fresh.named_parameters():
         assert torch.equal(weights[name], p), name
     assert Tokenizer.from_pretrained(folder).encode("3 + 4 =") == make_tokenizer(miniature).encode("3 + 4 =")
@@ -271,22 +258,22 @@ def test_a_base_model_is_pretrained_once_and_then_found_in_the_cache(cache, monk
 
 def test_a_model_is_a_folder_a_runs_newest_checkpoint_or_a_miniature_by_name(cache, tmp_path, monkeypatch):
     monkeypatch.setitem(MINIATURES, "arithmetic", tiny("arithmetic", steps=2, tokens_per_step=100))
-    base = find_model("miniature/arithmetic", 3, Log())
-    assert base == base_model(MINIATURES["arithmetic"], 3, Log())
-    assert find_model(str(base), 0, Log()) == base
+    base = find_model("miniature/arithmetic", 3, print)
+    assert base == base_model(MINIATURES["arithmetic"], 3, print)
+    assert find_model(str(base), 0, print) == base
     run = tmp_path / "run"
     write_model = Transformer.from_pretrained(base).save_pretrained
     for step in (1, 2):
         save_checkpoint(run / "checkpoints", step, write_model=write_model, tensors={}, state={})
-    assert find_model(str(run), 0, Log()) == run / "checkpoints" / "step_000002"
+    assert find_model(str(run), 0, print) == run / "checkpoints" / "step_000002"
 
 
 def test_an_unknown_miniature_and_a_run_without_a_checkpoint_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no model miniature/chess; choose of .*miniature/countdown-small"):
-        find_model("miniature/chess", 0, Log())
+        find_model("miniature/chess", 0, print)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        find_model(str(tmp_path), 0, Log())
+        find_model(str(tmp_path), 0, print)
 
 
 def test_a_miniature_is_known_by_its_vocabulary():
@@ -296,16 +283,16 @@ def test_a_miniature_is_known_by_its_vocabulary():
 
 def test_a_folder_left_incomplete_by_a_kill_is_made_again(cache):
     miniature = tiny("arithmetic", steps=1, tokens_per_step=50)
-    folder = base_model(miniature, 0, Log())
+    folder = base_model(miniature, 0, print)
     (folder / "config.json").unlink()
-    assert base_model(miniature, 0, Log()) == folder
+    assert base_model(miniature, 0, print) == folder
     Transformer.from_pretrained(folder)
 
 
 def test_the_saved_folder_is_one_that_transformers_loads_with_the_same_logits(cache):
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     miniature = tiny("countdown", steps=3, tokens_per_step=200)
-    folder = base_model(miniature, 0, Log())
+    folder = base_model(miniature, 0, print)
     text = "3 7 12 target 22 : <think> 3 + 7 = 10 + 12 = 22 ? 22 0 yes </think>"
     ids = torch.tensor(make_tokenizer(miniature).encode(text))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nanor1.run.log import RunLog, default_run_folder, git_state, write_json
+from nanor1.run.log import RunLog, default_run_folder, git_state, show_progress, write_json
 
 COLUMNS = [("reward", "reward", "6.3f"), ("loss", "policy loss", "8.4f"), ("tokens", "tokens", "6d")]
 
@@ -16,6 +16,12 @@ COLUMNS = [("reward", "reward", "6.3f"), ("loss", "policy loss", "8.4f"), ("toke
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def catch_console(monkeypatch):
+    """What is printed from here on, all of it."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    return sys.stdout
 
 
 def json_lines(path) -> list[dict]:
@@ -56,12 +62,13 @@ def test_a_start_that_was_killed_while_its_teacher_answered_may_be_repeated(tmp_
         RunLog.create(tmp_path, {})
 
 
-def test_a_run_without_checkpoint_begins_again_without_its_lines(tmp_path):
-    with RunLog.create(tmp_path, {}, console=io.StringIO()) as log:
+def test_a_run_without_checkpoint_begins_again_without_its_lines(tmp_path, monkeypatch):
+    console = catch_console(monkeypatch)
+    with RunLog.create(tmp_path, {}) as log:
         log.metrics(0, {"eval_loss": 1.0})
         log.metrics(1, {"loss": 1.0})
-    with RunLog.open(tmp_path, None, console=io.StringIO()) as log:
-        assert "begun again" in log.console.getvalue() and "cut 2 lines from metrics.jsonl" in log.console.getvalue()
+    with RunLog.open(tmp_path, None) as log:
+        assert "begun again" in console.getvalue() and "cut 2 lines from metrics.jsonl" in console.getvalue()
     assert json_lines(tmp_path / "metrics.jsonl") == []
 
 
@@ -71,8 +78,9 @@ def test_default_folders_are_unique_within_a_second(tmp_path):
     assert all(folder.name.startswith("zero-20") and not any(folder.iterdir()) for folder in folders)
 
 
-def test_metrics_are_rounded_to_six_digits_and_stay_valid_json(tmp_path):
-    log = RunLog.create(tmp_path, {}, console=io.StringIO())
+def test_metrics_are_rounded_to_six_digits_and_stay_valid_json(tmp_path, monkeypatch):
+    console = catch_console(monkeypatch)
+    log = RunLog.create(tmp_path, {})
     log.metrics(1, {"loss": 0.123456789, "tokens": 123456789, "ok": True, "lr": 1e-6, "name": "é", "none": None})
     log.metrics(2, {"loss": math.nan, "gap": -math.inf, "parts": [1.00000001, math.inf]})
     log.metrics(3, {"loss": math.nan})
@@ -87,9 +95,9 @@ def test_metrics_are_rounded_to_six_digits_and_stay_valid_json(tmp_path):
         "none": None,
     }
     assert second == {"step": 2, "loss": None, "gap": None, "parts": [1.0, None]} and third["loss"] is None
-    warnings = log.console.getvalue().splitlines()
+    warnings = console.getvalue().splitlines()
     assert [line.split()[1] for line in warnings] == ["gap", "loss", "parts"]
-    assert "step 2" in warnings[1] and (tmp_path / "log.txt").read_text() == log.console.getvalue()
+    assert "step 2" in warnings[1] and (tmp_path / "log.txt").read_text() == console.getvalue()
 
 
 def test_rollouts_are_one_line_each(tmp_path):
@@ -99,16 +107,17 @@ def test_rollouts_are_one_line_each(tmp_path):
     assert json_lines(tmp_path / "rollouts.jsonl") == expected
 
 
-def test_a_resumed_run_logs_no_step_twice(tmp_path):
-    with RunLog.create(tmp_path, {}, console=io.StringIO()) as log:
+def test_a_resumed_run_logs_no_step_twice(tmp_path, monkeypatch):
+    console = catch_console(monkeypatch)
+    with RunLog.create(tmp_path, {}) as log:
         for step in range(1, 6):
             log.metrics(step, {"loss": step / 10})
             log.rollouts(step, [{"text": "x"}, {"text": "y"}])
         log.say("before")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # the kill came here
-    with RunLog.open(tmp_path, 3, console=io.StringIO()) as log:
-        assert "3 lines from metrics.jsonl, 4 lines from rollouts.jsonl" in log.console.getvalue()
+    with RunLog.open(tmp_path, 3) as log:
+        assert "3 lines from metrics.jsonl, 4 lines from rollouts.jsonl" in console.getvalue()
         log.metrics(4, {"loss": 40.0})
     assert [(line["step"], line["loss"]) for line in json_lines(tmp_path / "metrics.jsonl")] == [
         (1, 0.1),
@@ -126,7 +135,7 @@ def test_a_broken_last_line_is_dropped_on_resume(tmp_path, tail):
         log.metrics(0, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail)
-    RunLog.open(tmp_path, 9, console=io.StringIO()).close()
+    RunLog.open(tmp_path, 9).close()
     assert json_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
 
 
@@ -151,11 +160,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert (tmp_path / "run" / "log.txt").read_text() == "the end\n"
 
 
-def test_console_lines_align_under_a_header_repeated_every_twenty(tmp_path):
-    with RunLog.create(tmp_path, {}, COLUMNS, console=io.StringIO()) as log:
+def test_console_lines_align_under_a_header_repeated_every_twenty(tmp_path, monkeypatch):
+    console = catch_console(monkeypatch)
+    with RunLog.create(tmp_path, {}, COLUMNS) as log:
         for step in range(1, 42):
             log.line(step, {"reward": 0.5, "loss": -0.00012, "other": 1.0} | ({"tokens": 7} if step > 1 else {}))
-        lines = log.console.getvalue().splitlines()
+        lines = console.getvalue().splitlines()
     header = "  step  reward  policy loss  tokens"
     assert [index for index, line in enumerate(lines) if line == header] == [0, 21, 42]
     assert lines[1] == "     1   0.500      -0.0001       -"
@@ -169,25 +179,19 @@ def test_columns_wider_than_the_console_are_refused(tmp_path):
         RunLog.create(tmp_path, {}, [(f"m{i}", "m", "8.3f") for i in range(12)])
 
 
-def test_progress_rewrites_one_terminal_line_and_leaves_nothing_behind(tmp_path):
-    with RunLog.create(tmp_path, {}, console=Terminal()) as log:
-        log.progress(1, 4, "sampling")
-        log.progress(2, 4, "sampling")  # within a tenth of a second: not shown
-        assert log.console.getvalue() == "\r\x1b[Ksampling 1/4 (25%)"
-        log.say("hello")
-        assert log.console.getvalue().endswith("\r\x1b[Khello\n")
-        log.progress_shown_s = -math.inf
-        log.progress(3, 4, "sampling")
-        log.progress(4, 4, "sampling")
-        assert log.console.getvalue().endswith("sampling 3/4 (75%)\r\x1b[K")
-    assert (tmp_path / "log.txt").read_text() == "hello\n"
+def test_progress_rewrites_one_terminal_line_and_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "20")
+    show_progress("step 1/4")
+    show_progress("a line that is longer than the terminal is wide")
+    show_progress()
+    assert sys.stderr.getvalue() == "\r\x1b[Kstep 1/4\r\x1b[Ka line that is long\r\x1b[K"
 
 
-def test_progress_is_silent_without_a_terminal(tmp_path):
-    with RunLog.create(tmp_path, {}, console=io.StringIO()) as log:
-        log.progress(1, 4, "sampling")
-        log.progress(4, 4, "sampling")
-        assert log.console.getvalue() == ""
+def test_progress_is_silent_without_a_terminal(capsys):
+    show_progress("step 1/4")
+    show_progress()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_summary_is_replaced_whole_or_not_at_all(tmp_path):

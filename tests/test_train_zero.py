@@ -76,14 +76,6 @@ def second_bit(problem, text):
     return float(len(text) // 2 % 2)
 
 
-class Quiet:
-    def say(self, text):
-        pass
-
-    def progress(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -94,7 +86,7 @@ def base(cache):
     """The tiny base model that the runs of seed 0 start from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOR1_CACHE", str(cache))
-        return base_model(TINY, 0, Quiet())
+        return base_model(TINY, 0, print)
 
 
 @contextlib.contextmanager

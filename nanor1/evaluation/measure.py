@@ -103,7 +103,7 @@ def measure(
     for run in runs:
         size = batch_size(run, asker.sampler.max_rows)
         batches += [(run, range(first, min(first + size, P))) for first in range(len(rows[run]), P, size)]
-    work_through(ledger, path, batches, make, progress, say)
+    work_through(ledger, path, batches, make, say)
     return rows, ledger.is_whole
 
 

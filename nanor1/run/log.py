@@ -25,11 +25,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 from nanor1.run.config import GONE, let_go
 
@@ -37,7 +35,6 @@ LINE_FILES = ("metrics.jsonl", "rollouts.jsonl", "log.txt")
 CONSOLE_WIDTH = 120
 LINES_PER_HEADER = 20
 MADE_BEFORE = {"config.json", *LINE_FILES, "traces.jsonl", "traces.jsonl.progress.json"}  # anything is measured
-PROGRESS_INTERVAL_S = 0.1
 Columns = Sequence[tuple[str, str, str]]
 
 
@@ -54,17 +51,15 @@ def default_run_folder(name: str, root: str | Path = "runs") -> Path:
 class RunLog:
     """One run folder, open for appending. Columns are (key, label, format): ("reward", "reward", "6.3f")."""
 
-    def __init__(self, folder: str | Path, columns: Columns = (), console: TextIO | None = None):
+    def __init__(self, folder: str | Path, columns: Columns = ()):
         self.folder = Path(folder)
-        self.console = console or sys.stdout
+        self.console = sys.stdout
         self.columns = [(key, label, spec, max(len(label), len(format(0, spec)))) for key, label, spec in columns]
         width = len("  step") + sum(2 + width for *_, width in self.columns)
         assert width <= CONSOLE_WIDTH, f"the columns take {width} characters of {CONSOLE_WIDTH}"
         self.files = {name: (self.folder / name).open("a", encoding="utf-8") for name in LINE_FILES}
         self.n_lines = 0
         self.warned: set[str] = set()
-        self.progress_shown_s = -math.inf
-        self.is_progress_shown = False
 
     @classmethod
     def create(
@@ -73,7 +68,6 @@ class RunLog:
         arguments: Mapping[str, object],
         columns: Columns = (),
         data_sha256: Mapping[str, str] | None = None,
-        console: TextIO | None = None,
     ) -> "RunLog":
         """Start a run in a new folder and write its config.json; ValueError where the folder holds a run.
 
@@ -92,12 +86,10 @@ class RunLog:
             ) from error
         made_of = {"arguments": dict(arguments), "data_sha256": dict(data_sha256 or {})}
         write_json(folder / "config.json", made_of | environment())
-        return cls(folder, columns, console)
+        return cls(folder, columns)
 
     @classmethod
-    def open(
-        cls, folder: str | Path, step: int | None, columns: Columns = (), console: TextIO | None = None
-    ) -> "RunLog":
+    def open(cls, folder: str | Path, step: int | None, columns: Columns = ()) -> "RunLog":
         """Continue a run from its checkpoint at `step`: JSON lines of later steps and broken lines are cut away.
 
         None: a run without a checkpoint begins again, without the lines that it has.
@@ -107,7 +99,7 @@ class RunLog:
             raise ValueError(f"{folder} is not a run folder: it has no config.json; check --resume")
         last = -1 if step is None else step
         n_cut = {name: cut_back(folder / name, last) for name in LINE_FILES if name.endswith(".jsonl")}
-        log = cls(folder, columns, console)
+        log = cls(folder, columns)
         cuts = ", ".join(f"{n} lines from {name}" for name, n in n_cut.items() if n)
         how = "begun again, as there is no checkpoint," if step is None else f"resumed at step {step}"
         log.say(f"{how} by {shlex.join(sys.argv)}" + (f"; cut {cuts}" if cuts else ""))
@@ -133,7 +125,6 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print to the console and to log.txt."""
-        self._clear_progress()
         self._show(f"{text}\n")
         print(text, file=self.files["log.txt"], flush=True)
 
@@ -153,21 +144,6 @@ class RunLog:
         self.say(f"{step:>6}" + "".join(f"  {cell:>{width}}" for cell, width in cells))
         self.n_lines += 1
 
-    def progress(self, done: int, total: int, label: str) -> None:
-        """Rewrite one console line, `label done/total`, and clear it at the end; silent where the console is no TTY."""
-        now_s = time.monotonic()
-        if done >= total:
-            self._clear_progress()
-        elif self.console.isatty() and now_s - self.progress_shown_s >= PROGRESS_INTERVAL_S:
-            text = f"{label} {done}/{total} ({done / total:.0%})"[: shutil.get_terminal_size().columns - 1]
-            self._show(f"\r\x1b[K{text}")
-            self.progress_shown_s, self.is_progress_shown = now_s, True
-
-    def _clear_progress(self) -> None:
-        if self.is_progress_shown:
-            self._show("\r\x1b[K")
-        self.is_progress_shown = False
-
     def _show(self, text: str) -> None:
         """Print to the console. When nobody reads it any more (`| head`, a closed terminal), stderr says so, once."""
         try:
@@ -186,7 +162,6 @@ class RunLog:
         write_json(self.folder / "summary.json", rounded(values, "summary", []))
 
     def close(self) -> None:
-        self._clear_progress()
         for file in self.files.values():
             file.close()
 
@@ -195,6 +170,13 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def show_progress(text: str = "") -> None:
+    """Rewrite one line of the terminal that stderr is, without text clear it; silent where stderr is none."""
+    if sys.stderr.isatty():
+        line = text[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def rounded(value: object, name: str, non_finite: list[str]) -> object:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanor1.run.log import fsync, write_json
+from nanor1.run.log import fsync, show_progress, write_json
 
 SPARSE_S, LIVE_S = 30.0, 0.2  # between reports of progress: to a file, on a terminal
 
@@ -85,9 +85,7 @@ def open_ledger(path: Path | None, arguments: dict, n_problems: int) -> Ledger:
     return ledger
 
 
-def work_through(
-    ledger: Ledger, path: Path | None, batches: Sequence[tuple], make: Callable, progress: "Progress", say: Callable
-) -> None:
+def work_through(ledger: Ledger, path: Path | None, batches: Sequence[tuple], make: Callable, say: Callable) -> None:
     """Add what `make` returns, lines and counts, of batch after batch; after Ctrl-C what is done stays.
 
     A batch is the arguments of `make`; the last one is the range of its problems.
@@ -102,11 +100,11 @@ def work_through(
             lines, counts = make(*arguments, indices)
             ledger.append(path, lines, n_problems, counts)
     except KeyboardInterrupt:
-        progress.clear()
+        show_progress()
         kept = f", kept in {path}; the same command goes on from there" if path else ""
         so_far = f"{ledger.n_done} of {ledger.n_problems} problems ({n_problems} under way lost)"
         say(f"stopped by Ctrl-C after {so_far}{kept}")
-    progress.clear()
+    show_progress()
 
 
 def digest(asked: Sequence) -> str:
@@ -159,9 +157,7 @@ class Progress:
             n_to_come = self.n_tokens_done * (self.n_answers - self.n_done) / n_new
             left_s = max(0.0, n_to_come - (self.n_tokens - self.n_tokens_done)) / rate
             text += f", about {left_s / 60:.0f} min left" if left_s > 90 else f", about {left_s:.0f} s left"
-        start, end = ("\r\x1b[K", "") if self.is_live else ("", "\n")
-        print(start + text, end=end, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
         if self.is_live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            show_progress(text)
+        else:
+            print(text, file=sys.stderr, flush=True)

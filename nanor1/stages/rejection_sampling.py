@@ -213,7 +213,7 @@ def collect(
         return keep_batch(asked, batch.start, groups, selection, source, seen)
 
     batches = [(range(first, min(first + batch_size, P)),) for first in range(ledger.n_done, P, batch_size)]
-    work_through(ledger, path, batches, make, progress, say)
+    work_through(ledger, path, batches, make, say)
     return ledger
 
 

@@ -54,7 +54,7 @@ def load_teaching(run: Run, prompter: Prompter, task: Task | None) -> tuple[Teac
 def load_teacher(run: Run, prompter: Prompter) -> Teacher:
     """The teacher in the student's dtype, on its device."""
     config = run.config
-    folder = find_model(config.teacher, config.seed, run.log)
+    folder = find_model(config.teacher, config.seed, run.log.say)
     if not folder.exists():
         raise ValueError(f"--teacher {folder} is neither a model folder nor a file of traces")
     run.log.say(f"teacher: {folder}")
