@@ -25,7 +25,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
@@ -187,6 +186,10 @@ class Tokenizer:
         """Id of the one token that decodes to exactly `text`, or None."""
         return self._id_of_bytes.get(text.encode())
 
+    def token_text(self, token_id: int) -> str | None:
+        """Text of one id, or None where there is no such token."""
+        return self.decode([token_id]) if token_id in self._token_bytes else None
+
     def apply_chat_template(
         self, messages: list[dict], add_generation_prompt: bool = False, **template_arguments: object
     ) -> str:
@@ -227,7 +230,7 @@ class Tokenizer:
             behind = behind[: len(behind) - len(os.path.commonprefix([behind[::-1], opening[::-1]]))]
         return next(self._every_added.split(behind))[1]
 
-    @functools.cached_property
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return tuple(sorted({*self.declared_stop_ids, self.turn_end_id} - {None}))
 
@@ -244,7 +247,6 @@ class Tokenizer:
         made = copy.copy(self)
         made._files = self._files | {_GENERATION: json.dumps(written | {"eos_token_id": ids}, indent=2).encode()}
         made.declared_stop_ids = tuple(sorted(ids))
-        made.__dict__.pop("stop_ids", None)  # what the copy would keep of the old ones
         return made
 
     @functools.cached_property
@@ -554,18 +556,9 @@ def check_same_vocabulary(one: Tokenizer, other: Tokenizer, why: str) -> None:
 
     `why` opens the message: what needs one vocabulary.
     """
-    texts = ([token_text(tokenizer, i) for i in range(tokenizer.vocab_size)] for tokenizer in (one, other))
-    for i, (first, second) in enumerate(zip_longest(*texts)):
-        if first != second:
+    for i in range(max(one.vocab_size, other.vocab_size)):
+        if (first := one.token_text(i)) != (second := other.token_text(i)):
             raise ValueError(
                 f"{why}, and these two models have different vocabularies ({one.vocab_size} and {other.vocab_size} "
                 f"tokens; first difference at id {i}: {first!r} and {second!r})"
             )
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> str | None:
-    """The text of one id; None where there is no such token."""
-    try:
-        return tokenizer.decode([token_id])
-    except ValueError:  # an id without a token
-        return None

@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from nanor1.run.config import GONE, let_go
@@ -285,15 +286,11 @@ def device_name() -> str:
 
 def git_state(source: Path) -> tuple[str | None, bool | None]:
     """The commit of the checkout that tracks `source`, and whether tracked files differ from it; None outside git."""
+    run = partial(subprocess.run, cwd=source.parent, check=True, capture_output=True, text=True, timeout=20)
     try:
         # A package installed below somebody else's checkout must not report that checkout's commit.
-        run_git(source, "ls-files", "--error-unmatch", source.name)
-        changes = run_git(source, "status", "--porcelain", "--untracked-files=no")
-        return run_git(source, "rev-parse", "HEAD"), bool(changes)
+        run(["git", "ls-files", "--error-unmatch", source.name])
+        state = run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def run_git(source: Path, *command: str) -> str:
-    git = ["git", "-C", str(source.parent), *command]
-    return subprocess.run(git, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    return state.removesuffix("-dirty"), state.endswith("-dirty")

@@ -48,7 +48,7 @@ from nanor1.grpo import Rollout, completion_logprobs, to_items
 from nanor1.logprobs import BLOCK_BYTES, logit_chunks, loss_of_logits
 from nanor1.packing import Batch, pack
 from nanor1.stages.sft import text_end, turn_end
-from nanor1.tokenizer import Tokenizer, token_text
+from nanor1.tokenizer import Tokenizer
 
 # ---- the teacher's distributions, on given texts
 
@@ -230,7 +230,7 @@ def check_same_end(student: Tokenizer, teacher: Tokenizer, template: str, why: s
     same = [name for name in ("chat", "r1-zero") if len({*ends(name)}) == 1]
     remedy = f"give --template {same[0]}, under which they agree, or " if same else "give "
     raise ValueError(
-        f"{why}, and under --template {template} the student's answers end with {token_text(student, mine)!r} and the "
-        f"teacher's with {token_text(teacher, theirs)!r}, which would teach the student not to end; {remedy}"
+        f"{why}, and under --template {template} the student's answers end with {student.token_text(mine)!r} and the "
+        f"teacher's with {teacher.token_text(theirs)!r}, which would teach the student not to end; {remedy}"
         "--method traces"
     )
