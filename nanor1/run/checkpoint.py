@@ -33,10 +33,6 @@ CLOCK_TICK_NS = 20_000_000  # file systems stamp a change by a clock that moves 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DiskFullError(OSError):
-    """A checkpoint did not fit on the disk; the message names the folder, the bytes and what to do."""
-
-
 def save_checkpoint(
     root: str | Path,
     step: int,
@@ -51,7 +47,7 @@ def save_checkpoint(
 
     `write_model(folder)` writes the model's files; `tensors` and `state` are what `load_checkpoint` gives back.
     `keep_best` is the step of the best checkpoint so far: it stays until another is named. ValueError where a tensor
-    or the state holds a nan or infinity, DiskFullError where there is no room; earlier checkpoints are then untouched.
+    or the state holds a nan or infinity, OSError where there is no room; earlier checkpoints are then untouched.
     """
     assert step >= 0 and keep_last >= 1
     root = Path(root)
@@ -68,8 +64,9 @@ def save_checkpoint(
     except Exception as error:
         if system_error_number(error) not in NO_ROOM:
             raise
-        needed = max(folder_bytes(temporary), sum(tensor.nbytes for tensor in tensors.values()))
-        raise DiskFullError(
+        written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        needed = max(written, sum(tensor.nbytes for tensor in tensors.values()))
+        raise OSError(
             f"no room for {folder}: it needs more than {needed:,} bytes and {free:,} were free ({error}); earlier "
             f"checkpoints are whole: free some space or keep fewer checkpoints, then resume the run"
         ) from error
@@ -179,7 +176,7 @@ def step_of(folder: Path) -> int:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Oldest first; with those put aside by `publish`, should the process have died between its two renames."""
-    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+(-\d+)?", path.name)]
+    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+", path.name)]
     return sorted(folders, key=lambda path: (step_of(path), path.name))
 
 
@@ -219,10 +216,6 @@ def _remembered_digest(path: Path, *state: int) -> dict[str, object]:
 def digest(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def system_error_number(error: Exception) -> int | None:
