@@ -31,6 +31,7 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
+import numpy as np
 import regex
 import tiktoken
 
@@ -403,59 +404,71 @@ def _check_ids_are_ranks(ids: dict[str, int], merges: list, takes_whole: bool) -
     """
     if len(set(ids.values())) < len(ids):
         raise ValueError("tokenizer.json gives two tokens the same id")
-    lefts, rights, products = [], [], []  # not one list of tuples: the garbage collector would visit each
+    lefts, rights, products, sizes = [], [], [], []  # not one list of tuples: the garbage collector would visit each
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
+        text = left + right
         try:
-            products.append(ids[left + right])
+            products.append(ids[text])
             lefts.append(ids[left])
             rights.append(ids[right])
         except KeyError as error:
             raise ValueError(
                 f"tokenizer.json merges {left!r} and {right!r}, but {error} is no token or an added one"
             ) from None
-    if products != sorted(products):
+        sizes.append(len(text))
+    left_R, right_R, product_R, size_R = (np.array(column, np.int64) for column in (lefts, rights, products, sizes))
+    if (np.diff(product_R) < 0).any():
         raise ValueError("the order of merges in tokenizer.json is not that of the token ids, which tiktoken needs")
-    base = max(ids.values(), default=0) + 1
-    # of equal pairs the last counts
-    rank_of_pair = {left * base + right: rank for rank, (left, right) in enumerate(zip(lefts, rights, strict=True))}
-    made_at = {i: -1 for text, i in ids.items() if len(text) == 1}
-    for rank in range(len(merges)):
-        if _happens(rank, lefts, rights, made_at, rank_of_pair, base):
-            made_at[products[rank]] = rank
-    for text in [text for text, i in ids.items() if i not in made_at]:
+    made_at = np.full(max(ids.values(), default=0) + 1, len(merges))
+    made_at[[i for text, i in ids.items() if len(text) == 1]] = -1
+    _find_merges_that_happen(left_R, right_R, product_R, size_R, made_at)
+    base, never_made = len(made_at), made_at == len(merges)
+    pairs = set((left_R * base + right_R).tolist()) if takes_whole and never_made.any() else set()
+    for text in [text for text, i in ids.items() if never_made[i]]:
         splits = [(ids.get(text[:n]), ids.get(text[n:])) for n in range(1, len(text))]
-        if not takes_whole or any(None not in (x, y) and x * base + y not in rank_of_pair for x, y in splits):
+        if not takes_whole or any(None not in (x, y) and x * base + y not in pairs for x, y in splits):
             raise ValueError(
                 f"the order of merges in tokenizer.json does not make {text!r} of its bytes; tiktoken would"
             )
 
 
-def _happens(
-    rank: int, lefts: list[int], rights: list[int], made_at: dict[int, int], rank_of_pair: dict[int, int], base: int
-) -> bool:
-    """Whether the merge of this rank makes its token of the token's own bytes.
+def _find_merges_that_happen(
+    left_R: np.ndarray, right_R: np.ndarray, product_R: np.ndarray, size_R: np.ndarray, made_at: np.ndarray
+) -> None:
+    """Enter into `made_at[id]`, -1 for bytes and else R, the rank of the merge that makes a token of its own bytes.
 
-    `made_at[id]` is the rank of the merge that makes a token, -1 for bytes; a token made of later ones has none: what
-    happens then is not in the order of ranks. A pair makes its token unless one at the end of left and one at the start
-    of right were merged before. Which two stand there at a time is found by going back in time: the later made of both
-    gives way to its inner part.
+    The R merges are given by rank, with the sizes of what they make. A pair makes its token unless one at the end of
+    left and one at the start of right were merged before. Which two stand there at a time is found by going back in
+    time: the later made of both gives way to its inner part. A token made of later ones keeps R: what happens then is
+    not in the order of ranks.
     """
-    x, y, never = lefts[rank], rights[rank], len(lefts)
-    x_start, y_start, x_end, y_end = made_at.get(x, never), made_at.get(y, never), never, never
-    if x_start >= rank or y_start >= rank:
-        return False
-    while x_start >= 0 or y_start >= 0:  # x and y stand at the seam until x_end and y_end
-        if x_start > y_start:  # of two equal neighbours the left one is made first
-            x, x_end = rights[x_start], x_start
-            x_start = made_at[x]
-        else:
-            y, y_end = lefts[y_start], y_start
-            y_start = made_at[y]
-        crossing = rank_of_pair.get(x * base + y, never)
-        if crossing < x_end and crossing <= y_end:  # of equal ones the left is first
-            return False
-    return True
+    n_merges, base = len(left_R), len(made_at)
+    # at the seam: the right part of left, the left of right
+    part_of_left, part_of_right = np.zeros((2, base), np.int64)
+    by_pair = np.argsort(left_R * base + right_R, kind="stable")
+    sorted_pairs = (left_R * base + right_R)[by_pair]
+    by_size = np.argsort(size_R, kind="stable")
+    # parts are shorter than what they make
+    for rank in np.split(by_size, np.flatnonzero(np.diff(size_R[by_size])) + 1):
+        rank = rank[np.maximum(made_at[left_R[rank]], made_at[right_R[rank]]) < rank]
+        x, y, x_end = left_R[rank], right_R[rank], np.full(len(rank), n_merges)
+        y_end = x_end  # until when x and y stand there
+        while len(rank):
+            x_start, y_start = made_at[x], made_at[y]
+            happens = np.maximum(x_start, y_start) < 0
+            if happens.any():
+                made = product_R[rank[happens]]
+                made_at[made] = rank[happens]
+                part_of_left[made], part_of_right[made] = right_R[rank[happens]], left_R[rank[happens]]
+            goes_x = x_start > y_start  # of two equal neighbours the left one is made first
+            x, x_end = np.where(goes_x, (part_of_left[x], x_start), (x, x_end))
+            y, y_end = np.where(goes_x, (y, y_end), (part_of_right[y], y_start))
+            at = np.searchsorted(sorted_pairs, x * base + y, side="right") - 1  # of equal pairs the last counts
+            crossing = np.where(sorted_pairs[at] == x * base + y, by_pair[at], n_merges)
+            # of equal ones the left is first
+            keep = ~happens & ~((crossing < x_end) & (crossing <= y_end) & (crossing < n_merges))
+            rank, x, y, x_end, y_end = rank[keep], x[keep], y[keep], x_end[keep], y_end[keep]
 
 
 def _byte_of_character() -> dict[str, int]:
