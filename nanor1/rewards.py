@@ -31,7 +31,8 @@ from types import CodeType
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
 from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
-from nanor1.tasks.problems import BOXED_TASKS, Problem, check_countdown
+from nanor1.tasks.countdown import check_countdown
+from nanor1.tasks.problems import BOXED_TASKS, Problem
 from nanor1.tasks.programs import code_accuracy, write_program
 
 LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means

@@ -27,7 +27,8 @@ from nanor1.miniature import (
 )
 from nanor1.model import Transformer
 from nanor1.run.checkpoint import save_checkpoint
-from nanor1.tasks.problems import Problem, check_countdown, is_held_out
+from nanor1.tasks.countdown import check_countdown
+from nanor1.tasks.problems import Problem, is_held_out
 from nanor1.tokenizer import Tokenizer
 
 NAMES = ["arithmetic", "countdown"]  # countdown-small differs in its size alone

@@ -13,15 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanor1.rewards import accuracy
+from nanor1.tasks.countdown import check_countdown, countdown_numbers, countdown_value, fold
 from nanor1.tasks.problems import (
     SPLITS,
     TASKS,
     Problem,
-    check_countdown,
-    countdown_numbers,
     countdown_problem,
-    countdown_value,
-    fold,
     format_prompt,
     instance_key,
     is_held_out,

@@ -11,23 +11,21 @@ Sources: countdown as TinyZero plays it, GSM8K (arXiv:2110.14168), MATH (arXiv:2
 conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
 """
 
-import ast
 import dataclasses
 import hashlib
 import json
 import math
-import operator
 import random
 import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from nanor1.grading.compare import extract_answer
+from nanor1.tasks.countdown import fold
 from nanor1.tasks.programs import read_row, text_field
 
 SPLITS = ("train", "held-out", "all")  # the parts of a task's problems
@@ -53,6 +51,31 @@ class Problem:
     numbers: tuple[int, ...] = ()
     target: int | None = None
     tests: object = None
+
+
+# ---- what is held out
+
+
+def instance_key(problem: Problem) -> str:
+    """What makes two problems the same instance: their multiset of numbers where they have one, else the text.
+
+    Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
+    """
+    return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
+
+
+def is_held_out(problem: Problem, share: float) -> bool:
+    """Whether the problem's instance falls into the held-out `share` (0 to 1); see `is_in_share`."""
+    return is_in_share(instance_key(problem), share)
+
+
+def is_in_share(key: str, share: float) -> bool:
+    """Whether the text falls, by a hash that never changes, into this share (0 to 1) of all texts."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+# ---- a task: problems to train on, to evaluate on, or to go through once
 
 
 @dataclass(eq=False, kw_only=True)
@@ -199,6 +222,22 @@ class Task:
         return self.listed[split]
 
 
+def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
+    """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
+    taken: list[Problem] = []
+    while len(taken) < n:
+        epoch, start = divmod(step * n + len(taken), len(problems))
+        taken += [problems[i] for i in _epoch_order(len(problems), seed, epoch)[start : start + n - len(taken)]]
+    return taken
+
+
+@lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks
+def _epoch_order(n: int, seed: int, epoch: int) -> array:
+    order = list(range(n))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return array("L", order)
+
+
 def make_task(name: str, **options) -> Task:
     """The task called `name`, one of TASKS, of these options of Task and parameters of its own class below.
 
@@ -246,44 +285,6 @@ def parse_object(text: str, what: str) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{what} {text!r:.60} are no JSON object")
     return found
-
-
-# ---- what is held out
-
-
-def instance_key(problem: Problem) -> str:
-    """What makes two problems the same instance: their multiset of numbers where they have one, else the text.
-
-    Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
-    """
-    return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
-
-
-def is_held_out(problem: Problem, share: float) -> bool:
-    """Whether the problem's instance falls into the held-out `share` (0 to 1); see `is_in_share`."""
-    return is_in_share(instance_key(problem), share)
-
-
-def is_in_share(key: str, share: float) -> bool:
-    """Whether the text falls, by a hash that never changes, into this share (0 to 1) of all texts."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
-    """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
-    taken: list[Problem] = []
-    while len(taken) < n:
-        epoch, start = divmod(step * n + len(taken), len(problems))
-        taken += [problems[i] for i in _epoch_order(len(problems), seed, epoch)[start : start + n - len(taken)]]
-    return taken
-
-
-@lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks
-def _epoch_order(n: int, seed: int, epoch: int) -> array:
-    order = list(range(n))
-    random.Random(f"epoch {seed} {epoch}").shuffle(order)
-    return array("L", order)
 
 
 # ---- generated: numbers and operators drawn at random, kept where the running value stays in range
@@ -577,88 +578,3 @@ def prefilled(prompt_text: str) -> str:
     '<think>'
     """
     return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
-
-
-# ---- countdown's mathematics: expressions made, and checked
-
-_FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-
-
-def fold(numbers: list[int], operators: list[str], max_result: int) -> int | None:
-    """Work `((n0 op n1) op n2) ...` from left to right; None where a result is no integer or leaves 0..max_result.
-
-    >>> fold([8, 2, 3], ["/", "*"], 24)
-    12
-    """
-    value = numbers[0]
-    for sign, number in zip(operators, numbers[1:], strict=True):
-        if sign == "/" and (number == 0 or value % number):
-            return None
-        value = _FOLD[sign](value, number)
-        if not 0 <= value <= max_result:
-            return None
-    return value
-
-
-_EXPRESSION = re.compile(r"[-+*/() 0-9]{1,256}")
-_NUMBER = re.compile(r"[0-9]+")
-_MAX_DEPTH = 64
-# Division is exact: with floats and a tolerance 300001 / 300000 would pass for 1.
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
-
-
-def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: int) -> bool:
-    """Whether the expression uses each given number exactly once and has exactly the value `target`.
-
-    One line of integers, + - * /, signs and parentheses; at most 256 characters between the outer blanks and 64 levels.
-    Everything else is False, and no text raises. Refused by choice: an equals sign,
-    a number left out, leading zeros (05), 2(3), LaTeX, other scripts' digits and operators, 5000 parentheses.
-
-    >>> check_countdown("5 * (5 - 1 / 5)", [1, 5, 5, 5], 24)
-    True
-    """
-    # Length, characters and numbers are settled before the parser sees anything: that keeps rubbish cheap.
-    if countdown_numbers(equation) != sorted(nums):
-        return False
-    value = countdown_value(equation)
-    return value is not None and value == target
-
-
-def countdown_numbers(equation: str) -> list[int] | None:
-    """The integers of an expression, sorted; None for a text that is too long or has characters of no expression.
-
-    >>> countdown_numbers("3 + 7 + 12"), countdown_numbers("x + 1")
-    ([3, 7, 12], None)
-    """
-    expression = equation.strip()
-    return sorted(map(int, _NUMBER.findall(expression))) if _EXPRESSION.fullmatch(expression) else None
-
-
-def countdown_value(equation: str) -> int | Fraction | None:
-    """The exact value of an expression such as `check_countdown` takes; None for all that it refuses.
-
-    >>> countdown_value("5 - 1 / 5"), countdown_value("2 ** 3")
-    (Fraction(24, 5), None)
-    """
-    expression = equation.strip()
-    if not _EXPRESSION.fullmatch(expression):
-        return None
-    try:
-        return _value(ast.parse(expression, mode="eval").body, _MAX_DEPTH)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
-
-
-def _value(node: ast.expr, depth: int) -> int | Fraction:
-    """The exact value of a parsed expression; ValueError for any node that countdown does not know."""
-    if depth == 0:
-        raise ValueError("nested too deep")
-    if isinstance(node, ast.Constant):
-        return node.value  # an int: letters, dots and quotes never reached the parser
-    if isinstance(node, ast.UnaryOp):
-        value = _value(node.operand, depth - 1)
-        return -value if isinstance(node.op, ast.USub) else value  # ~ and not never reached the parser
-    combine = _BINARY.get(type(getattr(node, "op", None)))
-    if combine is None:
-        raise ValueError("not an expression")
-    return combine(_value(node.left, depth - 1), _value(node.right, depth - 1))
