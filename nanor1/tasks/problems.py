@@ -5,7 +5,7 @@ sees what the interrupted one would have seen) and a fixed held-out set that tra
 is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept. Every
 script takes its problems from here, so that what one of them trains on is what no other evaluates on.
 
-Left out: downloading, judging (rewards.py; only the countdown checker lives here).
+Left out: downloading, judging (rewards.py).
 
 Sources: countdown as TinyZero plays it, GSM8K (arXiv:2110.14168), MATH (arXiv:2103.03874), the base model's
 conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
@@ -42,7 +42,7 @@ class Problem:
     """What to solve and how to judge it: `prompt` is the bare question, `answer` the gold answer as text.
 
     `numbers` are the numbers given (countdown, arithmetic), `target` the value to reach (countdown only),
-    `tests` what judges a program (code: a coding.CodeTests).
+    `tests` what judges a program (code: a programs.CodeTests).
     """
 
     prompt: str
@@ -62,11 +62,6 @@ def instance_key(problem: Problem) -> str:
     Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
     """
     return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
-
-
-def is_held_out(problem: Problem, share: float) -> bool:
-    """Whether the problem's instance falls into the held-out `share` (0 to 1); see `is_in_share`."""
-    return is_in_share(instance_key(problem), share)
 
 
 def is_in_share(key: str, share: float) -> bool:
@@ -138,9 +133,8 @@ class Task:
         return kept | {field: row[column] for field, column in self.fields.items()}
 
     def is_held_out(self, problem: Problem) -> bool:
-        if self.held_out_keys:
-            return instance_key(problem) in self.held_out_keys
-        return is_held_out(problem, self.held_out_share)
+        key = instance_key(problem)
+        return key in self.held_out_keys if self.held_out_keys else is_in_share(key, self.held_out_share)
 
     def sample(self, n: int, seed: int, step: int) -> list[Problem]:
         """`n` problems to train on: of a file those from step * n on in an endless sequence of shuffled epochs.
@@ -193,20 +187,21 @@ class Task:
 
     def describe(self, split: str) -> str:
         """Which problems a part has, as "1,319 problems of test.jsonl, all held out"; ValueError if it has none."""
-        if split not in SPLITS:
-            raise ValueError(f"unknown part {split!r}; choose one of {', '.join(SPLITS)}")
+        assert split in SPLITS, split
+        data, eval_data = (Path(path or "").name for path in (self.data, self.eval_data))
+        if split not in self.listed and split == "all":
+            raise ValueError(
+                f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
+            )
         if split not in self.listed:
-            if split == "all":
-                raise ValueError(
-                    f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
-                )
-            if split == "held-out":
-                return "generated, held-out instances alone"
-            others = f"of {Path(self.eval_data).name}" if self.eval_data else ""
-            return f"generated, none of the {'' if others else 'held-out '}instances {others}".strip()
-        n, data, eval_data = len(self._there(split)), *(Path(path or "").name for path in (self.data, self.eval_data))
-        part = f"{data}: the {split} part ({100 * self.held_out_share:g}%, chosen by a hash of the problem"
-        words = {"train": f"{part}, are held out)", "held-out": f"{part})", "all": f"{data or eval_data}, all of them"}
+            others = f"instances of {eval_data}" if eval_data else "held-out instances"
+            return f"generated, none of the {others}" if split == "train" else "generated, held-out instances alone"
+        n, how = len(self._there(split)), f"{100 * self.held_out_share:g}%, chosen by a hash of the problem"
+        words = {
+            "train": f"{data}: the train part ({how}, are held out)",
+            "held-out": f"{data}: the held-out part ({how})",
+            "all": f"{data or eval_data}, all of them",
+        }
         if eval_data:
             words["train"] = f"{data}: all but the instances of {eval_data}"
             words["held-out"] = f"{eval_data}, all held out"
@@ -252,11 +247,6 @@ def make_task(name: str, **options) -> Task:
         known = ", ".join(parameters) or "none"
         raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
     return kind(**options)
-
-
-def task_parameters(text: str) -> dict:
-    """Read the parameters of a task from a JSON object, the empty text as none; ValueError for anything else."""
-    return parse_object(text, "task parameters")
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -420,19 +410,19 @@ class Math(Task):
         return Problem(question, gold, "math")
 
 
-def code_problem(row: dict) -> Problem:
-    """A line of HumanEval, MBPP or a set of scripts' inputs and outputs as published; see programs.py."""
-    prompt, solution, tests = read_row(row)
-    return Problem(prompt, solution, "code", tests=tests)
-
-
 class Code(Task):
+    """HumanEval, MBPP, and sets of scripts' inputs and outputs as published; see programs.py."""
+
     name = "code"
     reads = tuple(
         "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
         "question problem description input_output io solution".split()
     )
-    read = staticmethod(code_problem)
+
+    @staticmethod
+    def read(row: dict) -> Problem:
+        prompt, solution, tests = read_row(row)
+        return Problem(prompt, solution, "code", tests=tests)
 
 
 @dataclass(eq=False, kw_only=True)
