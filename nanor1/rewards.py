@@ -18,15 +18,14 @@ import inspect
 import math
 import re
 import reprlib
+import runpy
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import CodeType
+from types import ModuleType
 
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
@@ -279,13 +278,6 @@ class OwnReward:
         return number
 
 
-class _AsItIs(SourceFileLoader):
-    """Reads the file, and never what an import has kept of it: it may have been edited within the same second."""
-
-    def get_code(self, name: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     """The rewards of a user's Python file, by name: every public function that it defines, `(problem, text)` -> number.
 
@@ -301,14 +293,13 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
         path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a Python file of rewards") from error
-    name = f"reward_file_{path.stem}"  # not the stem alone: a file may be called math.py
-    module = module_from_spec(spec_from_loader(name, _AsItIs(name, str(path))))
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        module.__spec__.loader.exec_module(module)
+    module = ModuleType(f"reward_file_{path.stem}")  # not the stem alone: a file may be called math.py
+    try:  # not an import, which keeps what it read: the file may have been edited within the same second
+        vars(module).update(runpy.run_path(str(path), run_name=module.__name__))
     except (Exception, SystemExit) as error:
         hint = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}{hint}") from error
+    sys.modules[module.__name__] = module  # where pickle looks for what the file defines
     found = {
         name: OwnReward(name, path, value)
         for name, value in vars(module).items()
