@@ -32,7 +32,7 @@ import regex  # comes with tiktoken; knows the scripts of Unicode
 from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
 from nanor1.tasks.countdown import check_countdown
 from nanor1.tasks.problems import BOXED_TASKS, Problem
-from nanor1.tasks.programs import code_accuracy, write_program
+from nanor1.tasks.programs import code_accuracies, write_program
 
 LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means
     "step reward response_tokens response_tokens_max truncated rollouts unjudged groups dropped_groups kl loss entropy "
@@ -105,7 +105,7 @@ def accuracy(problem: Problem, text: str) -> float | None:
         equation = answer_block(text)
         return float(equation is not None and check_countdown(equation, problem.numbers, problem.target))
     if problem.task == "code":
-        return code_accuracy(problem, after_thinking(text))
+        return code_accuracies([problem], [after_thinking(text)])[0] if problem.tests else None
     if not problem.answer.strip():
         return None
     answer = extract_answer(after_thinking(text))

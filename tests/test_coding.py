@@ -17,7 +17,6 @@ from nanor1.tasks.problems import Code, Problem, format_prompt, make_task
 from nanor1.tasks.programs import (
     CodeTests,
     code_accuracies,
-    code_accuracy,
     extract_code,
     judge_programs,
     read_row,
@@ -73,13 +72,13 @@ def test_a_function_to_complete_is_shown_and_judged_by_its_check():
     assert problem.task == "code" and problem.prompt.startswith("Complete this Python function.\n\nimport math\n")
     assert problem.prompt.endswith("'''\n")  # a base model goes on from here with the body
     assert problem.tests.preamble == "import math\n\ndef helper(x):\n    return x\n\n"
-    assert code_accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
-    assert code_accuracy(problem, block("def f(x): return x")) == 0.0
+    assert accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
+    assert accuracy(problem, block("def f(x): return x")) == 0.0
 
 
 def test_helpers_of_the_prompt_are_the_judges_own():
     cheat = "def helper(x):\n    return {0: 2, 1: 6}.get(x, x)\ncalls = iter([2, 1])\ndef f(x): return next(calls)"
-    assert code_accuracy(Code.read(HUMANEVAL), block(cheat)) == 0.0
+    assert accuracy(Code.read(HUMANEVAL), block(cheat)) == 0.0
 
 
 def test_a_function_to_write_is_named_by_its_first_test_only():
@@ -91,7 +90,7 @@ def test_a_function_to_write_is_named_by_its_first_test_only():
 
 def test_a_function_named_like_a_builtin_is_the_programs():
     problem = Code.read({"text": "Add.", "test_list": ["assert sum(10, 15) == 25"]})
-    assert code_accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
+    assert accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
 
 
 def test_what_the_tests_import_is_not_the_function_asked_for():
@@ -300,7 +299,7 @@ def test_code_is_found_in_bounded_time():
     ],
 )
 def test_a_response_may_give_the_function_or_its_body(text):
-    assert code_accuracy(Code.read(HUMANEVAL), text) == 1.0
+    assert accuracy(Code.read(HUMANEVAL), text) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,7 @@ def test_a_response_may_give_the_function_or_its_body(text):
 )
 def test_a_response_without_a_program_earns_nothing(text):
     for row in (HUMANEVAL, MBPP, SCRIPT):
-        assert code_accuracy(Code.read(row), text) == 0.0
+        assert accuracy(Code.read(row), text) == 0.0
 
 
 def test_only_what_follows_the_thinking_counts():
@@ -320,8 +319,8 @@ def test_only_what_follows_the_thinking_counts():
 
 
 def test_what_cannot_be_judged_has_no_reward():
-    assert code_accuracy(Problem("", "", "code"), block("x = 1")) is None
-    assert code_accuracy(Problem("", "", "code", tests=CodeTests("assert (", "f")), block("f = abs")) is None
+    assert accuracy(Problem("", "", "code"), block("x = 1")) is None
+    assert accuracy(Problem("", "", "code", tests=CodeTests("assert (", "f")), block("f = abs")) is None
     assert code_accuracies([], []) == []
 
 
