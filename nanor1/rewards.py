@@ -56,16 +56,6 @@ def after_thinking(text: str) -> str:
     return answer if end or "<think>" not in text else ""
 
 
-def thinking(text: str) -> str:
-    """The part that counts as reasoning: what stands before the last `</think>`, and all of a text without one.
-
-    >>> thinking("<think>maybe 3</think> 4"), thinking("2 + 2 is 4")
-    ('<think>maybe 3', '2 + 2 is 4')
-    """
-    before, end, _ = text.rpartition("</think>")
-    return before if end else text
-
-
 def answer_block(text: str) -> str | None:
     """What stands in the last `<answer>` that is opened after the thinking; None if there is none, or it never closes.
 
@@ -206,10 +196,11 @@ _WORD = regex.compile("|".join(f"(?P<{script}>{word})" for script, word in _SCRI
 def language(problem: Problem, text: str) -> float:
     """The share of the reasoning's words that are in the language of the problem's prompt; 1.0 if it has no words.
 
-    A language is told by its script. The target is the script that most words of the prompt are in, Latin where it has
-    none: whatever the prompt may ask for, an English one wants English. Not counted either way: digits, punctuation,
-    code between backticks, LaTeX, tags, web addresses, single Latin letters and Greek ones. A text that was cut off
-    while thinking counts as far as it goes.
+    The reasoning is what stands before the last `</think>`, and all of a text without one. A language is told by its
+    script. The target is the script that most words of the prompt are in, Latin where it has none: whatever the prompt
+    may ask for, an English one wants English. Not counted either way: digits, punctuation, code between backticks,
+    LaTeX, tags, web addresses, single Latin letters and Greek ones. A text that was cut off while thinking counts as
+    far as it goes.
 
     What this does not tell apart: English from French, from pinyin, or from units and function names outside LaTeX
     ("km", "sin"); Chinese from Japanese but for the kana. Nor does it see the language of what stands in code or
@@ -218,7 +209,9 @@ def language(problem: Problem, text: str) -> float:
     >>> language(Problem("What is 2 + 2?", "4", "arithmetic"), "<think> 2 + 2, let me see, 是 4 </think> 四")
     0.75
     """
-    target, words = max(_SCRIPTS, key=_count_words(problem.prompt).__getitem__), _count_words(thinking(text))
+    target = max(_SCRIPTS, key=_count_words(problem.prompt).__getitem__)
+    before, end, _ = text.rpartition("</think>")
+    words = _count_words(before if end else text)
     return words[target] / words.total() if words else 1.0
 
 

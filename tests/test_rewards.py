@@ -21,7 +21,6 @@ from nanor1.rewards import (
     overlong_penalty,
     parse_rewards,
     read_reward_file,
-    thinking,
 )
 from nanor1.tasks.problems import Problem, countdown_problem, prefilled
 
@@ -151,8 +150,8 @@ def test_thinking_ends_with_the_last_closing_tag():
     assert after_thinking("no tags") == "no tags"
     assert after_thinking("<think>still at it") == ""
     assert answer_block("<answer>a<answer>b</answer>c</answer>") == "b"
-    assert thinking("<think>a</think>b</think>c") == "<think>a</think>b"
-    assert thinking("no tags") == "no tags" and thinking("<think>still at it") == "<think>still at it"
+    assert language(SUM, "<think>so</think>是</think>四") == 1 / 2  # of what comes before it
+    assert language(SUM, "so 是") == language(SUM, "<think>so 是") == 1 / 2
 
 
 # ---- format
