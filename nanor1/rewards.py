@@ -238,6 +238,7 @@ class OwnReward:
 
     Wrong: an exception, and a result that is neither None nor a finite number (an array or a tensor of one number is
     one). `n_failed` counts them, `first_error` says what the first was, and in which line. There is no limit of time.
+    ValueError when made of a function that cannot be called as a reward is, or has a name that is taken.
     """
 
     name: str
@@ -245,6 +246,27 @@ class OwnReward:
     function: Callable[[Problem, str], object]
     first_error: str | None = None
     n_failed: int = 0
+
+    def __post_init__(self):
+        name, function, fault = self.name, self.function, ""
+        if name == "preference":
+            fault = " is a reward model's name, not a function's; give it another one"
+        elif name in LOGGED:
+            fault = " is the name of another figure in metrics.jsonl; give it another one"
+        elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            fault = " is async; a reward is a plain function, which returns its number"
+        elif inspect.isgeneratorfunction(function):
+            fault = " yields; a reward is a plain function, which returns its number"
+        else:
+            signature = inspect.signature(function)
+            try:
+                signature.bind(None, None)
+            except TypeError as error:
+                how = f"cannot be called as {name}(problem, text) ({error})"
+                fault = f"{signature} {how}; if it is no reward, call it _{name}"
+        self.first_line = inspect.unwrap(function).__code__.co_firstlineno
+        if fault:
+            raise ValueError(f"{self.path}, line {self.first_line}: {name}{fault}")
 
     def __call__(self, problem: Problem, text: str) -> float | None:
         try:
@@ -254,7 +276,7 @@ class OwnReward:
             raise
         except BaseException as error:
             self.n_failed += 1
-            line = _line_in(self.path, error) or _first_line(self.function)
+            line = _line_in(self.path, error) or self.first_line
             where = f"{self.path.name}, line {line}, in {self.name}"
             self.first_error = self.first_error or f"{where}: {_in_a_line(error)}"
             return None
@@ -300,31 +322,7 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     }
     if not found:
         raise ValueError(f"{path} defines no public function; write one, as def my_reward(problem, text): return 1.0")
-    for reward in found.values():
-        _check_reward(reward)
     return found
-
-
-def _check_reward(reward: OwnReward) -> None:
-    """ValueError for a function that cannot be called as a reward is, or has a name that is taken."""
-    name, function, fault = reward.name, reward.function, ""
-    if name == "preference":
-        fault = " is a reward model's name, not a function's; give it another one"
-    elif name in LOGGED:
-        fault = " is the name of another figure in metrics.jsonl; give it another one"
-    elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        fault = " is async; a reward is a plain function, which returns its number"
-    elif inspect.isgeneratorfunction(function):
-        fault = " yields; a reward is a plain function, which returns its number"
-    else:
-        signature = inspect.signature(function)
-        try:
-            signature.bind(None, None)
-        except TypeError as error:
-            how = f"cannot be called as {name}(problem, text) ({error})"
-            fault = f"{signature} {how}; if it is no reward, call it _{name}"
-    if fault:
-        raise ValueError(f"{reward.path}, line {_first_line(function)}: {name}{fault}")
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
@@ -333,10 +331,6 @@ def _line_in(path: Path, error: BaseException) -> int | None:
         return error.lineno or 1
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
     return lines[-1] if lines else None
-
-
-def _first_line(function: Callable) -> int:
-    return inspect.unwrap(function).__code__.co_firstlineno
 
 
 def _in_a_line(error: BaseException) -> str:
