@@ -29,7 +29,7 @@ from types import ModuleType
 
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
-from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
+from nanor1.grading import extract_answer, is_worked_out, math_equal
 from nanor1.tasks.countdown import check_countdown
 from nanor1.tasks.problems import BOXED_TASKS, Problem
 from nanor1.tasks.programs import code_accuracies, write_program

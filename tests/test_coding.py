@@ -71,7 +71,8 @@ def test_a_function_to_complete_is_shown_and_judged_by_its_check():
     problem = Code.read(HUMANEVAL)
     assert problem.task == "code" and problem.prompt.startswith("Complete this Python function.\n\nimport math\n")
     assert problem.prompt.endswith("'''\n")  # a base model goes on from here with the body
-    assert problem.tests.preamble == "import math\n\ndef helper(x):\n    return x\n\n"
+    preamble, own = "import math\n\ndef helper(x):\n    return x\n\n", "def f(x): return 1"
+    assert write_program(problem.tests, block(own)) == f"{preamble}\n{own}\n"
     assert accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
     assert accuracy(problem, block("def f(x): return x")) == 0.0
 

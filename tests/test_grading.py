@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
+from nanor1.grading import extract_answer, is_worked_out, math_equal
 from nanor1.rewards import accuracy
 from nanor1.tasks.problems import Problem
 

@@ -29,10 +29,8 @@ import re
 from fractions import Fraction
 
 from nanor1.grading import latex
-from nanor1.grading.find import extract_answer, labelled, unmarked
+from nanor1.grading.find import labelled, unmarked
 from nanor1.grading.numeric import is_close, real, samples
-
-__all__ = ["extract_answer", "is_worked_out", "math_equal"]
 
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
 _CHOICES = re.compile(r"[\s({]*[A-J](?:(?:[\s,(){}]|and)*[A-J])+[\s)}]*")

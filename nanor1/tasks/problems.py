@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from nanor1.grading.compare import extract_answer
+from nanor1.grading import extract_answer
 from nanor1.tasks.countdown import fold
 from nanor1.tasks.programs import read_row, text_field
 
@@ -154,10 +154,9 @@ class Task:
                 raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
             return _take(problems, n, 0, 0)
         rng, found = random.Random("held out 0"), {}
-        is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
         while len(found) < n:
             hint = f"to evaluate on: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
-            problem = self._draw(rng, is_new, hint)
+            problem = self._draw(rng, lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found, hint)
             found[instance_key(problem), problem.answer] = problem
         return list(found.values())
 
@@ -219,11 +218,8 @@ class Task:
 
 def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
     """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
-    taken: list[Problem] = []
-    while len(taken) < n:
-        epoch, start = divmod(step * n + len(taken), len(problems))
-        taken += [problems[i] for i in _epoch_order(len(problems), seed, epoch)[start : start + n - len(taken)]]
-    return taken
+    places = (divmod(i, len(problems)) for i in range(step * n, step * n + n))
+    return [problems[_epoch_order(len(problems), seed, epoch)[at]] for epoch, at in places]
 
 
 @lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks

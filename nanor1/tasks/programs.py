@@ -48,11 +48,6 @@ class CodeTests:
     function: str = ""
     opening: str = ""
 
-    @property
-    def preamble(self) -> str:
-        """What stands before the function in the opening: imports, and functions that it may use."""
-        return _split(self.opening, self.function)[0]
-
 
 # ---- a row of a file
 
@@ -129,7 +124,7 @@ def text_field(row: dict, name: str) -> str:
 
 def _split(code: str, function: str) -> tuple[str, str]:
     """The code before the top-level definition of the function, and from there on (empty if there is none)."""
-    match = re.search(rf"^(?:async )?def {re.escape(function)}\b", code, re.MULTILINE) if function else None
+    match = re.search(rf"^(?:async )?def {re.escape(function)}\b", code, re.MULTILINE)
     return (code[: match.start()], code[match.start() :]) if match else (code, "")
 
 
@@ -230,7 +225,8 @@ def write_program(tests: CodeTests, text: str) -> str | None:
     is_body = re.search(r"^return\b", code, re.MULTILINE)  # whatever it imports, or calls as the function is called
     if not is_body and any(defines.search(code) for defines in _definitions(tests.function)):
         futures = "".join(_FUTURE.findall(code))  # have to come first
-        return f"{futures}{tests.preamble}\n{_FUTURE.sub('', code)}"
+        preamble, _ = _split(tests.opening, tests.function)  # imports, and functions that it may use
+        return f"{futures}{preamble}\n{_FUTURE.sub('', code)}"
     if _BODY.match(text):
         code = text  # it goes on where the opening ends; a block that follows is an example
     if _STRIPPED.fullmatch(code):
