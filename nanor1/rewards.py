@@ -300,8 +300,7 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     One called accuracy, format, language or random replaces the rule of that name: so a task is judged by a file of
     one's own; what is called format is a cost (`combine`). Names that begin with "_", imported functions and classes
     are left alone. The file is run, as a script would be; what it imports must be installed or on PYTHONPATH.
-    ValueError, with file, line and function, for a file that cannot be read or run, one without a public function, one
-    that has another use of a name or cannot be called like this.
+    ValueError, with file, line and function, for what cannot be read, run or called like this.
     """
     path = Path(path)
     try:

@@ -443,11 +443,7 @@ TASKS = tuple(KINDS)
 
 
 def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
-    """What `parse` makes of each line's object (blank lines skipped).
-
-    Its ValueError becomes one that names the file and the line; ValueError too for a file that cannot be read, a line
-    that is no JSON object, and a file without a line.
-    """
+    """What `parse` makes of each line's object, blank lines skipped; ValueError names file, line and fault."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
