@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -648,6 +649,8 @@ is_right = lambda problem, text: rule(problem, text)
     assert found["is_right"](problem, "\\boxed{3}") == 1.0 and found["is_right"](problem, "\\boxed{4}") == 0.0
     assert found["is_right"](Problem("q", "", "text"), "3") is None
     assert {reward.n_failed for reward in found.values()} == {0}
+    brevity = found["brevity"].function
+    assert pickle.loads(pickle.dumps(brevity)) is brevity  # as its own worker processes need
 
 
 def test_a_reward_sees_the_problem_and_the_text(tmp_path):
