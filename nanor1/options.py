@@ -14,7 +14,7 @@ import torch
 from nanor1.miniature import miniature_task, own_miniature
 from nanor1.rewards import OwnReward, read_reward_file
 from nanor1.run.config import option
-from nanor1.tasks.problems import Task, make_task, parse_fields, task_parameters
+from nanor1.tasks.problems import Task, make_task, parse_fields, parse_object
 from nanor1.tokenizer import Tokenizer
 
 
@@ -56,7 +56,7 @@ def load_task(options: TaskOptions, name: str, tokenizer: Tokenizer, parts: Sequ
                 "without --data, --eval-data and --task-args"
             )
         return miniature_task(miniature)
-    parameters = task_parameters(options.task_args)
+    parameters = parse_object(options.task_args, "task parameters")
     if name == "text" and options.reward_file:
         parameters = dict(needs_answer=False) | parameters
     return make_task(

@@ -18,21 +18,21 @@ import inspect
 import math
 import re
 import reprlib
+import runpy
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import CodeType
+from types import ModuleType
 
 import regex  # comes with tiktoken; knows the scripts of Unicode
 
-from nanor1.grading.compare import extract_answer, is_worked_out, math_equal
-from nanor1.tasks.problems import BOXED_TASKS, Problem, check_countdown
-from nanor1.tasks.programs import code_accuracy, write_program
+from nanor1.grading import extract_answer, is_worked_out, math_equal
+from nanor1.tasks.countdown import check_countdown
+from nanor1.tasks.problems import BOXED_TASKS, Problem
+from nanor1.tasks.programs import code_accuracies, write_program
 
 LOGGED = frozenset(  # what train_zero.py writes of a step beside the rewards' means
     "step reward response_tokens response_tokens_max truncated rollouts unjudged groups dropped_groups kl loss entropy "
@@ -54,16 +54,6 @@ def after_thinking(text: str) -> str:
     """
     _, end, answer = text.rpartition("</think>")
     return answer if end or "<think>" not in text else ""
-
-
-def thinking(text: str) -> str:
-    """The part that counts as reasoning: what stands before the last `</think>`, and all of a text without one.
-
-    >>> thinking("<think>maybe 3</think> 4"), thinking("2 + 2 is 4")
-    ('<think>maybe 3', '2 + 2 is 4')
-    """
-    before, end, _ = text.rpartition("</think>")
-    return before if end else text
 
 
 def answer_block(text: str) -> str | None:
@@ -105,7 +95,7 @@ def accuracy(problem: Problem, text: str) -> float | None:
         equation = answer_block(text)
         return float(equation is not None and check_countdown(equation, problem.numbers, problem.target))
     if problem.task == "code":
-        return code_accuracy(problem, after_thinking(text))
+        return code_accuracies([problem], [after_thinking(text)])[0] if problem.tests else None
     if not problem.answer.strip():
         return None
     answer = extract_answer(after_thinking(text))
@@ -206,10 +196,11 @@ _WORD = regex.compile("|".join(f"(?P<{script}>{word})" for script, word in _SCRI
 def language(problem: Problem, text: str) -> float:
     """The share of the reasoning's words that are in the language of the problem's prompt; 1.0 if it has no words.
 
-    A language is told by its script. The target is the script that most words of the prompt are in, Latin where it has
-    none: whatever the prompt may ask for, an English one wants English. Not counted either way: digits, punctuation,
-    code between backticks, LaTeX, tags, web addresses, single Latin letters and Greek ones. A text that was cut off
-    while thinking counts as far as it goes.
+    The reasoning is what stands before the last `</think>`, and all of a text without one. A language is told by its
+    script. The target is the script that most words of the prompt are in, Latin where it has none: whatever the prompt
+    may ask for, an English one wants English. Not counted either way: digits, punctuation, code between backticks,
+    LaTeX, tags, web addresses, single Latin letters and Greek ones. A text that was cut off while thinking counts as
+    far as it goes.
 
     What this does not tell apart: English from French, from pinyin, or from units and function names outside LaTeX
     ("km", "sin"); Chinese from Japanese but for the kana. Nor does it see the language of what stands in code or
@@ -218,7 +209,9 @@ def language(problem: Problem, text: str) -> float:
     >>> language(Problem("What is 2 + 2?", "4", "arithmetic"), "<think> 2 + 2, let me see, 是 4 </think> 四")
     0.75
     """
-    target, words = max(_SCRIPTS, key=_count_words(problem.prompt).__getitem__), _count_words(thinking(text))
+    target = max(_SCRIPTS, key=_count_words(problem.prompt).__getitem__)
+    before, end, _ = text.rpartition("</think>")
+    words = _count_words(before if end else text)
     return words[target] / words.total() if words else 1.0
 
 
@@ -245,6 +238,7 @@ class OwnReward:
 
     Wrong: an exception, and a result that is neither None nor a finite number (an array or a tensor of one number is
     one). `n_failed` counts them, `first_error` says what the first was, and in which line. There is no limit of time.
+    ValueError when made of a function that cannot be called as a reward is, or has a name that is taken.
     """
 
     name: str
@@ -252,6 +246,27 @@ class OwnReward:
     function: Callable[[Problem, str], object]
     first_error: str | None = None
     n_failed: int = 0
+
+    def __post_init__(self):
+        name, function, fault = self.name, self.function, ""
+        if name == "preference":
+            fault = " is a reward model's name, not a function's; give it another one"
+        elif name in LOGGED:
+            fault = " is the name of another figure in metrics.jsonl; give it another one"
+        elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            fault = " is async; a reward is a plain function, which returns its number"
+        elif inspect.isgeneratorfunction(function):
+            fault = " yields; a reward is a plain function, which returns its number"
+        else:
+            signature = inspect.signature(function)
+            try:
+                signature.bind(None, None)
+            except TypeError as error:
+                how = f"cannot be called as {name}(problem, text) ({error})"
+                fault = f"{signature} {how}; if it is no reward, call it _{name}"
+        self.first_line = inspect.unwrap(function).__code__.co_firstlineno
+        if fault:
+            raise ValueError(f"{self.path}, line {self.first_line}: {name}{fault}")
 
     def __call__(self, problem: Problem, text: str) -> float | None:
         try:
@@ -261,7 +276,7 @@ class OwnReward:
             raise
         except BaseException as error:
             self.n_failed += 1
-            line = _line_in(self.path, error) or _first_line(self.function)
+            line = _line_in(self.path, error) or self.first_line
             where = f"{self.path.name}, line {line}, in {self.name}"
             self.first_error = self.first_error or f"{where}: {_in_a_line(error)}"
             return None
@@ -278,13 +293,6 @@ class OwnReward:
         return number
 
 
-class _AsItIs(SourceFileLoader):
-    """Reads the file, and never what an import has kept of it: it may have been edited within the same second."""
-
-    def get_code(self, name: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     """The rewards of a user's Python file, by name: every public function that it defines, `(problem, text)` -> number.
 
@@ -292,22 +300,20 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     One called accuracy, format, language or random replaces the rule of that name: so a task is judged by a file of
     one's own; what is called format is a cost (`combine`). Names that begin with "_", imported functions and classes
     are left alone. The file is run, as a script would be; what it imports must be installed or on PYTHONPATH.
-    ValueError, with file, line and function, for a file that cannot be read or run, one without a public function, one
-    that has another use of a name or cannot be called like this.
+    ValueError, with file, line and function, for what cannot be read, run or called like this.
     """
     path = Path(path)
     try:
         path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a Python file of rewards") from error
-    name = f"reward_file_{path.stem}"  # not the stem alone: a file may be called math.py
-    module = module_from_spec(spec_from_loader(name, _AsItIs(name, str(path))))
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        module.__spec__.loader.exec_module(module)
+    module = ModuleType(f"reward_file_{path.stem}")  # not the stem alone: a file may be called math.py
+    try:  # not an import, which keeps what it read: the file may have been edited within the same second
+        vars(module).update(runpy.run_path(str(path), run_name=module.__name__))
     except (Exception, SystemExit) as error:
         hint = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise ValueError(f"{path}, line {_line_in(path, error)}: {_in_a_line(error)}{hint}") from error
+    sys.modules[module.__name__] = module  # where pickle looks for what the file defines
     found = {
         name: OwnReward(name, path, value)
         for name, value in vars(module).items()
@@ -315,31 +321,7 @@ def read_reward_file(path: str | Path) -> dict[str, OwnReward]:
     }
     if not found:
         raise ValueError(f"{path} defines no public function; write one, as def my_reward(problem, text): return 1.0")
-    for reward in found.values():
-        _check_reward(reward)
     return found
-
-
-def _check_reward(reward: OwnReward) -> None:
-    """ValueError for a function that cannot be called as a reward is, or has a name that is taken."""
-    name, function, fault = reward.name, reward.function, ""
-    if name == "preference":
-        fault = " is a reward model's name, not a function's; give it another one"
-    elif name in LOGGED:
-        fault = " is the name of another figure in metrics.jsonl; give it another one"
-    elif inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        fault = " is async; a reward is a plain function, which returns its number"
-    elif inspect.isgeneratorfunction(function):
-        fault = " yields; a reward is a plain function, which returns its number"
-    else:
-        signature = inspect.signature(function)
-        try:
-            signature.bind(None, None)
-        except TypeError as error:
-            how = f"cannot be called as {name}(problem, text) ({error})"
-            fault = f"{signature} {how}; if it is no reward, call it _{name}"
-    if fault:
-        raise ValueError(f"{reward.path}, line {_first_line(function)}: {name}{fault}")
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
@@ -348,10 +330,6 @@ def _line_in(path: Path, error: BaseException) -> int | None:
         return error.lineno or 1
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
     return lines[-1] if lines else None
-
-
-def _first_line(function: Callable) -> int:
-    return inspect.unwrap(function).__code__.co_firstlineno
 
 
 def _in_a_line(error: BaseException) -> str:

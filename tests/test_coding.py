@@ -13,11 +13,10 @@ import pytest
 
 from nanor1.rewards import accuracy, final_answer
 from nanor1.sandbox.jobs import run_many, run_tests
-from nanor1.tasks.problems import Problem, code_problem, format_prompt, make_task
+from nanor1.tasks.problems import Code, Problem, format_prompt, make_task
 from nanor1.tasks.programs import (
     CodeTests,
     code_accuracies,
-    code_accuracy,
     extract_code,
     judge_programs,
     read_row,
@@ -69,34 +68,35 @@ def lines(name):
 
 
 def test_a_function_to_complete_is_shown_and_judged_by_its_check():
-    problem = code_problem(HUMANEVAL)
+    problem = Code.read(HUMANEVAL)
     assert problem.task == "code" and problem.prompt.startswith("Complete this Python function.\n\nimport math\n")
     assert problem.prompt.endswith("'''\n")  # a base model goes on from here with the body
-    assert problem.tests.preamble == "import math\n\ndef helper(x):\n    return x\n\n"
-    assert code_accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
-    assert code_accuracy(problem, block("def f(x): return x")) == 0.0
+    preamble, own = "import math\n\ndef helper(x):\n    return x\n\n", "def f(x): return 1"
+    assert write_program(problem.tests, block(own)) == f"{preamble}\n{own}\n"
+    assert accuracy(problem, block("def f(x): return helper(x) + math.floor(1.5)")) == 1.0
+    assert accuracy(problem, block("def f(x): return x")) == 0.0
 
 
 def test_helpers_of_the_prompt_are_the_judges_own():
     cheat = "def helper(x):\n    return {0: 2, 1: 6}.get(x, x)\ncalls = iter([2, 1])\ndef f(x): return next(calls)"
-    assert code_accuracy(code_problem(HUMANEVAL), block(cheat)) == 0.0
+    assert accuracy(Code.read(HUMANEVAL), block(cheat)) == 0.0
 
 
 def test_a_function_to_write_is_named_by_its_first_test_only():
-    problem = code_problem(MBPP)
+    problem = Code.read(MBPP)
     assert "assert math.isclose(f(1), 2)" in problem.prompt and "f(5)" not in problem.prompt
     assert problem.tests.function == "f"
     assert code_accuracies([problem] * 2, [block(MBPP["code"]), block("def f(x): return 2")]) == [1.0, 0.0]
 
 
 def test_a_function_named_like_a_builtin_is_the_programs():
-    problem = code_problem({"text": "Add.", "test_list": ["assert sum(10, 15) == 25"]})
-    assert code_accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
+    problem = Code.read({"text": "Add.", "test_list": ["assert sum(10, 15) == 25"]})
+    assert accuracy(problem, block("def sum(a, b): return a + b")) == 1.0
 
 
 def test_what_the_tests_import_is_not_the_function_asked_for():
     row = {"text": "Halve.", "test_imports": ["from math import isclose"], "test_list": ["assert isclose(f(1), 0.5)"]}
-    problem = code_problem(row)
+    problem = Code.read(row)
     assert problem.tests.function == "f"
     cheat = "def isclose(a, b): return True\ndef f(x): return 0"
     assert code_accuracies([problem] * 2, [block(cheat), block("def f(x): return x / 2")]) == [0.0, 1.0]
@@ -107,7 +107,7 @@ PAIRS = {"prompt": "Add one.", "io": [["1", "2"], ["5", "6"]]}
 
 @pytest.mark.parametrize("row", [SCRIPT, SCRIPT | {"input_output": json.loads(SCRIPT["input_output"])}, PAIRS])
 def test_a_script_is_judged_by_inputs_and_outputs(row):
-    problem = code_problem(row)
+    problem = Code.read(row)
     assert problem.prompt.startswith("Add one.\n\n") and "standard input" in problem.prompt
     assert code_accuracies([problem] * 2, [block("print(int(input()) + 1)"), block("print(2)")]) == [1.0, 0.0]
 
@@ -131,7 +131,7 @@ def test_a_script_is_judged_by_inputs_and_outputs(row):
 )
 def test_a_row_that_is_no_code_problem_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
-        code_problem(row)
+        Code.read(row)
 
 
 def test_code_problems_are_a_task(tmp_path):
@@ -300,7 +300,7 @@ def test_code_is_found_in_bounded_time():
     ],
 )
 def test_a_response_may_give_the_function_or_its_body(text):
-    assert code_accuracy(code_problem(HUMANEVAL), text) == 1.0
+    assert accuracy(Code.read(HUMANEVAL), text) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -308,11 +308,11 @@ def test_a_response_may_give_the_function_or_its_body(text):
 )
 def test_a_response_without_a_program_earns_nothing(text):
     for row in (HUMANEVAL, MBPP, SCRIPT):
-        assert code_accuracy(code_problem(row), text) == 0.0
+        assert accuracy(Code.read(row), text) == 0.0
 
 
 def test_only_what_follows_the_thinking_counts():
-    problem, right = code_problem(MBPP), block(MBPP["code"])
+    problem, right = Code.read(MBPP), block(MBPP["code"])
     assert accuracy(problem, f"<think>{block('def f(x): return 0')}</think>{right}") == 1.0
     assert accuracy(problem, f"<think>{right}</think>I am done.") == 0.0
     assert accuracy(problem, f"<think>{right}") == 0.0
@@ -320,8 +320,8 @@ def test_only_what_follows_the_thinking_counts():
 
 
 def test_what_cannot_be_judged_has_no_reward():
-    assert code_accuracy(Problem("", "", "code"), block("x = 1")) is None
-    assert code_accuracy(Problem("", "", "code", tests=CodeTests("assert (", "f")), block("f = abs")) is None
+    assert accuracy(Problem("", "", "code"), block("x = 1")) is None
+    assert accuracy(Problem("", "", "code", tests=CodeTests("assert (", "f")), block("f = abs")) is None
     assert code_accuracies([], []) == []
 
 

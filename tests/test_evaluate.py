@@ -13,7 +13,7 @@ from nanor1.grpo import Rollout
 from nanor1.judge import Rules, judge_all
 from nanor1.model import ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
-from nanor1.tasks.problems import Problem, code_problem
+from nanor1.tasks.problems import Code, Problem
 from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
 
@@ -286,7 +286,7 @@ def test_a_model_answers_each_problem_so_many_times_and_is_heard_token_by_token(
 def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
     tokenizer = of_bytes()
     double, triple = (
-        code_problem({"text": "Multiply.", "test_list": [f"assert f(2) == {value}"], "code": "def f(n): ..."})
+        Code.read({"text": "Multiply.", "test_list": [f"assert f(2) == {value}"], "code": "def f(n): ..."})
         for value in (4, 6)
     )
     answers = [f"```python\ndef f(n):\n    return {n} * n\n```" for n in (2, 3)]
@@ -297,7 +297,7 @@ def test_programs_of_a_step_are_run_together_and_judged_each_by_its_own_tests():
 
 def test_a_new_turn_behind_a_program_is_no_part_of_it():
     tokenizer = of_bytes()
-    problem = code_problem({"text": "Double.", "test_list": ["assert f(2) == 4"], "code": "def f(n): ..."})
+    problem = Code.read({"text": "Double.", "test_list": ["assert f(2) == 4"], "code": "def f(n): ..."})
     answer = tokenizer.encode("def f(n):\n    return 2 * n\nUser: thanks")
     made, prompts = [[Completion(answer, [0.0], "stop")]], [("Q", [1])]
     for next_turn, accuracy in (("", 0.0), ("\nUser:", 1.0)):

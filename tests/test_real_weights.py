@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanor1.evaluation.accuracy import evaluate
-from nanor1.grading.compare import extract_answer
+from nanor1.grading import extract_answer
 from nanor1.judge import Rules
 from nanor1.model import Transformer
 from nanor1.sampler import Sampler

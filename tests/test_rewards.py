@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from nanor1.rewards import (
     overlong_penalty,
     parse_rewards,
     read_reward_file,
-    thinking,
 )
 from nanor1.tasks.problems import Problem, countdown_problem, prefilled
 
@@ -151,8 +151,8 @@ def test_thinking_ends_with_the_last_closing_tag():
     assert after_thinking("no tags") == "no tags"
     assert after_thinking("<think>still at it") == ""
     assert answer_block("<answer>a<answer>b</answer>c</answer>") == "b"
-    assert thinking("<think>a</think>b</think>c") == "<think>a</think>b"
-    assert thinking("no tags") == "no tags" and thinking("<think>still at it") == "<think>still at it"
+    assert language(SUM, "<think>so</think>是</think>四") == 1 / 2  # of what comes before it
+    assert language(SUM, "so 是") == language(SUM, "<think>so 是") == 1 / 2
 
 
 # ---- format
@@ -649,6 +649,8 @@ is_right = lambda problem, text: rule(problem, text)
     assert found["is_right"](problem, "\\boxed{3}") == 1.0 and found["is_right"](problem, "\\boxed{4}") == 0.0
     assert found["is_right"](Problem("q", "", "text"), "3") is None
     assert {reward.n_failed for reward in found.values()} == {0}
+    brevity = found["brevity"].function
+    assert pickle.loads(pickle.dumps(brevity)) is brevity  # as its own worker processes need
 
 
 def test_a_reward_sees_the_problem_and_the_text(tmp_path):

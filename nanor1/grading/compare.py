@@ -29,10 +29,8 @@ import re
 from fractions import Fraction
 
 from nanor1.grading import latex
-from nanor1.grading.find import extract_answer, labelled, unmarked
+from nanor1.grading.find import labelled, unmarked
 from nanor1.grading.numeric import is_close, real, samples
-
-__all__ = ["extract_answer", "is_worked_out", "math_equal"]
 
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
 _CHOICES = re.compile(r"[\s({]*[A-J](?:(?:[\s,(){}]|and)*[A-J])+[\s)}]*")
@@ -279,17 +277,16 @@ def _has(node: tuple, x) -> bool:
             is_magnitude = name[0] == "abs"
             if latex.is_name(name[1] if is_magnitude else name):
                 values = [_end(side) if side != name else abs(x) if is_magnitude else x for side in node[1::2]]
-                return all(map(_are_ordered, values, node[2::2], values[1:]))
+                return all(
+                    sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
+                    for a, sign, b in zip(values, node[2::2], values[1:], strict=False)
+                )
         case ("without", whole, ("set", points)):
             return _has(whole, x) and all(_has(("relation", ("sym", "x"), r"\ne", point), x) for point in points)
         case ("union", parts) | ("list", (("relation", *_), *_) as parts) if len(latex.variables(parts)) <= 1:
             n_holding = sum(_has(part, x) for part in parts)  # pieces that are said side by side do not overlap
             return n_holding == (len(parts) if any(part[2:3] == (r"\ne",) for part in parts) else 1)
     raise ValueError(f"{node[0]} is no set of real numbers")
-
-
-def _are_ordered(a, sign: str, b) -> bool:
-    return sign in (r"\le", r"\ge") if is_close(a, b) else _ORDERS[sign](a, b)
 
 
 @functools.lru_cache(1000)

@@ -288,7 +288,6 @@ def _han_tokens(words: str, is_first: bool) -> list[str]:
 
 SCALARS = {*"num const sym call add mul pow binom neg inv abs fact deg percent".split(), *FUNCTIONS.values()}
 INFINITY = ("inf",)
-REALS = ("bracket", "(", (("neg", INFINITY), INFINITY), ")")
 _BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 
 

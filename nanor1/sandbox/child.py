@@ -270,6 +270,9 @@ def _answer(call: dict, objects: dict, answers: int) -> None:
 # ---- the judge: holds the tests
 
 
+UNHEARD = {TimeoutError: "timeout", EOFError: EXITED, OverflowError: "output limit"}  # why there is no message
+
+
 class Failed(BaseException):
     """The program has failed for good; no `except Exception` of a test may hide it."""
 
@@ -289,14 +292,8 @@ class Program:
         """The candidate's next message; what is none, or none in time, is a failure."""
         try:
             return receive(self.answers, self.deadline, MAX_REPLY)
-        except TimeoutError:
-            self.fail("timeout")
-        except EOFError:
-            self.fail(EXITED)
-        except OverflowError:
-            self.fail("output limit")
-        except (ValueError, RecursionError, MemoryError):
-            self.fail("an answer that is none")
+        except (*UNHEARD, ValueError, RecursionError, MemoryError) as error:
+            self.fail(UNHEARD.get(type(error), "an answer that is none"))
 
     def expect(self, key: str | None) -> None:
         """Fail, as the candidate says, unless its next message has this key."""

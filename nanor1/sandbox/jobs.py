@@ -136,20 +136,16 @@ class Unreadable:
     """
 
     def __init__(self):
-        self.lock, self.entered, self.before = threading.Lock(), 0, -1
+        self.lock, self.before = threading.Lock(), []
 
     def __enter__(self):
         with self.lock:
-            self.entered += 1
-            if self.entered == 1:
-                self.before = prctl(PR_GET_DUMPABLE)
-                prctl(PR_SET_DUMPABLE, 0)
+            self.before.append(prctl(PR_GET_DUMPABLE))
+            prctl(PR_SET_DUMPABLE, 0)
 
     def __exit__(self, *_):
         with self.lock:
-            self.entered -= 1
-            if self.entered == 0 and self.before == 1:
-                prctl(PR_SET_DUMPABLE, 1)
+            prctl(PR_SET_DUMPABLE, self.before.pop())  # whoever leaves last: what was found first
 
 
 unreadable = Unreadable()  # one for the process, as the kernel's flag is

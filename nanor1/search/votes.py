@@ -16,7 +16,8 @@ from itertools import accumulate
 
 from nanor1.grading.compare import math_equal
 from nanor1.rewards import accuracy
-from nanor1.tasks.problems import Problem, countdown_numbers, countdown_value
+from nanor1.tasks.countdown import countdown_numbers, countdown_value
+from nanor1.tasks.problems import Problem
 
 
 @dataclass(frozen=True)

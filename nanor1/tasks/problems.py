@@ -5,29 +5,27 @@ sees what the interrupted one would have seen) and a fixed held-out set that tra
 is decided by a hash of the instance - the multiset of its numbers, or else its text - so no list has to be kept. Every
 script takes its problems from here, so that what one of them trains on is what no other evaluates on.
 
-Left out: downloading, judging (rewards.py; only the countdown checker lives here).
+Left out: downloading, judging (rewards.py).
 
 Sources: countdown as TinyZero plays it, GSM8K (arXiv:2110.14168), MATH (arXiv:2103.03874), the base model's
 conversation after Table 1 of the DeepSeek-R1 report (arXiv:2501.12948).
 """
 
-import ast
 import dataclasses
 import hashlib
 import json
 import math
-import operator
 import random
 import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from nanor1.grading.compare import extract_answer
+from nanor1.grading import extract_answer
+from nanor1.tasks.countdown import fold
 from nanor1.tasks.programs import read_row, text_field
 
 SPLITS = ("train", "held-out", "all")  # the parts of a task's problems
@@ -44,7 +42,7 @@ class Problem:
     """What to solve and how to judge it: `prompt` is the bare question, `answer` the gold answer as text.
 
     `numbers` are the numbers given (countdown, arithmetic), `target` the value to reach (countdown only),
-    `tests` what judges a program (code: a coding.CodeTests).
+    `tests` what judges a program (code: a programs.CodeTests).
     """
 
     prompt: str
@@ -53,6 +51,26 @@ class Problem:
     numbers: tuple[int, ...] = ()
     target: int | None = None
     tests: object = None
+
+
+# ---- what is held out
+
+
+def instance_key(problem: Problem) -> str:
+    """What makes two problems the same instance: their multiset of numbers where they have one, else the text.
+
+    Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
+    """
+    return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
+
+
+def is_in_share(key: str, share: float) -> bool:
+    """Whether the text falls, by a hash that never changes, into this share (0 to 1) of all texts."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+# ---- a task: problems to train on, to evaluate on, or to go through once
 
 
 @dataclass(eq=False, kw_only=True)
@@ -115,9 +133,8 @@ class Task:
         return kept | {field: row[column] for field, column in self.fields.items()}
 
     def is_held_out(self, problem: Problem) -> bool:
-        if self.held_out_keys:
-            return instance_key(problem) in self.held_out_keys
-        return is_held_out(problem, self.held_out_share)
+        key = instance_key(problem)
+        return key in self.held_out_keys if self.held_out_keys else is_in_share(key, self.held_out_share)
 
     def sample(self, n: int, seed: int, step: int) -> list[Problem]:
         """`n` problems to train on: of a file those from step * n on in an endless sequence of shuffled epochs.
@@ -137,10 +154,9 @@ class Task:
                 raise ValueError(f"{n} held-out problems asked for, only {len(problems)} there; ask for fewer")
             return _take(problems, n, 0, 0)
         rng, found = random.Random("held out 0"), {}
-        is_new = lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found  # noqa: E731
         while len(found) < n:
             hint = f"to evaluate on: only {len(found)} of {n} held-out ones found; ask for fewer, widen the ranges"
-            problem = self._draw(rng, is_new, hint)
+            problem = self._draw(rng, lambda p: self.is_held_out(p) and (instance_key(p), p.answer) not in found, hint)
             found[instance_key(problem), problem.answer] = problem
         return list(found.values())
 
@@ -170,20 +186,21 @@ class Task:
 
     def describe(self, split: str) -> str:
         """Which problems a part has, as "1,319 problems of test.jsonl, all held out"; ValueError if it has none."""
-        if split not in SPLITS:
-            raise ValueError(f"unknown part {split!r}; choose one of {', '.join(SPLITS)}")
+        assert split in SPLITS, split
+        data, eval_data = (Path(path or "").name for path in (self.data, self.eval_data))
+        if split not in self.listed and split == "all":
+            raise ValueError(
+                f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
+            )
         if split not in self.listed:
-            if split == "all":
-                raise ValueError(
-                    f"the {self.name} task is generated, there is no end to all of it; choose train or held-out"
-                )
-            if split == "held-out":
-                return "generated, held-out instances alone"
-            others = f"of {Path(self.eval_data).name}" if self.eval_data else ""
-            return f"generated, none of the {'' if others else 'held-out '}instances {others}".strip()
-        n, data, eval_data = len(self._there(split)), *(Path(path or "").name for path in (self.data, self.eval_data))
-        part = f"{data}: the {split} part ({100 * self.held_out_share:g}%, chosen by a hash of the problem"
-        words = {"train": f"{part}, are held out)", "held-out": f"{part})", "all": f"{data or eval_data}, all of them"}
+            others = f"instances of {eval_data}" if eval_data else "held-out instances"
+            return f"generated, none of the {others}" if split == "train" else "generated, held-out instances alone"
+        n, how = len(self._there(split)), f"{100 * self.held_out_share:g}%, chosen by a hash of the problem"
+        words = {
+            "train": f"{data}: the train part ({how}, are held out)",
+            "held-out": f"{data}: the held-out part ({how})",
+            "all": f"{data or eval_data}, all of them",
+        }
         if eval_data:
             words["train"] = f"{data}: all but the instances of {eval_data}"
             words["held-out"] = f"{eval_data}, all held out"
@@ -197,6 +214,19 @@ class Task:
                 "data, or an eval_data file of other problems (sample.py: or --split all)"
             )
         return self.listed[split]
+
+
+def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
+    """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
+    places = (divmod(i, len(problems)) for i in range(step * n, step * n + n))
+    return [problems[_epoch_order(len(problems), seed, epoch)[at]] for epoch, at in places]
+
+
+@lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks
+def _epoch_order(n: int, seed: int, epoch: int) -> array:
+    order = list(range(n))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return array("L", order)
 
 
 def make_task(name: str, **options) -> Task:
@@ -213,11 +243,6 @@ def make_task(name: str, **options) -> Task:
         known = ", ".join(parameters) or "none"
         raise ValueError(f"the {name} task has no parameter {min(unknown)!r}; it has {known}")
     return kind(**options)
-
-
-def task_parameters(text: str) -> dict:
-    """Read the parameters of a task from a JSON object, the empty text as none; ValueError for anything else."""
-    return parse_object(text, "task parameters")
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -246,44 +271,6 @@ def parse_object(text: str, what: str) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{what} {text!r:.60} are no JSON object")
     return found
-
-
-# ---- what is held out
-
-
-def instance_key(problem: Problem) -> str:
-    """What makes two problems the same instance: their multiset of numbers where they have one, else the text.
-
-    Coarser than the problem itself (47 + 85, 85 + 47 and 85 - 47 are one instance), so nothing close leaks.
-    """
-    return str(sorted(problem.numbers)) if problem.numbers else problem.prompt
-
-
-def is_held_out(problem: Problem, share: float) -> bool:
-    """Whether the problem's instance falls into the held-out `share` (0 to 1); see `is_in_share`."""
-    return is_in_share(instance_key(problem), share)
-
-
-def is_in_share(key: str, share: float) -> bool:
-    """Whether the text falls, by a hash that never changes, into this share (0 to 1) of all texts."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _take(problems: list[Problem], n: int, seed: int, step: int) -> list[Problem]:
-    """Problems step*n ... step*n + n - 1 of an endless sequence of epochs, each epoch in its own shuffled order."""
-    taken: list[Problem] = []
-    while len(taken) < n:
-        epoch, start = divmod(step * n + len(taken), len(problems))
-        taken += [problems[i] for i in _epoch_order(len(problems), seed, epoch)[start : start + n - len(taken)]]
-    return taken
-
-
-@lru_cache(maxsize=8, typed=True)  # to shuffle half a million takes 0.2 s, and every step asks
-def _epoch_order(n: int, seed: int, epoch: int) -> array:
-    order = list(range(n))
-    random.Random(f"epoch {seed} {epoch}").shuffle(order)
-    return array("L", order)
 
 
 # ---- generated: numbers and operators drawn at random, kept where the running value stays in range
@@ -419,19 +406,19 @@ class Math(Task):
         return Problem(question, gold, "math")
 
 
-def code_problem(row: dict) -> Problem:
-    """A line of HumanEval, MBPP or a set of scripts' inputs and outputs as published; see programs.py."""
-    prompt, solution, tests = read_row(row)
-    return Problem(prompt, solution, "code", tests=tests)
-
-
 class Code(Task):
+    """HumanEval, MBPP, and sets of scripts' inputs and outputs as published; see programs.py."""
+
     name = "code"
     reads = tuple(
         "prompt test entry_point canonical_solution text test_list test_imports test_setup_code code "
         "question problem description input_output io solution".split()
     )
-    read = staticmethod(code_problem)
+
+    @staticmethod
+    def read(row: dict) -> Problem:
+        prompt, solution, tests = read_row(row)
+        return Problem(prompt, solution, "code", tests=tests)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -456,11 +443,7 @@ TASKS = tuple(KINDS)
 
 
 def read_json_lines(path: File, parse: Callable[[dict], Row]) -> list[Row]:
-    """What `parse` makes of each line's object (blank lines skipped).
-
-    Its ValueError becomes one that names the file and the line; ValueError too for a file that cannot be read, a line
-    that is no JSON object, and a file without a line.
-    """
+    """What `parse` makes of each line's object, blank lines skipped; ValueError names file, line and fault."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -577,88 +560,3 @@ def prefilled(prompt_text: str) -> str:
     '<think>'
     """
     return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
-
-
-# ---- countdown's mathematics: expressions made, and checked
-
-_FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-
-
-def fold(numbers: list[int], operators: list[str], max_result: int) -> int | None:
-    """Work `((n0 op n1) op n2) ...` from left to right; None where a result is no integer or leaves 0..max_result.
-
-    >>> fold([8, 2, 3], ["/", "*"], 24)
-    12
-    """
-    value = numbers[0]
-    for sign, number in zip(operators, numbers[1:], strict=True):
-        if sign == "/" and (number == 0 or value % number):
-            return None
-        value = _FOLD[sign](value, number)
-        if not 0 <= value <= max_result:
-            return None
-    return value
-
-
-_EXPRESSION = re.compile(r"[-+*/() 0-9]{1,256}")
-_NUMBER = re.compile(r"[0-9]+")
-_MAX_DEPTH = 64
-# Division is exact: with floats and a tolerance 300001 / 300000 would pass for 1.
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
-
-
-def check_countdown(equation: str, nums: tuple[int, ...] | list[int], target: int) -> bool:
-    """Whether the expression uses each given number exactly once and has exactly the value `target`.
-
-    One line of integers, + - * /, signs and parentheses; at most 256 characters between the outer blanks and 64 levels.
-    Everything else is False, and no text raises. Refused by choice: an equals sign,
-    a number left out, leading zeros (05), 2(3), LaTeX, other scripts' digits and operators, 5000 parentheses.
-
-    >>> check_countdown("5 * (5 - 1 / 5)", [1, 5, 5, 5], 24)
-    True
-    """
-    # Length, characters and numbers are settled before the parser sees anything: that keeps rubbish cheap.
-    if countdown_numbers(equation) != sorted(nums):
-        return False
-    value = countdown_value(equation)
-    return value is not None and value == target
-
-
-def countdown_numbers(equation: str) -> list[int] | None:
-    """The integers of an expression, sorted; None for a text that is too long or has characters of no expression.
-
-    >>> countdown_numbers("3 + 7 + 12"), countdown_numbers("x + 1")
-    ([3, 7, 12], None)
-    """
-    expression = equation.strip()
-    return sorted(map(int, _NUMBER.findall(expression))) if _EXPRESSION.fullmatch(expression) else None
-
-
-def countdown_value(equation: str) -> int | Fraction | None:
-    """The exact value of an expression such as `check_countdown` takes; None for all that it refuses.
-
-    >>> countdown_value("5 - 1 / 5"), countdown_value("2 ** 3")
-    (Fraction(24, 5), None)
-    """
-    expression = equation.strip()
-    if not _EXPRESSION.fullmatch(expression):
-        return None
-    try:
-        return _value(ast.parse(expression, mode="eval").body, _MAX_DEPTH)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
-
-
-def _value(node: ast.expr, depth: int) -> int | Fraction:
-    """The exact value of a parsed expression; ValueError for any node that countdown does not know."""
-    if depth == 0:
-        raise ValueError("nested too deep")
-    if isinstance(node, ast.Constant):
-        return node.value  # an int: letters, dots and quotes never reached the parser
-    if isinstance(node, ast.UnaryOp):
-        value = _value(node.operand, depth - 1)
-        return -value if isinstance(node.op, ast.USub) else value  # ~ and not never reached the parser
-    combine = _BINARY.get(type(getattr(node, "op", None)))
-    if combine is None:
-        raise ValueError("not an expression")
-    return combine(_value(node.left, depth - 1), _value(node.right, depth - 1))

@@ -48,11 +48,6 @@ class CodeTests:
     function: str = ""
     opening: str = ""
 
-    @property
-    def preamble(self) -> str:
-        """What stands before the function in the opening: imports, and functions that it may use."""
-        return _split(self.opening, self.function)[0]
-
 
 # ---- a row of a file
 
@@ -129,7 +124,7 @@ def text_field(row: dict, name: str) -> str:
 
 def _split(code: str, function: str) -> tuple[str, str]:
     """The code before the top-level definition of the function, and from there on (empty if there is none)."""
-    match = re.search(rf"^(?:async )?def {re.escape(function)}\b", code, re.MULTILINE) if function else None
+    match = re.search(rf"^(?:async )?def {re.escape(function)}\b", code, re.MULTILINE)
     return (code[: match.start()], code[match.start() :]) if match else (code, "")
 
 
@@ -159,8 +154,10 @@ def extract_code(text: str, function: str = "") -> str | None:
     for mark, code in blocks:
         kind = "before" if mark is None else "python" if _PYTHON.match(mark) else "unmarked"
         if kind == "python" or not mark and code.strip():
-            is_session = code.lstrip().startswith(">>>")
-            kinds["session" if is_session else kind].append(_without_prompts(code) if is_session else code)
+            if code.lstrip().startswith(">>>"):
+                kind, typed = "session", [line[4:] for line in code.splitlines() if line.startswith((">>>", "..."))]
+                code = "".join(f"{line}\n" for line in typed)
+            kinds[kind].append(code)
     definitions = _definitions(function)
     if definitions and not any(kinds.values()):  # a block of another mark that defines the function as Python does
         kinds["other"] = [code for _, code in blocks if definitions[0].search(code)]
@@ -204,11 +201,6 @@ def _closing(text: str, start: int, fence: str) -> re.Match | None:
     return inside
 
 
-def _without_prompts(session: str) -> str:
-    """What was typed in a session of Python's own prompt."""
-    return "".join(f"{line[4:]}\n" for line in session.splitlines() if line.startswith((">>>", "...")))
-
-
 def _definitions(function: str) -> list[re.Pattern]:
     """What defines the function at the top level: def, class or assignment; and import."""
     if not function:
@@ -233,7 +225,8 @@ def write_program(tests: CodeTests, text: str) -> str | None:
     is_body = re.search(r"^return\b", code, re.MULTILINE)  # whatever it imports, or calls as the function is called
     if not is_body and any(defines.search(code) for defines in _definitions(tests.function)):
         futures = "".join(_FUTURE.findall(code))  # have to come first
-        return f"{futures}{tests.preamble}\n{_FUTURE.sub('', code)}"
+        preamble, _ = _split(tests.opening, tests.function)  # imports, and functions that it may use
+        return f"{futures}{preamble}\n{_FUTURE.sub('', code)}"
     if _BODY.match(text):
         code = text  # it goes on where the opening ends; a block that follows is an example
     if _STRIPPED.fullmatch(code):
@@ -246,21 +239,16 @@ def write_program(tests: CodeTests, text: str) -> str | None:
 
 
 def judge_programs(problems: Sequence, texts: Sequence[str], timeout_s: float = 5) -> list[Verdict]:
-    """The verdict on each response to its problem (a tasks.Problem with `tests`), one a core at a time."""
+    """The verdict on each response (what follows the thinking) to its tasks.Problem with `tests`, one a core at a time.
+
+    All of a step at once take a tenth of the time of one after the other.
+    """
     jobs = [(write_program(p.tests, text), p.tests.tests) for p, text in zip(problems, texts, strict=True)]
     judged = iter(run_many([job for job in jobs if job[0] is not None], timeout_s))
     return [Verdict(False, "no Python block") if program is None else next(judged) for program, _ in jobs]
 
 
 def code_accuracies(problems: Sequence, texts: Sequence[str]) -> list[float | None]:
-    """`code_accuracy` of many responses at once: the way to judge a step, at a tenth of the time."""
+    """1.0 for each program that passes all tests, else 0.0; None if they could not be run. See `judge_programs`."""
     verdicts = judge_programs(problems, texts)
     return [None if verdict.passed is None else float(verdict.passed) for verdict in verdicts]
-
-
-def code_accuracy(problem, text: str) -> float | None:
-    """1.0 if the program in the text passes all tests, else 0.0; None without tests, or if they could not be run.
-
-    `text` is what follows the thinking.
-    """
-    return code_accuracies([problem], [text])[0] if isinstance(problem.tests, CodeTests) else None
