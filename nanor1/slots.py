@@ -131,17 +131,17 @@ class Slots:
         return length if self.cache.k[0].dtype == torch.float32 else self.cache.max_len
 
     def look(self) -> Callable[[], list[list[int]]]:
-        """How far slots are: is_running and n_new of each, once asked; on CUDA copied while the device goes on."""
-        state_2S = torch.stack((self.is_running.long(), self.n_new))
-        if not state_2S.is_cuda:
-            return state_2S.tolist
-        copied_2S = torch.empty(state_2S.shape, dtype=torch.int64, pin_memory=True).copy_(state_2S, non_blocking=True)
+        """How far slots are, once asked: is_running, is_stopped, n_new; on CUDA copied while the device goes on."""
+        state_3S = torch.stack((self.is_running.long(), self.is_stopped.long(), self.n_new))
+        if not state_3S.is_cuda:
+            return state_3S.tolist
+        copied_3S = torch.empty(state_3S.shape, dtype=torch.int64, pin_memory=True).copy_(state_3S, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
 
         def read() -> list[list[int]]:
             arrived.synchronize()
-            return copied_2S.tolist()
+            return copied_3S.tolist()
 
         return read
 
