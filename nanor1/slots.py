@@ -3,8 +3,6 @@
 A slot holds one request: a row of the key/value cache and the counters that go with it. A step advances the slots of a
 list by a token, entirely on the device: nothing in it depends on a length that the host knows, so that CUDA can capture
 it once and replay it.
-
-Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
 """
 
 from collections.abc import Callable, Sequence

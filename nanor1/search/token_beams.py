@@ -4,8 +4,6 @@ All prompts are searched at once. The live beams of all of them are the first ro
 stays in its parent's row if it can, and of the others whole rows are copied.
 
 Left out: diversity penalties, sampling within the beam.
-
-Letters: B live beams of a prompt, R those of all, V vocabulary, C hidden width.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,19 +93,19 @@ def token_beam_search(
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     beams = [_TokenBeam(len(ids), limits[i], width, length_penalty, rows=[i]) for i, ids in enumerate(prompts)]
     model.reorder_weights()
-    read, hidden_RC = prefill(model, prompts, [read_beginning(model, prompts)] * len(prompts))
+    read, hidden_BC = prefill(model, prompts, [read_beginning(model, prompts)] * len(prompts))
     cache = KVCache(model, len(prompts) * width, max(beam.n_prompt + beam.limit for beam in beams))
-    row_R = index_tensor(range(len(prompts)), hidden_RC.device)
-    cache.copy_rows(read, row_R, row_R, read.max_len)
+    row_B = index_tensor(range(len(prompts)), hidden_BC.device)
+    cache.copy_rows(read, row_B, row_B, read.max_len)
     going = beams
     while going:
-        logits_RV = model.logits(hidden_RC)[:, :vocab_size].float()
+        logits_BV = model.logits(hidden_BC)[:, :vocab_size].float()
         before = sum(beam.n_sampled for beam in going)
         for beam in going:
-            beam.grow(logits_RV[beam.rows], stop_ids)
+            beam.grow(logits_BV[beam.rows], stop_ids)
         on_progress(sum(beam.n_sampled for beam in going) - before, [beam.n_sampled for beam in going if not beam.live])
         if going := [beam for beam in going if beam.live]:
-            hidden_RC = _decode(model, going, cache)
+            hidden_BC = _decode(model, going, cache)
     return [Found(b.finished, [*map(b.worth, b.finished)], b.n_sampled, n_prompt=b.n_prompt) for b in beams]
 
 
@@ -123,6 +121,6 @@ def _decode(model: Transformer, going: list[_TokenBeam], cache: KVCache) -> Tens
     last = [(beam.n_prompt + len(made.ids) - 1, made.ids[-1]) for beam in going for made in beam.live]
     positions, tokens = zip(*(place for _, place in sorted(zip(rows, last, strict=True))), strict=True)
     index = [index_tensor(numbers, cache.k[0].device) for numbers in (row_of.values(), row_of, tokens, positions)]
-    from_R, to_R, token_R, position_R = index
-    cache.copy_rows(cache, from_R, to_R, max(positions))
-    return model.decode(token_R, position_R, cache, max(positions) + 1)
+    from_B, to_B, token_B, position_B = index
+    cache.copy_rows(cache, from_B, to_B, max(positions))
+    return model.decode(token_B, position_B, cache, max(positions) + 1)
