@@ -30,14 +30,15 @@ from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.judge import Actor, make_rules, request_seed
 from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
-from nanor1.options import TaskOptions, load_task, own_rewards
+from nanor1.options import TaskOptions, as_miniature_run, load_task, own_rewards
 from nanor1.run.config import MANY, option, option_name, user_errors
+from nanor1.run.start import open_log, read_command_line
 from nanor1.sampler import Sampler
 from nanor1.stages import distillation, sft
 from nanor1.stages.teacher import Teacher, load_teaching
 from nanor1.tasks.problems import TASKS, parse_object
 from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter
-from nanor1.training import Run, RunConfig, as_miniature_run, open_log, read_command_line
+from nanor1.training import Run, RunConfig
 
 
 def asks_teacher(config: "Config") -> bool:

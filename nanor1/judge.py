@@ -46,10 +46,6 @@ class Actor:
     config: Any  # of the script
     tokens_per_batch: int  # of a forward pass
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
-
     def answer(self, problems: list[Problem], seed: int) -> list[list[Rollout]]:
         """`--completions` judged answers to each problem."""
         c = self.config
@@ -57,7 +53,10 @@ class Actor:
         return answer(self.sampler, self.prompter, problems, self.rules, **sampling)
 
 
-def act(
+# ---- a step of reinforcement learning: which problems, which rewards, and which completions are learned from
+
+
+def act_and_judge(
     actor: Actor, reference: Transformer | None, n_drawn: int
 ) -> tuple[list[list[Rollout]], list[list[float | None]]]:
     """Sample and judge a step's groups; returns rollouts_PG and advantages_PG.
@@ -132,13 +131,13 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
     config, values = actor.config, torch.zeros(len(rollouts))
     for batch in pack(to_items(rollouts), actor.tokens_per_batch):
         batch = batch.to(reference.head_weight_VC.device)
-        ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
+        ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.prompter.tokenizer.vocab_size)
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
         values.index_add_(0, batch.item_M.cpu(), k1_M.cpu())
     return values.tolist()
 
 
-# ---- judge
+# ---- answers and their rewards
 
 
 def make_rules(prompter: Prompter, **fields) -> Rules:
