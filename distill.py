@@ -141,13 +141,7 @@ def main() -> None:
         exam = Exam(run, student, held_out)
         exam.before()
         for step in run.steps():
-            if config.method == "on-policy":
-                metrics = learn_on_policy(run, student, teacher, step)
-                run.warn_of_gap(metrics)
-            else:
-                batch = sft.sample_examples([(examples, 1.0)], config.examples, config.seed, step)
-                metrics = learn_logits(run, teacher, batch) if config.method == "logits" else learn_traces(run, batch)
-                metrics["tokens"] = sum(len(example.ids) - 1 for example in batch)
+            metrics = learn(run, student, teacher, examples, step)
             run.update()
             run.record(metrics | {"tokens_per_s": metrics["tokens"] / run.step_s}, evaluate=exam.during)
         if not run.is_stopped():
@@ -155,22 +149,24 @@ def main() -> None:
             log.say(f"next: python sample.py --model {log.folder} ...")
 
 
-# ---- the three methods: each adds the gradient of one update and returns its metrics
+# ---- the three methods
 
 
-def learn_traces(run: Run, examples: list[gradient.Example]) -> dict:
-    vocab_size, loss_scale = run.tokenizer.vocab_size, run.optimizer.loss_scale
-    return {"loss": gradient.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
-
-
-def learn_logits(run: Run, teacher: Teacher, examples: list[gradient.Example]) -> dict:
+def learn(run: Run, student: Actor, teacher: Teacher | None, examples: list[gradient.Example], step: int) -> dict:
+    """Add the gradient of one update by the run's method; returns its metrics."""
     config = run.config
-    settings = distillation.DivergenceSettings(
-        run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
-    )
-    return distillation.add_gradient(
-        run.workers, teacher.model, examples, run.tokens_per_batch, settings, run.optimizer.loss_scale
-    )
+    if config.method == "on-policy":
+        return learn_on_policy(run, student, teacher, step)
+    batch = sft.sample_examples([(examples, 1.0)], config.examples, config.seed, step)
+    vocab_size, n_tokens, loss_scale = run.tokenizer.vocab_size, run.tokens_per_batch, run.optimizer.loss_scale
+    if config.method == "traces":
+        metrics = {"loss": gradient.add_gradient(run.workers, batch, n_tokens, vocab_size, loss_scale)}
+    else:
+        settings = distillation.DivergenceSettings(
+            vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
+        )
+        metrics = distillation.add_gradient(run.workers, teacher.model, batch, n_tokens, settings, loss_scale)
+    return metrics | {"tokens": sum(len(example.ids) - 1 for example in batch)}
 
 
 def learn_on_policy(run: Run, student: Actor, teacher: Teacher, step: int) -> dict:
@@ -182,6 +178,7 @@ def learn_on_policy(run: Run, student: Actor, teacher: Teacher, step: int) -> di
     advantages = distillation.teacher_advantages(teacher.model, rollouts, config.temperature, vocab_size, n_tokens)
     settings = LossSettings(config.temperature, vocab_size, n_tokens, loss_scale=run.optimizer.loss_scale)
     learned = step_metrics([add_policy_gradient(run.workers, None, rollouts, advantages, settings)])
+    run.warn_of_gap(learned)
     return {
         "reverse_kl": distillation.reverse_kl(advantages),
         "accuracy": mean(rollout.parts["accuracy"] for rollout in rollouts),  # for the log alone
