@@ -18,6 +18,7 @@ choice of its answers in nanor1/stages/rejection_sampling.py, what keeps house a
 import inspect
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -140,10 +141,11 @@ def main() -> None:
         held_out = student.task.part("held-out", config.eval_problems) if student.task else []
         exam = Exam(run, student, held_out)
         exam.before()
+        evaluate = partial(exam.during, config.eval_samples)
         for step in run.steps():
             metrics = learn(run, student, teacher, examples, step)
             run.update()
-            run.record(metrics | {"tokens_per_s": metrics["tokens"] / run.step_s}, evaluate=exam.during)
+            run.record(metrics | {"tokens_per_s": metrics["tokens"] / run.step_s}, evaluate=evaluate)
         if not run.is_stopped():
             exam.after()
             log.say(f"next: python sample.py --model {log.folder} ...")

@@ -173,18 +173,21 @@ def main() -> None:
         peak = peak_flops(run.device, run.dtype, log.say)
         exam = Exam(run, actor, actor.task.part("held-out", config.eval_problems))
         exam.before()
+        evaluate = partial(exam.during, config.eval_samples_during, keeps_best=True)
         for step in run.steps():
             rollouts_PG, advantages_PG = act_and_judge(actor, run.reference, run.progress.n_drawn)
             rollout_s = run.step_s
             run.progress.n_drawn += len(rollouts_PG)
             report_what_failed(log, actor, rollouts_PG)
+
             learned = learn(run, actor, rollouts_PG, advantages_PG, step)
+            run.warn_of_gap(learned, ", or --importance-cap 2")
             if run.reference and is_due(config.reference_every, step + 1):
                 run.reference.load_state_dict(run.model.state_dict())
-            run.warn_of_gap(learned, ", or --importance-cap 2")
+
             metrics = describe(rollouts_PG, advantages_PG) | learned
             metrics |= throughput(rollouts_PG, rollout_s, learned, peak)
-            run.record(metrics, rollout_rows(rollouts_PG, config.log_rollouts), partial(evaluate_during, exam))
+            run.record(metrics, rollout_rows(rollouts_PG, config.log_rollouts), evaluate)
         if not run.is_stopped():
             exam.after()
             if config.model.startswith(NAMESPACE):
@@ -319,16 +322,6 @@ def rollout_rows(rollouts_PG: list[list[Rollout]], n: int) -> list[dict]:
         }
         for g, p, rollout in islice(flat, n)
     ]
-
-
-def evaluate_during(exam: Exam) -> dict:
-    """An evaluation's metrics; the best one so far is noted, and its checkpoint kept."""
-    progress = exam.run.progress
-    evaluation, _ = exam.take(exam.run.config.eval_samples_during)
-    score = evaluation.reward if evaluation.accuracy is None else evaluation.accuracy
-    if score is not None and (progress.best_step is None or score > progress.best_accuracy):
-        progress.best_step, progress.best_accuracy = progress.step, score
-    return evaluation.to_dict()
 
 
 if __name__ == "__main__":

@@ -64,9 +64,15 @@ class Exam:
         progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
         self.run.begin(evaluation.to_dict(), str(evaluation))
 
-    def during(self) -> dict:
-        """The figures of an evaluation during the run; none where nothing is held out."""
-        return self.take(self.run.config.eval_samples)[0].to_dict() if self.problems else {}
+    def during(self, samples: int, keeps_best: bool = False) -> dict:
+        """The figures of an evaluation during the run, of which the best one's checkpoint may be kept."""
+        if not self.problems:
+            return {}
+        (evaluation, _), progress = self.take(samples), self.run.progress
+        score = evaluation.reward if evaluation.accuracy is None else evaluation.accuracy
+        if keeps_best and score is not None and (progress.best_step is None or score > progress.best_accuracy):
+            progress.best_step, progress.best_accuracy = progress.step, score
+        return evaluation.to_dict()
 
     def after(self) -> None:
         """Evaluate the trained model; say and write what the run came to."""
