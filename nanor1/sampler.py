@@ -228,7 +228,7 @@ class _Request:
     limit: int  # of new tokens, which the end of the model's context may cut
     row: int = 0  # of the cache in which its prompt was read
     n_new: int = 0  # tokens made, at the last look
-    is_stopped: bool = False
+    holds_text: bool = False  # one of the stop texts
     ids: list[int] = field(default_factory=list)  # its tokens so far, where stop texts are sought in them
     made: Completion | None = None  # in the end
 
@@ -421,10 +421,10 @@ class _Batch:
             request.ids.append(token)
             # few tokens can be the last one of a text, and only these are worth reading what stands before them
             if self.sampling.stop_texts and self.may_end_text(token) and _holds_text(self.sampling, request.ids):
+                request.holds_text = True
                 ended.append(slot)
         if ended:
-            slot_B = self.index(ended)
-            self.slots.is_stopped[slot_B], self.slots.is_running[slot_B] = True, False
+            self.slots.is_running[self.index(ended)] = False
 
     def advance(self) -> list[_Request]:
         """Let requests begin, or those that run go on; then retire which have finished, and return them.
@@ -436,10 +436,10 @@ class _Batch:
         if len(self.looks) <= self.looks_late:
             return []
         request_of, read = self.looks.popleft()
-        is_running_S, is_stopped_S, n_new_S = read()
+        is_running_S, n_new_S = read()
         n_before = sum(request.n_new for request in request_of.values())
         for slot, request in request_of.items():
-            request.n_new, request.is_stopped = n_new_S[slot], bool(is_stopped_S[slot])
+            request.n_new = n_new_S[slot]
         ended = {slot: request for slot, request in request_of.items() if not is_running_S[slot]}
         # slots that have another request by now are left alone
         finished = {slot: request for slot, request in ended.items() if self.request_of.get(slot) == request}
@@ -454,7 +454,7 @@ class _Batch:
         """Keep what finished slots have made, and free them."""
         slot_B, slots, cache = self.index(finished), self.slots, None
         if self.keep:
-            length = int(slots.position[slot_B].max())
+            length = max(len(request.prompt.ids) + request.n_new - 1 for request in finished.values())
             cache = KVCache(self.model, len(finished), length)
             cache.copy_rows(slots.cache, slot_B, self.index(range(len(finished))), length)
         longest = max(request.n_new for request in finished.values())  # rows have room for the limit
@@ -488,7 +488,7 @@ class _Batch:
                         f"the model's logits after prompt {request.number} are not numbers: look for nan in its weights"
                     )
                 kept = Kept(cache, b, [*request.prompt.ids, *ids[:-1]]) if cache else None
-                finish = "stop" if request.is_stopped else "length"
+                finish = "stop" if request.holds_text or ids[-1] in self.sampling.stop_ids else "length"
                 request.made = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
         self.harvests.clear()
 
