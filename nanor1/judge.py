@@ -173,8 +173,8 @@ def judge_all(
     Answers to what is no problem are read and not judged.
     """
     flat = [
-        Rollout(problem, prompt[1], made, read_response(prompt, made, tokenizer, rules.next_turn), None, {})
-        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
+        Rollout(problem, ids, made, read_response(text, made, tokenizer, rules.next_turn), None, {})
+        for problem, (text, ids), group in zip(problems, prompts, completions_PG, strict=True)
         for made in group
     ]
     code = [i for i, r in enumerate(flat) if r.problem and r.problem.task == "code" and "accuracy" not in rules.own]
@@ -188,11 +188,11 @@ def judge_all(
     return [[next(judged) for _ in group] for group in completions_PG]
 
 
-def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
+def read_response(prompt: str, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
     """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
     ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
     text = tokenizer.decode(ids)
-    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
+    return prefilled(prompt) + (text.partition(next_turn)[0] if next_turn else text)
 
 
 def judge(rollout: Rollout, known: dict[str, float | None], score: float | None, rules: Rules) -> Rollout:
