@@ -170,6 +170,14 @@ class Run:
     def _lr(self, step: int) -> float:
         return learning_rate(step, self.n_steps, self.config.lr, self.config.warmup, self.config.decay)
 
+    def begin(self, before: dict, said: str) -> None:
+        """Keep and say the starting model's evaluation; a run that stops here, or has no steps, need not repeat it."""
+        self.progress.before = before
+        self.log.metrics(0, eval_metrics(before))
+        self.log.say(f"before: {said}\n")
+        if self.interrupt.is_asked or not self.n_steps:
+            self.save()
+
     def steps(self) -> Iterator[int]:
         """The steps to make, from 0; a resumed run's where it stopped. Ctrl-C ends them after the one it falls in."""
         while self.progress.step < self.n_steps and not self.interrupt.is_asked:
@@ -236,14 +244,6 @@ class Run:
             keep_last=config.keep_last,
             keep_best=progress.best_step,
         )
-
-    def begin(self, before: dict, said: str) -> None:
-        """Keep and say the starting model's evaluation; a run that stops here, or has no steps, need not repeat it."""
-        self.progress.before = before
-        self.log.metrics(0, eval_metrics(before))
-        self.log.say(f"before: {said}\n")
-        if self.interrupt.is_asked or not self.n_steps:
-            self.save()
 
     def is_stopped(self) -> bool:
         """Whether Ctrl-C ended the steps; says how the run goes on."""
