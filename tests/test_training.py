@@ -308,3 +308,5 @@ def test_data_files_that_were_edited_added_or_left_out_are_named_and_a_run_that_
         "c is gone, or no longer given,",
     ]
     assert start.changed_data(before, dict(before)) == start.changed_data(None, before) == []
+    assert start.changed_data(before, {"a": "1", "b": "2", "moved": "3"}) == []
+    assert start.changed_data(before, before | {"a": "2", "b": "1"}) == ["a has changed", "b has changed"]
