@@ -18,6 +18,7 @@ choice of its answers in nanor1/stages/rejection_sampling.py, what keeps house a
 import inspect
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +31,15 @@ from nanor1.grpo import add_gradient as add_policy_gradient
 from nanor1.judge import Actor, make_rules, request_seed
 from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
-from nanor1.options import TaskOptions, load_task, own_rewards
+from nanor1.options import TaskOptions, as_miniature_run, load_task, own_rewards
 from nanor1.run.config import MANY, option, option_name, user_errors
+from nanor1.run.start import open_log, read_command_line
 from nanor1.sampler import Sampler
 from nanor1.stages import distillation, sft
 from nanor1.stages.teacher import Teacher, load_teaching
 from nanor1.tasks.problems import TASKS, parse_object
 from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter
-from nanor1.training import Run, RunConfig, as_miniature_run, open_log, read_command_line
+from nanor1.training import Run, RunConfig
 
 
 def asks_teacher(config: "Config") -> bool:
@@ -139,37 +141,34 @@ def main() -> None:
         held_out = student.task.part("held-out", config.eval_problems) if student.task else []
         exam = Exam(run, student, held_out)
         exam.before()
+        evaluate = partial(exam.during, config.eval_samples)
         for step in run.steps():
-            if config.method == "on-policy":
-                metrics = learn_on_policy(run, student, teacher, step)
-                run.warn_of_gap(metrics)
-            else:
-                batch = sft.sample_examples([(examples, 1.0)], config.examples, config.seed, step)
-                metrics = learn_logits(run, teacher, batch) if config.method == "logits" else learn_traces(run, batch)
-                metrics["tokens"] = sum(len(example.ids) - 1 for example in batch)
+            metrics = learn(run, student, teacher, examples, step)
             run.update()
-            run.record(metrics | {"tokens_per_s": metrics["tokens"] / run.step_s}, evaluate=exam.during)
+            run.record(metrics | {"tokens_per_s": metrics["tokens"] / run.step_s}, evaluate=evaluate)
         if not run.is_stopped():
             exam.after()
             log.say(f"next: python sample.py --model {log.folder} ...")
 
 
-# ---- the three methods: each adds the gradient of one update and returns its metrics
+# ---- the three methods
 
 
-def learn_traces(run: Run, examples: list[gradient.Example]) -> dict:
-    vocab_size, loss_scale = run.tokenizer.vocab_size, run.optimizer.loss_scale
-    return {"loss": gradient.add_gradient(run.workers, examples, run.tokens_per_batch, vocab_size, loss_scale)}
-
-
-def learn_logits(run: Run, teacher: Teacher, examples: list[gradient.Example]) -> dict:
+def learn(run: Run, student: Actor, teacher: Teacher | None, examples: list[gradient.Example], step: int) -> dict:
+    """Add the gradient of one update by the run's method; returns its metrics."""
     config = run.config
-    settings = distillation.DivergenceSettings(
-        run.tokenizer.vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
-    )
-    return distillation.add_gradient(
-        run.workers, teacher.model, examples, run.tokens_per_batch, settings, run.optimizer.loss_scale
-    )
+    if config.method == "on-policy":
+        return learn_on_policy(run, student, teacher, step)
+    batch = sft.sample_examples([(examples, 1.0)], config.examples, config.seed, step)
+    vocab_size, n_tokens, loss_scale = run.tokenizer.vocab_size, run.tokens_per_batch, run.optimizer.loss_scale
+    if config.method == "traces":
+        metrics = {"loss": gradient.add_gradient(run.workers, batch, n_tokens, vocab_size, loss_scale)}
+    else:
+        settings = distillation.DivergenceSettings(
+            vocab_size, config.divergence, config.beta, config.divergence_temperature, config.hard_weight
+        )
+        metrics = distillation.add_gradient(run.workers, teacher.model, batch, n_tokens, settings, loss_scale)
+    return metrics | {"tokens": sum(len(example.ids) - 1 for example in batch)}
 
 
 def learn_on_policy(run: Run, student: Actor, teacher: Teacher, step: int) -> dict:
@@ -181,6 +180,7 @@ def learn_on_policy(run: Run, student: Actor, teacher: Teacher, step: int) -> di
     advantages = distillation.teacher_advantages(teacher.model, rollouts, config.temperature, vocab_size, n_tokens)
     settings = LossSettings(config.temperature, vocab_size, n_tokens, loss_scale=run.optimizer.loss_scale)
     learned = step_metrics([add_policy_gradient(run.workers, None, rollouts, advantages, settings)])
+    run.warn_of_gap(learned)
     return {
         "reverse_kl": distillation.reverse_kl(advantages),
         "accuracy": mean(rollout.parts["accuracy"] for rollout in rollouts),  # for the log alone

@@ -24,11 +24,12 @@ from nanor1.miniature import find_miniature
 from nanor1.model import Transformer
 from nanor1.run.config import MANY, apply_preset, option, user_errors
 from nanor1.run.machine import peak_flops
+from nanor1.run.start import open_log, read_command_line
 from nanor1.stages import reward_model, sft
 from nanor1.stages.sources import read_sources
 from nanor1.tasks.problems import HELD_OUT_SHARE, parse_object
 from nanor1.tasks.prompts import ChatOptions
-from nanor1.training import Run, RunConfig, open_log, read_command_line
+from nanor1.training import Run, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +178,8 @@ def describe(measured: dict) -> str:
 
 def finish(run: Run, after: dict | None) -> None:
     """Say and write what the run came to."""
-    run.summarize(after)
-    if after:
-        run.log.say(f"\nbefore: {describe(run.progress.before)}\nafter:  {describe(after)}")
-    run.say_end()
+    said = [f"\nbefore: {describe(run.progress.before)}\nafter:  {describe(after)}"] if after else []
+    run.finish(after, said)
     use = "train_zero.py --rewards accuracy=1,format=0.1,preference=0.5 --reward-model"
     use = use if run.config.objective == "preference" else "sample.py --model"
     run.log.say(f"next: python {use} {run.log.folder} ...")

@@ -20,20 +20,21 @@ import nanor1.run.openmp  # noqa: F401  # isort: skip  (before torch)
 
 from nanor1.evaluation.exam import Exam, ExamOptions, shorten
 from nanor1.grpo import LossSettings, Rollout, add_gradient, describe, mean, step_metrics
-from nanor1.judge import Actor, act, choose, make_rules
+from nanor1.judge import Actor, act_and_judge, choose, make_rules
 from nanor1.miniature import MINIATURES, NAMESPACE, find_miniature
 from nanor1.model import Transformer
-from nanor1.options import TaskOptions, load_task, own_rewards, report_failures
+from nanor1.options import TaskOptions, as_miniature_run, load_task, own_rewards, report_failures
 from nanor1.rewards import NAMES, overlong_penalty, parse_rewards
 from nanor1.run.checkpoint import model_folder
 from nanor1.run.config import MANY, apply_preset, option, user_errors
 from nanor1.run.log import RunLog
 from nanor1.run.machine import peak_flops
+from nanor1.run.start import open_log, read_command_line
 from nanor1.sampler import Sampler
 from nanor1.stages.reward_model import load_reward_model, to_preference
 from nanor1.tasks.problems import TASKS, parse_object
 from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter
-from nanor1.training import Run, RunConfig, as_miniature_run, is_due, open_log, read_command_line
+from nanor1.training import Run, RunConfig, is_due
 
 HAS_KL = ("--kl-coef above 0", lambda config: config.kl_coef > 0)
 IS_REUSED = ("--minibatches 2 or more", lambda config: config.minibatches > 1)
@@ -86,10 +87,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
         "k2", "as a loss by k2 or (DeepSeek, biased) k3, or k1 in the reward", needs=HAS_KL
     )
     reference_every: int = option(
-        0,
-        "renew the reference every so many steps; 0: it stays the start",
-        least=0,
-        needs=HAS_KL,
+        0, "renew the reference every so many steps; 0: it stays the start", least=0, needs=HAS_KL
     )
     importance_cap: float = option(
         0.0, "cap of the sampler-trainer importance weight (about 2); 0: off", least=0, most=1e6
@@ -102,12 +100,7 @@ class Config(RunConfig, ExamOptions, TaskOptions, PromptOptions):
         20, "evaluate every so many steps; 0: only before and after", "evaluation and saving", least=0
     )
     eval_samples_during: int = option(
-        1,
-        "samples a problem in evaluations during the run",
-        "during the run",
-        least=1,
-        most=MANY,
-        needs=SAMPLES_DURING,
+        1, "samples a problem in evaluations during the run", "during the run", least=1, most=MANY, needs=SAMPLES_DURING
     )
     save_every: int = option(20, "checkpoint every so many steps; 0: only at the end", least=0)
     log_rollouts: int = option(
@@ -180,18 +173,21 @@ def main() -> None:
         peak = peak_flops(run.device, run.dtype, log.say)
         exam = Exam(run, actor, actor.task.part("held-out", config.eval_problems))
         exam.before()
+        evaluate = partial(exam.during, config.eval_samples_during, keeps_best=True)
         for step in run.steps():
-            rollouts_PG, advantages_PG = act(actor, run.reference, run.progress.n_drawn)
+            rollouts_PG, advantages_PG = act_and_judge(actor, run.reference, run.progress.n_drawn)
             rollout_s = run.step_s
             run.progress.n_drawn += len(rollouts_PG)
             report_what_failed(log, actor, rollouts_PG)
+
             learned = learn(run, actor, rollouts_PG, advantages_PG, step)
+            run.warn_of_gap(learned, ", or --importance-cap 2")
             if run.reference and is_due(config.reference_every, step + 1):
                 run.reference.load_state_dict(run.model.state_dict())
-            run.warn_of_gap(learned, ", or --importance-cap 2")
+
             metrics = describe(rollouts_PG, advantages_PG) | learned
             metrics |= throughput(rollouts_PG, rollout_s, learned, peak)
-            run.record(metrics, rollout_rows(rollouts_PG, config.log_rollouts), partial(evaluate_during, exam))
+            run.record(metrics, rollout_rows(rollouts_PG, config.log_rollouts), evaluate)
         if not run.is_stopped():
             exam.after()
             if config.model.startswith(NAMESPACE):
@@ -273,7 +269,7 @@ def loss_settings(actor: Actor, rollouts_PG: list[list[Rollout]]) -> LossSetting
     config = actor.config
     return LossSettings(
         temperature=config.temperature,
-        vocab_size=actor.tokenizer.vocab_size,
+        vocab_size=actor.prompter.tokenizer.vocab_size,
         tokens_per_batch=actor.tokens_per_batch,
         aggregate=config.aggregate,
         constant_length=config.max_new_tokens,
@@ -326,16 +322,6 @@ def rollout_rows(rollouts_PG: list[list[Rollout]], n: int) -> list[dict]:
         }
         for g, p, rollout in islice(flat, n)
     ]
-
-
-def evaluate_during(exam: Exam) -> dict:
-    """An evaluation's metrics; the best one so far is noted, and its checkpoint kept."""
-    progress = exam.run.progress
-    evaluation, _ = exam.take(exam.run.config.eval_samples_during)
-    score = evaluation.reward if evaluation.accuracy is None else evaluation.accuracy
-    if score is not None and (progress.best_step is None or score > progress.best_accuracy):
-        progress.best_step, progress.best_accuracy = progress.step, score
-    return evaluation.to_dict()
 
 
 if __name__ == "__main__":

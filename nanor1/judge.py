@@ -46,10 +46,6 @@ class Actor:
     config: Any  # of the script
     tokens_per_batch: int  # of a forward pass
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompter.tokenizer
-
     def answer(self, problems: list[Problem], seed: int) -> list[list[Rollout]]:
         """`--completions` judged answers to each problem."""
         c = self.config
@@ -57,7 +53,10 @@ class Actor:
         return answer(self.sampler, self.prompter, problems, self.rules, **sampling)
 
 
-def act(
+# ---- a step of reinforcement learning: which problems, which rewards, and which completions are learned from
+
+
+def act_and_judge(
     actor: Actor, reference: Transformer | None, n_drawn: int
 ) -> tuple[list[list[Rollout]], list[list[float | None]]]:
     """Sample and judge a step's groups; returns rollouts_PG and advantages_PG.
@@ -132,13 +131,13 @@ def sequence_kl(reference: Transformer, rollouts: list[Rollout], actor: Actor) -
     config, values = actor.config, torch.zeros(len(rollouts))
     for batch in pack(to_items(rollouts), actor.tokens_per_batch):
         batch = batch.to(reference.head_weight_VC.device)
-        ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.tokenizer.vocab_size)
+        ref_logp_M, _ = completion_logprobs(reference, batch, config.temperature, actor.prompter.tokenizer.vocab_size)
         k1_M = kl_estimate(batch.sampler_logp_M, ref_logp_M, "k1")
         values.index_add_(0, batch.item_M.cpu(), k1_M.cpu())
     return values.tolist()
 
 
-# ---- judge
+# ---- answers and their rewards
 
 
 def make_rules(prompter: Prompter, **fields) -> Rules:
@@ -174,8 +173,8 @@ def judge_all(
     Answers to what is no problem are read and not judged.
     """
     flat = [
-        Rollout(problem, prompt[1], made, read_response(prompt, made, tokenizer, rules.next_turn), None, {})
-        for problem, prompt, group in zip(problems, prompts, completions_PG, strict=True)
+        Rollout(problem, ids, made, read_response(text, made, tokenizer, rules.next_turn), None, {})
+        for problem, (text, ids), group in zip(problems, prompts, completions_PG, strict=True)
         for made in group
     ]
     code = [i for i, r in enumerate(flat) if r.problem and r.problem.task == "code" and "accuracy" not in rules.own]
@@ -189,11 +188,11 @@ def judge_all(
     return [[next(judged) for _ in group] for group in completions_PG]
 
 
-def read_response(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
+def read_response(prompt: str, completion: Completion, tokenizer: Tokenizer, next_turn: str) -> str:
     """The text to judge: what the prompt pre-filled and what the model made of it, without what ends it."""
     ids = completion.ids[:-1] if completion.ids[-1] in tokenizer.stop_ids else completion.ids
     text = tokenizer.decode(ids)
-    return prefilled(prompt[0]) + (text.partition(next_turn)[0] if next_turn else text)
+    return prefilled(prompt) + (text.partition(next_turn)[0] if next_turn else text)
 
 
 def judge(rollout: Rollout, known: dict[str, float | None], score: float | None, rules: Rules) -> Rollout:

@@ -4,18 +4,20 @@ How a model is asked is in prompts.py, what training alone takes in training.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from nanor1.miniature import miniature_task, own_miniature
+from nanor1.miniature import Miniature, miniature_task, own_miniature
 from nanor1.rewards import OwnReward, read_reward_file
-from nanor1.run.config import option
+from nanor1.run.config import apply_preset, option, option_name
 from nanor1.tasks.problems import Task, make_task, parse_fields, parse_object
 from nanor1.tokenizer import Tokenizer
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,15 @@ class TaskOptions:
     reward_file: str | None = option(
         None, "your Python file of functions (problem, text) -> float or None, each a reward; see nanor1/rewards.py"
     )
+
+
+def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, settings: dict) -> C:
+    """The miniature's own task and `settings`, less what was given; ValueError where another task was given."""
+    for name in given & {"data", "eval_data", "task_args"}:
+        raise ValueError(f"{option_name(name)} is for pretrained models: a miniature generates its problems")
+    if "task" in given and config.task != miniature.task:
+        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
+    return replace(apply_preset(config, given, settings), task=miniature.task)
 
 
 def load_task(options: TaskOptions, name: str, tokenizer: Tokenizer, parts: Sequence[str]) -> Task:

@@ -1,32 +1,27 @@
 """KV-cache generation for many ragged requests at once.
 
 A request is one completion of one prompt. Requests wait in line for a slot of the cache (continuous batching); all that
-have one advance by a token a step. A finished request frees its slot for the next in line. A prompt is prefilled once,
-through the packed forward of training; its keys and values are copied to each of its n slots. What all prompts of a
-call begin with, such as worked examples, is read once.
+have one advance by a token a step, and one that has finished frees its slot. A prompt is read once, through the packed
+forward of training, and its keys and values are copied to each of its n slots. What all prompts of a call begin with,
+such as worked examples, is read once.
 
 On a GPU the step is captured in CUDA graphs, one for each of a few numbers of rows, and replayed several times between
-looks at which requests have finished; the answer to a look is read while the next steps run. A graph works on fixed
-memory: the slots, and a list of which of them to advance. On a CPU a step looks at its rows at once, and the last
-active rows are moved into the places of finished ones, so that the active rows are always the first: attention then
-reads a plain slice of the cache, and a finished row costs nothing. Matrices are multiplied by in a copy that is laid
-out for few rows (model.py).
+looks at which requests have finished; the answer to a look is read while the next steps run. On a CPU each step is
+looked at, and the last active rows move into the places of finished ones, so that the active rows are always the first:
+attention then reads a plain slice of the cache, and a finished row costs nothing.
 
-The randomness of a token depends on its prompt's seed (or the one seed and the prompt's index), the completion's index
-and the position alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still
-differ in their last bits with the shape of the batch (floating-point sums are not associative), and a draw that falls
-between the two then gives another token.
+A draw depends on its prompt's seed (or the one seed and the prompt's index), the completion's index and the position
+alone, so a request draws the same numbers whichever slot or batch it runs in. The logits may still differ in their last
+bits with the shape of the batch, and a draw that falls between the two then gives another token.
 
-A completion may keep its cache, and a later prompt that begins with its tokens go on from there. Searches, and whatever
-else asks for one thing after another, are sessions: generators that yield prompts and are sent completions (`run`).
+A completion may keep its cache, and a later prompt that begins with its tokens goes on from there. Searches, and
+whatever else asks for one thing after another, are sessions: generators that yield prompts and are sent completions.
 
 Left out: paged caches, sharing a prompt's cache between slots (copies are read as fast up to some hundred tokens).
-
-Letters: P prompts, B rows of a step, F finished rows, L new tokens, N packed tokens, C hidden width.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -87,6 +82,11 @@ class Prompt:
     max_new_tokens: int
     seed: int
     behind: Kept | None = None  # what it begins with, as far as it does, is not read again
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether nothing is to be read: its last token is what the next step takes."""
+        return self.behind is not None and self.behind.n_shared(self.ids) == len(self.ids) - 1
 
 
 Result = TypeVar("Result")
@@ -228,7 +228,9 @@ class _Request:
     limit: int  # of new tokens, which the end of the model's context may cut
     row: int = 0  # of the cache in which its prompt was read
     n_new: int = 0  # tokens made, at the last look
+    holds_text: bool = False  # one of the stop texts
     ids: list[int] = field(default_factory=list)  # its tokens so far, where stop texts are sought in them
+    made: Completion | None = None  # in the end
 
 
 class _Sessions:
@@ -239,8 +241,7 @@ class _Sessions:
         self.context = sampler.model.config.max_position_embeddings
         self.waiting = deque((i, asked) for i in range(len(sessions)) if (asked := self.send(i, None)))
         self.live: dict[int, list[_Request]] = {}  # what each one has asked for
-        self.n_left: dict[int, int] = {}  # requests of these that have not ended
-        self.made: dict[_Request, Completion] = {}
+        self.n_left: Counter[int] = Counter()  # requests of these that have not ended
         self.batch = _Batch(sampler, [request for _, asked in self.waiting for request in asked], *how)
 
     def send(self, i: int, made_PG: list[list[Completion]] | None) -> list[_Request]:
@@ -268,14 +269,13 @@ class _Sessions:
     def finish(self) -> list:
         while self.waiting or self.live:
             self.begin()
-            ended = [request.session for request in self.batch.advance()]
-            for i in ended:
-                self.n_left[i] -= 1
-            if ready := sorted({i for i in ended if not self.n_left[i]}):
-                self.made |= self.batch.collect()  # not before, for it waits for the device
+            ended = Counter(request.session for request in self.batch.advance())
+            self.n_left -= ended  # keeps those that have some left
+            if ready := sorted(ended.keys() - self.n_left.keys()):
+                self.batch.collect()  # not before, for it waits for the device
             for i in ready:
                 groups = groupby(self.live.pop(i), key=lambda request: request.number)
-                if asked := self.send(i, [[self.made.pop(request) for request in group] for _, group in groups]):
+                if asked := self.send(i, [[request.made for request in group] for _, group in groups]):
                     self.add(i, asked)
         return self.results
 
@@ -316,7 +316,7 @@ class _Batch:
         self.read: deque[_Request] = deque()
         self.request_of: dict[int, _Request] = {}  # slot -> request, of the active ones
         self.looks: deque[tuple[dict[int, _Request], Callable]] = deque()
-        # of requests that have ended, on the device: lengths, is_stopped, ids [F, L], log-probabilities, confidences
+        # of requests that have ended, on the device: ids_BT, log-probabilities, confidences
         self.harvests: list[tuple[list[_Request], list[Tensor], KVCache | None]] = []
         if asked:
             self._reserve(len(asked), asked)
@@ -382,12 +382,12 @@ class _Batch:
 
         Those of which all but the last token is kept are not read: the next step takes that token.
         """
-        prompts, longest, is_kept, n_free = [], 0, _is_kept(self.unread[0].prompt), self.n_free
+        prompts, longest, is_kept, n_free = [], 0, self.unread[0].prompt.is_kept, self.n_free
         while self.unread and len(self.read) < n_free:
             prompt = self.unread[0].prompt
             longest = max(longest, len(prompt.ids))
             is_too_much = prompts and longest * (len(prompts) + 1) > PREFILL_TOKENS
-            if is_too_much or _is_kept(prompt) != is_kept or not self._fits(self.unread[0]):
+            if is_too_much or prompt.is_kept != is_kept or not self._fits(self.unread[0]):
                 break
             for _ in range(prompt.n):
                 self.read.append(request := self.unread.popleft())
@@ -421,10 +421,10 @@ class _Batch:
             request.ids.append(token)
             # few tokens can be the last one of a text, and only these are worth reading what stands before them
             if self.sampling.stop_texts and self.may_end_text(token) and _holds_text(self.sampling, request.ids):
+                request.holds_text = True
                 ended.append(slot)
         if ended:
-            slot_F = self.index(ended)
-            self.slots.is_stopped[slot_F], self.slots.is_running[slot_F] = True, False
+            self.slots.is_running[self.index(ended)] = False
 
     def advance(self) -> list[_Request]:
         """Let requests begin, or those that run go on; then retire which have finished, and return them.
@@ -437,31 +437,29 @@ class _Batch:
             return []
         request_of, read = self.looks.popleft()
         is_running_S, n_new_S = read()
+        n_before = sum(request.n_new for request in request_of.values())
+        for slot, request in request_of.items():
+            request.n_new = n_new_S[slot]
         ended = {slot: request for slot, request in request_of.items() if not is_running_S[slot]}
         # slots that have another request by now are left alone
         finished = {slot: request for slot, request in ended.items() if self.request_of.get(slot) == request}
         if finished:
             self.retire(finished)
         if self.on_progress:
-            n_before = sum(request.n_new for request in request_of.values())
-            for slot, request in request_of.items():
-                request.n_new = n_new_S[slot]
             n_tokens = sum(request.n_new for request in request_of.values()) - n_before
             self.on_progress(n_tokens, [request.n_new for request in finished.values()])
         return list(finished.values())
 
     def retire(self, finished: dict[int, _Request]) -> None:
         """Keep what finished slots have made, and free them."""
-        slot_F, slots = self.index(finished), self.slots
-        cache = None
+        slot_B, slots, cache = self.index(finished), self.slots, None
         if self.keep:
-            length = int(slots.position[slot_F].max())
+            length = max(len(request.prompt.ids) + request.n_new - 1 for request in finished.values())
             cache = KVCache(self.model, len(finished), length)
-            cache.copy_rows(slots.cache, slot_F, self.index(range(len(finished))), length)
-        columns_F = [slots.n_new[slot_F], slots.is_stopped[slot_F], slots.ids[slot_F, :-1], slots.logp[slot_F, :-1]]
-        if self.sampling.confidence_k:
-            columns_F.append(slots.confidence[slot_F, :-1])
-        self.harvests.append((list(finished.values()), columns_F, cache))
+            cache.copy_rows(slots.cache, slot_B, self.index(range(len(finished))), length)
+        longest = max(request.n_new for request in finished.values())  # rows have room for the limit
+        rows = [slots.ids, slots.logp, slots.confidence] if self.sampling.confidence_k else [slots.ids, slots.logp]
+        self.harvests.append((list(finished.values()), [row_ST[slot_B, :longest] for row_ST in rows], cache))
         for slot in finished:
             del self.request_of[slot]
         if not self.sampler.is_stepwise:
@@ -479,28 +477,20 @@ class _Batch:
         self.request_of = dict(sorted(self.request_of.items()))
         self.slots.position[n_active:] = 0
 
-    def collect(self) -> dict[_Request, Completion]:
-        """What was generated since this was last asked."""
-        harvests, self.harvests, made = self.harvests, [], {}
-        columns = zip(*(columns_F for _, columns_F, _ in harvests), strict=True)
-        n_F, is_stopped_F = torch.cat(next(columns)).tolist(), torch.cat(next(columns)).tolist()
-        longest = max(n_F)  # rows have room for the limit, which few of them reach
-        rows_FL = [torch.cat([rows_FL[:, :longest] for rows_FL in column]).cpu() for column in columns]
-        places = ((request, cache, f) for requests, _, cache in harvests for f, request in enumerate(requests))
-        for (request, cache, row), n, is_stopped, *rows_L in zip(places, n_F, is_stopped_F, *rows_FL, strict=True):
-            ids, logp, *confidence = (row_L[:n].tolist() for row_L in rows_L)
-            if any(map(math.isnan, logp)):
-                raise ValueError(
-                    f"the model's logits after prompt {request.number} are not numbers: look for nan in its weights"
-                )
-            kept = Kept(cache, row, [*request.prompt.ids, *ids[:-1]]) if cache else None
-            finish = "stop" if is_stopped else "length"
-            made[request] = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
-        return made
-
-
-def _is_kept(prompt: Prompt) -> bool:
-    return prompt.behind is not None and prompt.behind.n_shared(prompt.ids) == len(prompt.ids) - 1
+    def collect(self) -> None:
+        """Give the requests that have ended what they made."""
+        for requests, rows, cache in self.harvests:
+            lists = zip(*(row_BT.tolist() for row_BT in rows), strict=True)
+            for b, (request, made) in enumerate(zip(requests, lists, strict=True)):
+                ids, logp, *confidence = (values[: request.n_new] for values in made)
+                if any(map(math.isnan, logp)):
+                    raise ValueError(
+                        f"the model's logits after prompt {request.number} are not numbers: look for nan in its weights"
+                    )
+                kept = Kept(cache, b, [*request.prompt.ids, *ids[:-1]]) if cache else None
+                finish = "stop" if request.holds_text or ids[-1] in self.sampling.stop_ids else "length"
+                request.made = Completion(ids, logp, finish, confidence[0] if confidence else None, kept)
+        self.harvests.clear()
 
 
 def _may_end_text(sampling: Sampling, token: int) -> bool:

@@ -3,8 +3,6 @@
 A slot holds one request: a row of the key/value cache and the counters that go with it. A step advances the slots of a
 list by a token, entirely on the device: nothing in it depends on a length that the host knows, so that CUDA can capture
 it once and replay it.
-
-Letters: S slots, B rows of a step, L new tokens, V vocabulary, D head width, K key/value heads, T positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +70,6 @@ class Slots:
         self.limit = torch.zeros_like(self.index)  # of n_new
         self.key = torch.zeros_like(self.index)  # of the noise
         self.is_running = torch.zeros_like(self.index, dtype=torch.bool)
-        self.is_stopped = torch.zeros_like(self.is_running)
         # the last column takes what rows that are not running write
         self.ids = torch.zeros(n_slots + 1, n_new + 1, dtype=torch.int32, device=weight.device)
         self.logp = torch.zeros(n_slots + 1, n_new + 1, device=weight.device)
@@ -87,7 +84,7 @@ class Slots:
     def start(self, slot_B: Tensor, token_B: Tensor, position_B: Tensor, limit_B: Tensor, key_B: Tensor) -> None:
         self.token[slot_B], self.position[slot_B] = token_B, position_B
         self.limit[slot_B], self.key[slot_B] = limit_B, key_B
-        self.n_new[slot_B], self.is_running[slot_B], self.is_stopped[slot_B] = 0, True, False
+        self.n_new[slot_B], self.is_running[slot_B] = 0, True
 
     def record(self, slots: slice | Tensor, logits_BV: Tensor, sampling: Sampling) -> None:
         """Draw a token for each slot, and close those that stop or reach their limit; others than running ones stay."""
@@ -105,8 +102,6 @@ class Slots:
         stopped_B = torch.zeros_like(running_B)
         for stop in sampling.stop_ids:
             stopped_B |= token_B == stop
-        stopped_B &= running_B
-        self.is_stopped[slots] |= stopped_B
         self.is_running[slots] = running_B & ~stopped_B & (n_new_B < self.limit[slots])
         self.n_new[slots] = n_new_B
 
@@ -131,7 +126,7 @@ class Slots:
         return length if self.cache.k[0].dtype == torch.float32 else self.cache.max_len
 
     def look(self) -> Callable[[], list[list[int]]]:
-        """How far slots are: is_running and n_new of each, once asked; on CUDA copied while the device goes on."""
+        """How far slots are, once asked: is_running and n_new of each; on CUDA copied while the device goes on."""
         state_2S = torch.stack((self.is_running.long(), self.n_new))
         if not state_2S.is_cuda:
             return state_2S.tolist
@@ -148,7 +143,7 @@ class Slots:
     def move(self, from_B: Tensor, to_B: Tensor) -> None:
         """Move what runs in some slots into others."""
         self.cache.copy_rows(self.cache, from_B, to_B, int(self.position[from_B].max()))
-        counters = (self.token, self.position, self.n_new, self.limit, self.key, self.is_running, self.is_stopped)
+        counters = (self.token, self.position, self.n_new, self.limit, self.key, self.is_running)
         for by_slot in (*counters, self.ids, self.logp, self.confidence):
             by_slot[to_B] = by_slot[from_B]
 

@@ -1,62 +1,42 @@
-"""A run around its loop, the same for all training scripts: start or resume, update, log, save.
+"""A run around its loop, the same for all training scripts: update, log, evaluate when due, save.
 
-    config, checkpoint = read_command_line(Config, complete, __doc__)
-    with open_log(config, checkpoint, name, COLUMNS, files) as log:
-        run = Run(config, checkpoint, log)
-        run.prepare(model, tokenizer, n_steps)
-        for step in run.steps():        # goes on where a resumed run stopped; ends on Ctrl-C
-            ...                         # add a gradient
-            run.update()
-            run.record(metrics)         # a line, the files, and what is due: evaluation, checkpoint
-        if not run.is_stopped():
-            run.summarize(...)
+    run = Run(config, checkpoint, log)  # see nanor1/run/start.py for these
+    run.prepare(model, tokenizer, n_steps)
+    run.begin(before, ...)              # the starting model's evaluation
+    for step in run.steps():            # goes on where a resumed run stopped; ends on Ctrl-C
+        ...                             # add a gradient
+        run.update()
+        run.record(metrics)             # a line, the files, and what is due: evaluation, checkpoint
+    if not run.is_stopped():
+        run.finish(after, ...)          # the trained model's
 
 Left out: the loops themselves, and what is evaluated.
 """
 
 import copy
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import nn
 
 from nanor1.gradient import start_workers
 from nanor1.grpo import mean
-from nanor1.miniature import Miniature, find_model
+from nanor1.miniature import find_model
 from nanor1.optim import MasterAdamW, NonFiniteGuard, is_finite, learning_rate
 from nanor1.options import MachineOptions, default_tokens_per_batch
-from nanor1.run.checkpoint import (
-    checkpoint_folders,
-    digest,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    step_of,
-)
-from nanor1.run.config import (
-    apply_preset,
-    from_json,
-    load_arguments,
-    option,
-    option_name,
-    parse_args,
-    refuse_idle,
-    to_json,
-    validated,
-)
-from nanor1.run.log import Columns, RunLog, default_run_folder, write_json
+from nanor1.run.checkpoint import load_checkpoint, save_checkpoint
+from nanor1.run.config import option
+from nanor1.run.log import RunLog
 from nanor1.run.machine import Interrupt, choose_device, peak_memory_gib
+from nanor1.run.start import end_if_finished
 from nanor1.tokenizer import Tokenizer
-from nanor1.weights import read_config, read_json
-
-C = TypeVar("C")
+from nanor1.weights import read_config
 
 # The mean of |trainer's - sampler's log-probability| a token that rounding explains. Measured at temperature 1: bf16
 # 0.034 (SmolLM2-135M) and 0.015 (Qwen2.5-Coder-0.5B), fp16 0.0041 and 0.0021, fp32 5e-7.
@@ -115,110 +95,6 @@ class Progress:
     transcripts: list[str] | None = None  # the starting model's answers to the first of them
     best_step: int | None = None
     best_accuracy: float | None = None  # its; or, without gold answers, its reward
-
-
-# ---- the command line, or the run that it resumes
-
-
-def read_command_line(
-    Config: type[C], complete: Callable[[C, frozenset[str]], C], description: str
-) -> tuple[C, Path | None]:
-    """The configuration, and with --resume the checkpoint to go on from. Flags beat the resumed run's own arguments.
-
-    `complete(config, given)` adds to a new run's what follows from the flags given, as the settings of a miniature.
-    """
-    config, given = parse_args(Config, description=description)
-    config, checkpoint = resumed(config, given) if config.resume else (validated(complete(config, given)), None)
-    refuse_idle(config, given)
-    return config, checkpoint
-
-
-def as_miniature_run(config: C, given: frozenset[str], miniature: Miniature, settings: dict) -> C:
-    """The miniature's own task and `settings`, less what was given; ValueError where another task was given."""
-    for name in given & {"data", "eval_data", "task_args"}:
-        raise ValueError(f"{option_name(name)} is for pretrained models: a miniature generates its problems")
-    if "task" in given and config.task != miniature.task:
-        raise ValueError(f"{config.model} is the {miniature.task} miniature and knows no other task; leave --task out")
-    return replace(apply_preset(config, given, settings), task=miniature.task)
-
-
-def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
-    """The configuration and the newest whole checkpoint of the run in `config.resume`; flags beat its arguments.
-
-    `given` are the names of the fields that the command line set. No checkpoint: the run ended before its first one,
-    and begins again. ValueError where there is no run, or all its checkpoints are damaged.
-    """
-    if "preset" in given:
-        raise ValueError("--preset is for a new run; with --resume give the single flags")
-    folder, values = Path(config.resume), to_json(config)
-    stored = load_arguments(folder / "config.json")
-    for name in {"model", "out", "from_scratch"} & {*given}:
-        if values[name] != stored.get(name) and (name, values[name]) != ("out", config.resume):
-            raise ValueError(
-                f"{option_name(name)} has no effect with --resume, which goes on from the run's newest checkpoint in "
-                "its own folder; leave it out, or begin a new run"
-            )
-    stored |= {name: values[name] for name in given}
-    config = from_json(type(config), stored, f"{folder}/config.json")
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
-        raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
-    if config.steps:
-        end_if_finished(config, checkpoint, config.steps, print)
-    return config, checkpoint
-
-
-def end_if_finished(config, checkpoint: Path | None, n_steps: int, say: Callable[[str], None]) -> None:
-    """End the program where the resumed run has made its steps and written what it came to."""
-    summary = Path(config.resume or "") / "summary.json"
-    if checkpoint is None or step_of(checkpoint) < n_steps or not summary.exists():
-        return
-    if json.loads(summary.read_text(encoding="utf-8"))["steps"] == step_of(checkpoint):
-        more = f"more than --steps {n_steps}" if config.steps else "more --epochs or --steps"
-        done = f"{config.resume} is finished, {step_of(checkpoint)} steps: see summary.json there"
-        say(f"{done}; to train on, give {more}")
-        raise SystemExit(0)
-
-
-# ---- the run folder
-
-
-def open_log(config, checkpoint: Path | None, name: str, columns: Columns, files: Sequence[str | None] = ()) -> RunLog:
-    """The run's log: of the resumed run cut back to its checkpoint, or of a new one in `config.out` or runs/NAME-TIME.
-
-    `files` are those that the run reads its data from. Their digests are kept in config.json; ValueError where one is
-    not what it was, unless --allow-changed-data, which keeps the new ones.
-    """
-    digests = {path: digest(Path(path))["sha256"] for path in files if path and Path(path).is_file()}
-    if not config.resume:
-        return RunLog.create(config.out or default_run_folder(name), to_json(config), columns, digests)
-    made_of = read_json(Path(config.resume) / "config.json")
-    changes = changed_data(made_of.get("data_sha256"), digests)
-    if changes and not config.allow_changed_data:
-        raise ValueError(
-            f"{'; '.join(changes)} since {config.resume} began: begin a new run from its checkpoint with --model, or "
-            "go on with --allow-changed-data"
-        )
-    log = RunLog.open(config.resume, step_of(checkpoint) if checkpoint else None, columns)
-    for change in changes:
-        log.say(f"warning: {change} since the run began")
-    if changes:
-        write_json(log.folder / "config.json", made_of | {"data_sha256": digests})
-    return log
-
-
-def changed_data(before: dict[str, str] | None, now: dict[str, str]) -> list[str]:
-    """How the digests of data files differ, in words; of a run that kept none nothing is said.
-
-    A file of another name that holds what one held before was moved, and has not changed.
-    """
-    if before is None:
-        return []
-    words = {path: "has changed" if path in before else "was added" for path in now if now[path] != before.get(path)}
-    words |= {path: "is gone, or no longer given," for path in before if path not in now}
-    moved = {path for path in words if path in before and before[path] in now.values()}
-    moved |= {path for path in words if path not in before and now[path] in before.values()}
-    return [f"{path} {what}" for path, what in words.items() if path not in moved]
 
 
 class Run:
@@ -294,6 +170,14 @@ class Run:
     def _lr(self, step: int) -> float:
         return learning_rate(step, self.n_steps, self.config.lr, self.config.warmup, self.config.decay)
 
+    def begin(self, before: dict, said: str) -> None:
+        """Keep and say the starting model's evaluation; a run that stops here, or has no steps, need not repeat it."""
+        self.progress.before = before
+        self.log.metrics(0, eval_metrics(before))
+        self.log.say(f"before: {said}\n")
+        if self.interrupt.is_asked or not self.n_steps:
+            self.save()
+
     def steps(self) -> Iterator[int]:
         """The steps to make, from 0; a resumed run's where it stopped. Ctrl-C ends them after the one it falls in."""
         while self.progress.step < self.n_steps and not self.interrupt.is_asked:
@@ -361,14 +245,6 @@ class Run:
             keep_best=progress.best_step,
         )
 
-    def begin(self, before: dict, said: str) -> None:
-        """Keep and say the starting model's evaluation; a run that stops here, or has no steps, need not repeat it."""
-        self.progress.before = before
-        self.log.metrics(0, eval_metrics(before))
-        self.log.say(f"before: {said}\n")
-        if self.interrupt.is_asked or not self.n_steps:
-            self.save()
-
     def is_stopped(self) -> bool:
         """Whether Ctrl-C ended the steps; says how the run goes on."""
         if self.interrupt.is_asked:
@@ -376,18 +252,16 @@ class Run:
             self.log.say(f"stopped after step {self.progress.step}; continue with: {script}")
         return self.interrupt.is_asked
 
-    def summarize(self, after: dict | None, **more) -> None:
-        """Write summary.json, and the trained model's evaluation with it."""
-        progress = self.progress
+    def finish(self, after: dict | None, said: Sequence[str], **more) -> None:
+        """Write summary.json and the trained model's evaluation, and say what the run came to."""
+        progress, log = self.progress, self.log
         progress.wall_s = time.monotonic() - self.start_s
         if after:
-            self.log.metrics(progress.step, eval_metrics(after))
+            log.metrics(progress.step, eval_metrics(after))
         times = dict(wall_s=progress.wall_s, steps=progress.step, seed=self.config.seed)
-        self.log.summary({"before": progress.before, "after": after} | more | times)
-
-    def say_end(self) -> None:
-        progress, folder = self.progress, self.log.folder
-        self.log.say(f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {folder}")
+        log.summary({"before": progress.before, "after": after} | more | times)
+        end = f"{progress.step} steps, {progress.wall_s:.0f} s in all; run folder: {log.folder}"
+        log.say("\n".join([*said, end]))
 
     def warn_of_gap(self, metrics: dict, corrects: str = "") -> None:
         """Say, once a run, that sampler and trainer differ by more than rounding of the weights explains.

@@ -28,10 +28,10 @@ from vocabularies import of_bytes
 
 from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
+from nanor1.run.start import read_command_line
 from nanor1.stages.sft import split
 from nanor1.stages.sources import key_of, read_sources
 from nanor1.tokenizer import Tokenizer
-from nanor1.training import read_command_line
 from nanor1.weights import ModelConfig, is_reward_model
 
 ROOT = Path(__file__).resolve().parent.parent

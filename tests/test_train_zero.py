@@ -35,6 +35,7 @@ from nanor1.judge import Rules
 from nanor1.miniature import MINIATURES, base_model, miniature_task
 from nanor1.model import Transformer
 from nanor1.rewards import REWARDS
+from nanor1.run import start
 from nanor1.run.checkpoint import latest_checkpoint
 from nanor1.run.config import parse_args
 from nanor1.sampler import Completion, Sampler
@@ -100,7 +101,7 @@ def tiny_world(cache):
 
 
 def read_command_line():
-    return training.read_command_line(train_zero.Config, train_zero.complete, "")
+    return start.read_command_line(train_zero.Config, train_zero.complete, "")
 
 
 @pytest.fixture
@@ -152,14 +153,14 @@ def child(scenario, cache, argv, output):
 
 def at_step(patch, at, *numbers):
     """Send this process these signals at the start of step `at` (from 0)."""
-    act = train_zero.act
+    act_and_judge = train_zero.act_and_judge
 
     def act_and_signal(actor, reference, n_drawn):
         for number in numbers if n_drawn == at * actor.config.problems else ():
             os.kill(os.getpid(), number)
-        return act(actor, reference, n_drawn)
+        return act_and_judge(actor, reference, n_drawn)
 
-    patch.setattr(train_zero, "act", act_and_signal)
+    patch.setattr(train_zero, "act_and_judge", act_and_signal)
 
 
 def kill_in_save(patch):
@@ -679,16 +680,16 @@ EQUAL, MIXED = [1.0] * 4, [1.0, 0.0, 0.0, 0.0]
 
 def test_resampling_draws_other_problems_and_stops_at_its_bound(make_actor, world):
     rewarded(world, lambda number: EQUAL)
-    rollouts_PG, advantages_PG = judge.act(make_actor(resample=2), None, 20)
+    rollouts_PG, advantages_PG = judge.act_and_judge(make_actor(resample=2), None, 20)
     assert [len(group) for group in rollouts_PG] == [4] * 12 and not any(map(any, advantages_PG))
     assert len({group[0].problem.prompt for group in rollouts_PG}) == 12
-    next_PG, _ = judge.act(make_actor(resample=2), None, 32)
+    next_PG, _ = judge.act_and_judge(make_actor(resample=2), None, 32)
     assert not {g[0].problem.prompt for g in next_PG} & {g[0].problem.prompt for g in rollouts_PG}
 
 
 def test_resampling_replaces_just_the_groups_that_teach_nothing(make_actor, world):
     rewarded(world, lambda number: EQUAL if number == 3 else MIXED)
-    rollouts_PG, advantages_PG = judge.act(make_actor(resample=5), None, 0)
+    rollouts_PG, advantages_PG = judge.act_and_judge(make_actor(resample=5), None, 0)
     assert len(rollouts_PG) == 5 and sum(map(any, advantages_PG)) == 4
 
 
@@ -705,12 +706,12 @@ def test_resampling_looks_at_accuracy_where_that_is_rewarded(make_actor, world):
         ],
     )
     actor = make_actor(resample=1)
-    rollouts_PG, advantages_PG = judge.act(actor, None, 0)
+    rollouts_PG, advantages_PG = judge.act_and_judge(actor, None, 0)
     assert len(rollouts_PG) == 6 and all(map(any, advantages_PG))
     chosen = judge.choose(actor, rollouts_PG, advantages_PG)
     assert [r for r, _ in chosen] == [r for group in rollouts_PG[2:] for r in group]  # P groups, the replaced ones out
     other = dataclasses.replace(actor, rules=Rules({"format": 1.0}))  # here any difference is the signal
-    assert len(judge.act(other, None, 0)[0]) == 4
+    assert len(judge.act_and_judge(other, None, 0)[0]) == 4
 
 
 def test_a_group_that_teaches_by_its_format_alone_is_learned_from_where_none_replaced_it(make_actor):
@@ -742,7 +743,7 @@ def test_each_step_round_and_seed_samples_with_noise_of_its_own(make_actor, worl
         actor = make_actor(resample=1, **fields)
         problems = actor.task.sample(4, 0, 0)
         always = SimpleNamespace(sample=lambda n, seed, i: [problems[i % 4]])
-        rollouts_PG, _ = judge.act(dataclasses.replace(actor, task=always), None, first)
+        rollouts_PG, _ = judge.act_and_judge(dataclasses.replace(actor, task=always), None, first)
         ids = [[tuple(rollout.completion.ids) for rollout in group] for group in rollouts_PG]
         return [ids[:4], ids[4:]]
 
@@ -821,7 +822,7 @@ def learned(actor, rollouts_PG, advantages_PG, reference=None):
 @pytest.mark.parametrize("minibatches", [1, 4, 16])
 def test_a_group_moves_the_weights_as_far_whichever_others_teach_nothing(make_actor, aggregate, minibatches):
     actor = make_actor(aggregate=aggregate, minibatches=minibatches)
-    rollouts_PG, _ = judge.act(actor, None, 0)
+    rollouts_PG, _ = judge.act_and_judge(actor, None, 0)
     every_PG, nothing_PG = [[1.5, -0.5, -0.5, -0.5]] * 4, [[0.0] * 4] * 4
     whole, n_updates = learned(actor, rollouts_PG, every_PG)
     alone = [learned(actor, rollouts_PG, [*nothing_PG[:p], every_PG[p], *nothing_PG[p + 1 :]]) for p in range(4)]
@@ -833,13 +834,13 @@ def test_a_group_moves_the_weights_as_far_whichever_others_teach_nothing(make_ac
 
 def test_there_are_no_more_updates_than_answers_to_learn_from(make_actor):
     actor = make_actor(minibatches=50)
-    rollouts_PG, _ = judge.act(actor, None, 0)
+    rollouts_PG, _ = judge.act_and_judge(actor, None, 0)
     assert learned(actor, rollouts_PG, [[1.0, -1.0, 0.5, -0.5]] * 4)[1] == 16
 
 
 def test_answers_that_could_not_be_judged_or_are_masked_leave_the_others_their_weight(make_actor):
     actor = make_actor(overlong="mask", minibatches=1)
-    rollouts_PG, _ = judge.act(actor, None, 0)
+    rollouts_PG, _ = judge.act_and_judge(actor, None, 0)
     advantages_PG = [[1.0, None, -1.0, 0.5]] + [[0.0] * 4] * 3
     cut = dataclasses.replace(rollouts_PG[0][3].completion, finish="length")
     rollouts_PG[0][3] = dataclasses.replace(rollouts_PG[0][3], completion=cut)
@@ -859,7 +860,7 @@ def test_the_kl_loss_falls_on_groups_of_equal_reward_and_on_answers_without_one(
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
-    rollouts_PG, _ = judge.act(actor, None, 0)
+    rollouts_PG, _ = judge.act_and_judge(actor, None, 0)
     gradient, n_updates = learned(actor, rollouts_PG, [[0.0] * 4] * 3 + [[None] * 4], reference)
     terms = []
     for rollout in (rollout for group in rollouts_PG for rollout in group):
@@ -879,7 +880,7 @@ def test_the_kl_loss_falls_on_groups_of_equal_reward_and_on_answers_without_one(
 
 def test_kl_to_the_model_itself_is_zero_on_its_own_samples(make_actor):
     actor = make_actor()
-    rollouts_PG, _ = judge.act(actor, None, 0)
+    rollouts_PG, _ = judge.act_and_judge(actor, None, 0)
     flat = [rollout for group in rollouts_PG for rollout in group]
     assert judge.sequence_kl(actor.sampler.model, flat, actor) == pytest.approx([0.0] * 16, abs=1e-4)
 
@@ -890,7 +891,7 @@ def test_kl_in_the_reward_is_k1_summed_over_each_answer(make_actor, tokens_per_b
     reference = actor.sampler.model
     with torch.no_grad():
         reference.head_weight_VC.zero_()  # every token has the log-probability -log V
-    lengths, uniform = [3, 20, 7, 12], -torch.log(torch.tensor(float(actor.tokenizer.vocab_size))).item()
+    lengths, uniform = [3, 20, 7, 12], -torch.log(torch.tensor(float(actor.prompter.tokenizer.vocab_size))).item()
     flat = [fake(n, logprob=uniform + 0.1 * (i + 1), seed=i) for i, n in enumerate(lengths)]
     kls = [0.1 * (i + 1) * n for i, n in enumerate(lengths)]
     assert judge.sequence_kl(reference, flat, actor) == pytest.approx(kls, rel=1e-4)

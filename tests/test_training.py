@@ -15,6 +15,7 @@ from nanor1.miniature import MINIATURES, make_tokenizer, new_model
 from nanor1.model import Transformer
 from nanor1.optim import learning_rate
 from nanor1.options import default_tokens_per_batch
+from nanor1.run import start
 from nanor1.run.log import RunLog
 
 TINY = dataclasses.replace(MINIATURES["arithmetic"], width=8, mlp_width=8, n_layers=1)
@@ -61,7 +62,7 @@ def begin(base, tmp_path):
     def ready(model=None, checkpoint=None, **fields):
         resume = str(tmp_path / "run") if checkpoint else None
         config = Config(model=str(base), out=str(tmp_path / "run"), resume=resume, **fields)
-        run = training.Run(config, checkpoint, training.open_log(config, checkpoint, "name", []))
+        run = training.Run(config, checkpoint, start.open_log(config, checkpoint, "name", []))
         run.prepare(model or new_model(TINY, TOKENIZER.vocab_size, seed=0), TOKENIZER, config.steps)
         return run
 
@@ -78,9 +79,9 @@ def gradient(model, value):
     model.weight.grad = torch.full_like(model.weight, value)
 
 
-def start(folder, **fields):
+def make_folder(folder, **fields):
     """A run folder, as `open_log` starts it."""
-    training.open_log(Config(out=str(folder), **fields), None, "name", []).close()
+    start.open_log(Config(out=str(folder), **fields), None, "name", []).close()
     return folder
 
 
@@ -99,20 +100,20 @@ def save(begin, step, **fields):
 def test_flags_beat_the_arguments_of_the_resumed_run_and_these_the_defaults(begin, tmp_path):
     save(begin, 4, steps=9, lr=0.5)
     config = Config(resume=str(tmp_path / "run"), lr=0.25, steps=5)
-    config, checkpoint = training.resumed(config, {"resume", "lr"})
+    config, checkpoint = start.resumed(config, {"resume", "lr"})
     assert (config.steps, config.lr, config.warmup) == (9, 0.25, 2) and config.resume == str(tmp_path / "run")
     assert checkpoint == tmp_path / "run" / "checkpoints" / "step_000004"
 
 
 def test_a_run_without_checkpoint_is_resumed_from_its_beginning(tmp_path, capsys):
-    folder = start(tmp_path / "run", steps=9)
+    folder = make_folder(tmp_path / "run", steps=9)
     with RunLog(folder) as log:
         log.metrics(0, {"eval_loss": 1.0})
         log.metrics(1, {"loss": 1.0})
     (folder / "checkpoints" / ".tmp-step_000002-1").mkdir(parents=True)  # the kill came in the first save
-    config, checkpoint = training.resumed(Config(resume=str(folder)), {"resume"})
+    config, checkpoint = start.resumed(Config(resume=str(folder)), {"resume"})
     assert (config.steps, checkpoint) == (9, None)
-    training.open_log(config, checkpoint, "name", []).close()
+    start.open_log(config, checkpoint, "name", []).close()
     assert (folder / "metrics.jsonl").read_text() == "" and "begun again" in capsys.readouterr().out
 
 
@@ -121,8 +122,8 @@ def test_a_run_with_a_checkpoint_is_cut_back_to_it(begin):
     with RunLog(folder) as log:
         for step in range(4):
             log.metrics(step, {"loss": 1.0})
-    config, checkpoint = training.resumed(Config(resume=str(folder)), {"resume"})
-    training.open_log(config, checkpoint, "name", []).close()
+    config, checkpoint = start.resumed(Config(resume=str(folder)), {"resume"})
+    start.open_log(config, checkpoint, "name", []).close()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
 
@@ -130,14 +131,14 @@ def test_a_run_with_a_checkpoint_is_cut_back_to_it(begin):
 def test_what_cannot_be_resumed_is_refused(begin, tmp_path):
     folder = save(begin, 2)
     with pytest.raises(ValueError, match="--preset is for a new run"):
-        training.resumed(Config(resume=str(folder), preset="x"), {"resume", "preset"})
+        start.resumed(Config(resume=str(folder), preset="x"), {"resume", "preset"})
     with pytest.raises(ValueError, match="--steps is below 0"):
-        training.resumed(Config(resume=str(folder), steps=-1), {"resume", "steps"})
+        start.resumed(Config(resume=str(folder), steps=-1), {"resume", "steps"})
     (folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        training.resumed(Config(resume=str(folder)), {"resume"})
+        start.resumed(Config(resume=str(folder)), {"resume"})
     with pytest.raises(ValueError, match="nowhere"):
-        training.resumed(Config(resume=str(tmp_path / "nowhere")), {"resume"})
+        start.resumed(Config(resume=str(tmp_path / "nowhere")), {"resume"})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_what_cannot_be_resumed_is_refused(begin, tmp_path):
 def test_a_run_is_finished_when_its_steps_are_made_and_summed_up(tmp_path, summary, step, n_steps, is_finished):
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps({"steps": summary}))
-    said, end = [], training.end_if_finished
+    said, end = [], start.end_if_finished
     for config in (Config(resume=str(tmp_path), steps=n_steps), Config(resume=str(tmp_path), steps=0)):
         with pytest.raises(SystemExit) if is_finished else contextlib.nullcontext():
             end(config, tmp_path / f"step_{step:06d}", n_steps, said.append)
@@ -221,7 +222,7 @@ def test_a_compiled_model_has_no_copies(begin, process, base, tmp_path):
         config = Config(
             model=str(base), out=str(tmp_path / str(i)), compile=compile, workers=workers, checkpoint_activations=True
         )
-        with training.open_log(config, None, "name", []) as log:
+        with start.open_log(config, None, "name", []) as log:
             run = training.Run(config, None, log)
             run.device = torch.device(device)
             run.prepare(model, TOKENIZER, 1)
@@ -253,7 +254,7 @@ def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(begin, base, tmp_path):
     chosen = []
     for dtype, where in (("auto", checkpoint), ("float32", checkpoint), ("auto", None)):
         config = Config(model=str(checkpoint), out=str(tmp_path / f"new{len(chosen)}"), dtype=dtype)
-        with training.open_log(config, None, "name", []) as log:
+        with start.open_log(config, None, "name", []) as log:
             chosen.append(training.Run(config, where, log).dtype)
     assert chosen == [torch.bfloat16, torch.float32, torch.float32]  # a model so small is fp32 on a CPU
 
@@ -301,9 +302,11 @@ def test_a_gap_may_be_larger_at_a_lower_temperature(begin, tmp_path):
 
 def test_data_files_that_were_edited_added_or_left_out_are_named_and_a_run_that_kept_no_digests_passes():
     before = {"a": "1", "b": "2", "c": "3"}
-    assert training.changed_data(before, {"a": "1", "b": "9", "d": "4"}) == [
+    assert start.changed_data(before, {"a": "1", "b": "9", "d": "4"}) == [
         "b has changed",
         "d was added",
         "c is gone, or no longer given,",
     ]
-    assert training.changed_data(before, dict(before)) == training.changed_data(None, before) == []
+    assert start.changed_data(before, dict(before)) == start.changed_data(None, before) == []
+    assert start.changed_data(before, {"a": "1", "b": "2", "moved": "3"}) == []
+    assert start.changed_data(before, before | {"a": "2", "b": "1"}) == ["a has changed", "b has changed"]

@@ -64,45 +64,47 @@ class Exam:
         progress.transcripts = [group[0].text for group in rollouts_PG[:N_TRANSCRIPTS]]
         self.run.begin(evaluation.to_dict(), str(evaluation))
 
-    def during(self) -> dict:
-        """The figures of an evaluation during the run; none where nothing is held out."""
-        return self.take(self.run.config.eval_samples)[0].to_dict() if self.problems else {}
+    def during(self, samples: int, keeps_best: bool = False) -> dict:
+        """The figures of an evaluation during the run, of which the best one's checkpoint may be kept."""
+        if not self.problems:
+            return {}
+        (evaluation, _), progress = self.take(samples), self.run.progress
+        score = evaluation.reward if evaluation.accuracy is None else evaluation.accuracy
+        if keeps_best and score is not None and (progress.best_step is None or score > progress.best_accuracy):
+            progress.best_step, progress.best_accuracy = progress.step, score
+        return evaluation.to_dict()
 
     def after(self) -> None:
         """Evaluate the trained model; say and write what the run came to."""
-        run, progress, log = self.run, self.run.progress, self.run.log
+        run, progress, log, own = self.run, self.run.progress, self.run.log, self.actor.rules.own
         evaluation, rollouts_PG = self.take(run.config.eval_samples) if self.problems else (None, [])
-        after = evaluation and evaluation.to_dict()
-        is_same = progress.held_out in (None, self.digest())  # None: a run begun before it was kept
-        change = paired_change(progress.before_P, problem_accuracies(rollouts_PG)) if is_same else None
-        run.summarize(after, change=change)
-        if after:
-            if is_same:
-                self.say_what_changed(after, rollouts_PG)
-            else:
-                n = progress.before["n"]
-                log.say(f"\nbefore: {n} other held-out problems, with which these cannot be compared")
-            log.say(f"\nafter:  {evaluation}")
-        if change:
-            log.say(f"change: {change_line(change)}")
+        after, said, change = evaluation and evaluation.to_dict(), [], None
+        if after and progress.held_out not in (None, self.digest()):  # None: a run begun before it was kept
+            said = [f"\nbefore: {progress.before['n']} other held-out problems, with which these cannot be compared"]
+        elif after:
+            said = self.what_changed(after, rollouts_PG)
+            change = paired_change(progress.before_P, problem_accuracies(rollouts_PG))
+        said += [f"\nafter:  {evaluation}"] if after else []
+        said += [f"change: {change_line(change)}"] if change else []
         if progress.best_step:
             best = f"{progress.best_accuracy:.3f} at step {progress.best_step}"
-            log.say(f"best evaluation on the way: {best}, checkpoint kept")
-        report_failures(self.actor.rules.own, log.say_once)
-        count_failures(self.actor.rules.own, log.say)
-        run.say_end()
+            said.append(f"best evaluation on the way: {best}, checkpoint kept")
+        report_failures(own, log.say_once)
+        count_failures(own, said.append)
+        run.finish(after, said, change=change)
 
-    def say_what_changed(self, after: dict, rollouts_PG: list[list[Rollout]]) -> None:
+    def what_changed(self, after: dict, rollouts_PG: list[list[Rollout]]) -> list[str]:
         """Some answers before and after, and a table of the evaluations' figures."""
-        before, log = self.run.progress.before, self.run.log
+        before, said = self.run.progress.before, []
         for before_text, (rollout, *_) in zip(self.run.progress.transcripts or (), rollouts_PG, strict=False):
-            log.say(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
-            log.say(f"  before: {shorten(before_text)}")
-            log.say(f"  after:  {shorten(rollout.text)}")
-        log.say(f"\n{'held-out, ' + str(after['n']) + ' x ' + str(after['samples']):<24}{'before':>9}{'after':>9}")
+            said.append(f"\nproblem: {rollout.problem.prompt}  (answer: {rollout.problem.answer})")
+            said += [f"  before: {shorten(before_text)}", f"  after:  {shorten(rollout.text)}"]
+        title = f"held-out, {after['n']} x {after['samples']}"
+        said.append(f"\n{title:<24}{'before':>9}{'after':>9}")
         for name in (*SHOWN, *(name for name in after if name.startswith("majority"))):
             if after[name] is not None and before.get(name) is not None:  # of an older run it may lack a figure
-                log.say(f"{name.replace('_', ' '):<24}{before[name]:>9.3f}{after[name]:>9.3f}")
+                said.append(f"{name.replace('_', ' '):<24}{before[name]:>9.3f}{after[name]:>9.3f}")
+        return said
 
     def digest(self) -> str:
         """Changes when a problem does, or their order."""

@@ -69,7 +69,7 @@ def reward_scorer(reward_model: RewardModel, tokenizer: Tokenizer, tokens_per_ba
         texts = []
         for prompt_ids, made in zip(prompts, completions, strict=True):
             tail = tokenizer.decode(prompt_ids[-16:])  # <think> and blanks are fewer tokens
-            text = read_response((tail, prompt_ids), made, tokenizer, "")
+            text = read_response(tail, made, tokenizer, "")
             if "<think>" in text and "</think>" not in text:
                 raise ValueError(
                     f"a reward model judges final answers, and this one is still thinking: {text[:60]!r}; use prompts "

@@ -37,10 +37,7 @@ def load_teaching(run: Run, prompter: Prompter, task: Task | None) -> tuple[Teac
     """
     config, log = run.config, run.log
     path, has_traces = config.trace_file or str(log.folder / "traces.jsonl"), bool(config.trace_file or run.checkpoint)
-    if config.method == "traces" and has_traces:
-        teacher = None
-    else:
-        teacher = load_teacher(run, prompter)
+    teacher = None if config.method == "traces" and has_traces else load_teacher(run, prompter)
     if config.method == "on-policy":
         return teacher, []
     if not has_traces:
