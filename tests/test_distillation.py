@@ -27,7 +27,6 @@ from nanor1.stages.distillation import (
     add_gradient,
     check_same_end,
     divergence_loss,
-    mean_loss,
     reverse_kl,
     teacher_advantages,
 )
@@ -438,14 +437,6 @@ def test_neither_the_split_into_batches_nor_the_number_of_workers_changes_anythi
     )
     assert other_means == pytest.approx(means, rel=1e-5)
     torch.testing.assert_close(other, whole, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("n_workers", [1, 2])
-def test_the_loss_of_held_out_texts_is_the_same_and_no_gradient_is_formed(monkeypatch, teacher, examples, n_workers):
-    model, settings = random_model(STUDENT, 0), DivergenceSettings(VOCAB_SIZE, hard_weight=0.25)
-    means, _ = gradient_of(model, lambda w: add_gradient(w, teacher, examples, 15, settings))
-    monkeypatch.setattr(logprobs, "_add_gradients", lambda *args: pytest.fail("a gradient is formed"))
-    assert mean_loss(Workers(model, n_workers), teacher, examples, 15, settings) == pytest.approx(means, rel=1e-5)
 
 
 def test_a_scaled_loss_scales_the_gradient_and_no_metric(teacher, examples):

@@ -241,7 +241,7 @@ def test_pairs_are_read_as_preferences(tmp_path):
     path = tmp_path / "pairs.jsonl"
     ledger = sample(path, selection=Selection("pairs"), samples=12)
     pairs = preference.read_pairs(path, tiny_model()[1], 64)
-    assert len(pairs.pairs) == ledger.counts["kept"] > 3
+    assert len(pairs.examples) == ledger.counts["kept"] > 3
     assert {row["prompt"] for row in rows(path)} <= {problem.prompt for problem in PROBLEMS}
     for row in rows(path):
         assert [parts["accuracy"] for parts in row["parts"]] == [1.0, 0.0] and len(set(row["sample"])) == 2
