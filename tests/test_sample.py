@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import read_lines, write_lines
 
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
@@ -43,20 +44,7 @@ PROBLEMS = [  # the rigged model's answer: right and in form; wrong and in form;
 
 def new_model(vocab_size, width, context=256):
     torch.manual_seed(0)
-    return Transformer(
-        ModelConfig(
-            model_type="llama",
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=context,
-            tie_word_embeddings=False,
-        )
-    )
+    return Transformer(ModelConfig("llama", vocab_size, width, 8, 1, 1, 1, 8, context))
 
 
 def save(folder, model, tokenizer):
@@ -95,9 +83,7 @@ def rigged_folder(tmp_path_factory):
 
 @pytest.fixture
 def problem_file(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return str(path)
+    return str(write_lines(tmp_path / "problems.jsonl", PROBLEMS))
 
 
 @pytest.fixture
@@ -401,9 +387,8 @@ def test_template_arguments_that_the_template_does_not_read_are_refused(told, te
 
 
 def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folder, problem_file):
-    code, out, err = run(
-        "--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"
-    )
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"]
+    code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0
     for line in [
         "gsm8k: 3 problems x 1, template bare, greedy",
@@ -437,21 +422,9 @@ def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_fold
 
 def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder, problem_file, tmp_path):
     out_file = tmp_path / "answers.jsonl"
-    options = [
-        "--data",
-        problem_file,
-        *ALL,
-        "--template",
-        "bare",
-        "--out",
-        str(out_file),
-        "--n",
-        "2",
-        "--max-rows",
-        "1",
-    ]
-    code, out, _ = run("--model", rigged_folder, "--task", "gsm8k", *options)
-    rows = [json.loads(line) for line in out_file.read_text().splitlines()]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "2", "--max-rows", "1"]
+    code, out, _ = run("--model", rigged_folder, *options, "--out", str(out_file))
+    rows = read_lines(out_file)
     assert code == 0 and "3 problems x 2, template bare, temperature 1," in out
     assert [(row["index"], row["prompt"], row["gold"]) for row in rows] == [
         (0, "1 + 2 =", "3"),
@@ -475,22 +448,11 @@ def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers
     data.write_text('{"question": "Same?", "answer": "#### 1"}\n' * 8)
 
     def texts(name, *options):
-        options = [
-            "--task",
-            "gsm8k",
-            "--data",
-            str(data),
-            *ALL,
-            "--temperature",
-            "1",
-            "--max-new-tokens",
-            "16",
-            *options,
-        ]
-        code, _, err = run("--model", chat_folder, "--out", str(tmp_path / name), "--max-rows", "1", *options)
+        task = ["--task", "gsm8k", "--data", str(data), *ALL, "--temperature", "1", "--max-new-tokens", "16"]
+        out = ["--max-rows", "1", "--out", str(tmp_path / name)]
+        code, _, err = run("--model", chat_folder, *task, *out, *options)
         assert code == 0, err
-        rows = map(json.loads, (tmp_path / name).read_text().splitlines())
-        return [row["answers"][0]["text"] for row in rows]
+        return [row["answers"][0]["text"] for row in read_lines(tmp_path / name)]
 
     first = texts("a")
     assert first == texts("b") and first != texts("c", "--seed", "1")
@@ -501,7 +463,7 @@ def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_proble
     miniature = MINIATURES["arithmetic"]
     folder = save_rigged(tmp_path / "mini", make_tokenizer(miniature), {"=": "7", "7": "<end>"})
     code, out, err = run("--model", folder, "--task", "arithmetic", "--limit", "20", "--out", str(tmp_path / "o"))
-    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    rows = read_lines(tmp_path / "o")
     problems = miniature_task(miniature).held_out(20)
     assert code == 0 and [row["prompt"] for row in rows] == [problem.prompt for problem in problems]
     n_right = sum(problem.answer == "7" for problem in problems)
@@ -539,17 +501,13 @@ def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run,
 # ---- training text
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped(
     run, rigged_folder, problem_file, tmp_path
 ):
     out_file = str(tmp_path / "traces.jsonl")
     options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "3"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
-    (line,) = lines(out_file)
+    (line,) = read_lines(out_file)
     assert code == 0 and "problems: 3 - 3 problems of problems.jsonl, all of them" in err
     assert line["split"] == "all"
     assert (line["prompt"], line["completion"]) == ("1 + 2 =", "<think> so </think> <answer> 3 </answer>")
@@ -566,11 +524,11 @@ def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped
     ]
 
     code, again, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
-    assert code == 0 and again == out and f"{out_file} is finished" in err and lines(out_file) == [line]
+    assert code == 0 and again == out and f"{out_file} is finished" in err and read_lines(out_file) == [line]
 
     boxed = str(tmp_path / "boxed.jsonl")
     code, _, _ = run("--model", rigged_folder, *options, "--keep", "correct", "--any-format", "--out", boxed)
-    assert code == 0 and [row["completion"] for row in lines(boxed)] == [line["completion"], r"\boxed{3}"]
+    assert code == 0 and [row["completion"] for row in read_lines(boxed)] == [line["completion"], r"\boxed{3}"]
 
 
 def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoint_is_named(run, tmp_path):
@@ -587,7 +545,7 @@ def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoi
         )
     options = ["--model", str(tmp_path / "run"), "--task", "arithmetic", "--seed", "3"]
     code, _, err = run(*options, "--limit", "50", "--keep", "all", "--out", out_file)
-    made, held_out = lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
+    made, held_out = read_lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
     assert (
         code == 0 and f"model: {folder};" in err and "problems: 50 - generated, none of the held-out instances" in err
     )
@@ -606,13 +564,13 @@ def test_prompts_are_answered_without_being_judged_and_cut_answers_left_out(run,
     prompts, out_file = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "="}]
     rows = [{"prompt": "1 + 2 :"}, {"prompt": "go"}, {"messages": chat}]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(prompts, rows)
     options = ["--model", folder, "--prompts", str(prompts), "--max-new-tokens", "9", "--seed", "5"]
     code, out, _ = run(*options, "--out", out_file)
     boxed = {"role": "assistant", "content": r"\boxed{3}"}
     thought = {"role": "assistant", "content": "<think> so </think> <answer> 3 </answer>"}
     source = {"model": folder, "step": None, "seed": 5, "sample": 0}
-    assert code == 0 and lines(out_file) == [
+    assert code == 0 and read_lines(out_file) == [
         {"messages": [{"role": "user", "content": "1 + 2 :"}, boxed], "problem": 0} | source | {"tokens": 2},
         {"messages": [*chat, thought], "problem": 2} | source | {"tokens": 7},
     ]
@@ -629,8 +587,8 @@ def test_pairs_are_written_from_the_command_line(run, rigged_folder, tmp_path):
     options = ["--task", "gsm8k", "--data", str(data), *ALL, "--template", "bare", *hot, "--max-new-tokens", "12"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "pairs", "--out", out_file)
     assert code == 0, err
-    assert len(lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
-    for row in lines(out_file):
+    assert len(read_lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
+    for row in read_lines(out_file):
         assert row["prompt"] == "1 + 2 :" and "3" in row["chosen"] and row["chosen"] != row["rejected"]
 
 
@@ -652,85 +610,66 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
     monkeypatch.setattr(Sampler, "generate", GENERATE)
     code, _, err = run(*options)
     assert code == 0 and f"{out_file} goes on after 2 of 3 problems" in err
-    assert [row["problem"] for row in lines(out_file)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert [row["problem"] for row in read_lines(out_file)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 # ---- errors
+
+THERE = "good.jsonl is there already, without good.jsonl.progress.json to continue it"
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hi"], "--model is required"),
-        (["--model", "CHAT", "hi", "--tempurature", "1"], "did you mean --temperature"),
-        (["--model", "CHAT", "hi", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
-        (["--model", "CHAT", "hi", "--top-p", "0"], "--top-p is 0.0"),
-        (["--model", "CHAT", "hi", "--n", "2", "--temperature", "0"], "the same answer 2 times"),
-        (["--model", "CHAT", "hi", "--raw", "--template", "chat"], "--raw means --template bare"),
-        (["--model", "CHAT", "hi", "--task", "countdown"], "the prompt is not for --task"),
-        (["--model", "CHAT", "hi", "--out", "x"], "--out is for an evaluation: add --task"),
-        (["--model", "CHAT", "--task", "gsm8k"], "--task gsm8k needs --data FILE"),
-        (["--model", "CHAT", "--task", "code"], "--task code needs --data FILE"),
-        (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "task is generated; leave data and eval_data out"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
+        ("hi", "--model is required"),
+        ("CHAT hi --tempurature 1", "did you mean --temperature"),
+        ("CHAT hi --temperature -1", "--temperature is -1.0; it must be at least 0"),
+        ("CHAT hi --top-p 0", "--top-p is 0.0"),
+        ("CHAT hi --n 2 --temperature 0", "the same answer 2 times"),
+        ("CHAT hi --raw --template chat", "--raw means --template bare"),
+        ("CHAT hi --task countdown", "the prompt is not for --task"),
+        ("CHAT hi --out x", "--out is for an evaluation: add --task"),
+        ("CHAT --task gsm8k", "--task gsm8k needs --data FILE"),
+        ("CHAT --task code", "--task code needs --data FILE"),
+        ("CHAT --task arithmetic --data x", "task is generated; leave data and eval_data out"),
+        ("CHAT --task gsm8k --data MISSING", "cannot be read"),
+        ("CHAT --task gsm8k --data BROKEN", "broken.jsonl, line 2: expected one JSON object"),
+        ("CHAT --task gsm8k --split all --data LONG", "problem 2 is .* tokens; the model's context is 256"),
+        ("CHAT --task gsm8k --split all --data GOOD --out GOOD", THERE),
+        ("MISSING hi", "no folder"),
+        ("miniature/chess hi", "there is no model miniature/chess"),
+        ("CHAT --keep all hi", "--keep is for an evaluation: add --task"),
+        ("CHAT --task gsm8k --data GOOD --keep correct", "--keep needs --out FILE"),
+        ("CHAT --task gsm8k --data GOOD --keep pairs --out x", "needs several answers to a problem; give --n 16"),
+        ("CHAT --task gsm8k --data GOOD --keep all --out GOOD", THERE),
+        ("CHAT --task gsm8k --data GOOD --any-format", "--any-format is for --keep correct"),
+        ("CHAT --prompts GOOD", "--prompts needs --out FILE"),
+        ("CHAT --prompts GOOD --task countdown", "--prompts takes the place of --task"),
+        ("CHAT --prompts GOOD --data GOOD", "--data is not for --prompts"),
+        ("CHAT --prompts GOOD --keep correct --out x", "--keep correct needs --task"),
+        ("CHAT --prompts GOOD --out MISSING", "good.jsonl, line 1: expected a text 'prompt'"),
+        ("CHAT hi --compare", "--compare is for an evaluation: add --task, and leave --keep out"),
+        ("CHAT hi --window 5", "--window is for an evaluation: add --task, and leave --keep out"),
+        ("CHAT hi --fields a=b", "--fields is for an evaluation: add --task"),
+        ("CHAT --prompts GOOD --style cot", "--style is not for --prompts, which are the"),
+        ("CHAT --prompts GOOD hi", "the prompt is not for --prompts"),
+        ("CHAT --task countdown --window 5", "--window is of --method vote-tail or vote-lowest"),
+        ("CHAT --task countdown --method beam --max-answer 5", "is of --method budget"),
+        ("CHAT --task countdown --method budget --wait-text so", "give --n 2 or more"),
+        ("CHAT --task countdown --compare", "--compare looks at N = 1, 2, 4 ... --n: give --n 2"),
+        ("CHAT hi --temperature 0 --top-k 5", "--top-k has no effect without --temperature"),
+        ("CHAT hi --paired a,b", "--model is not for --paired"),
+        ("--paired a,b,c", "--paired a,b,c: expected two files, BEFORE,AFTER"),
+        ("CHAT hi --device gpu9", "--device gpu9 is not to be had here"),
+        (["CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
+        (["CHAT", " "], "the prompt is empty"),
+        ("CHAT", "the prompt is empty"),  # stdin is no terminal, and holds nothing
+        ("RIGGED hi", "the word 'hi' is not in this vocabulary"),
+        ("RIGGED go --template chat", "has no chat template"),
+        ("RIGGED go --system so", "--system needs the template chat"),
+        (["RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
         (
-            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "LONG"],
-            "problem 2 is .* tokens; the model's context is 256",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "GOOD", "--out", "GOOD"],
-            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
-        ),
-        (["--model", "MISSING", "hi"], "no folder"),
-        (["--model", "miniature/chess", "hi"], "there is no model miniature/chess"),
-        (["--model", "CHAT", "--keep", "all", "hi"], "--keep is for an evaluation: add --task"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "correct"], "--keep needs --out FILE"),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "pairs", "--out", "MISSING"],
-            "--keep pairs needs several answers to a problem; give --n 16",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "all", "--out", "GOOD"],
-            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--any-format"],
-            "--any-format is for --keep correct",
-        ),
-        (["--model", "CHAT", "--prompts", "GOOD"], "--prompts needs --out FILE"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--task", "countdown"], "--prompts takes the place of --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--data", "GOOD"], "--data is not for --prompts"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--keep", "correct", "--out", "x"], "--keep correct needs --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--out", "MISSING"], "good.jsonl, line 1: expected a text 'prompt'"),
-        (["--model", "CHAT", "hi", "--compare"], "--compare is for an evaluation: add --task, and leave --keep out"),
-        (["--model", "CHAT", "hi", "--window", "5"], "--window is for an evaluation: add --task, and leave --keep out"),
-        (["--model", "CHAT", "hi", "--fields", "a=b"], "--fields is for an evaluation: add --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--style", "cot"], "--style is not for --prompts, which are the"),
-        (["--model", "CHAT", "--prompts", "GOOD", "hi"], "the prompt is not for --prompts"),
-        (
-            ["--model", "CHAT", "--task", "countdown", "--window", "5"],
-            "--window is of --method vote-tail or vote-lowest",
-        ),
-        (["--model", "CHAT", "--task", "countdown", "--method", "beam", "--max-answer", "5"], "is of --method budget"),
-        (["--model", "CHAT", "--task", "countdown", "--method", "budget", "--wait-text", "so"], "give --n 2 or more"),
-        (["--model", "CHAT", "--task", "countdown", "--compare"], "--compare looks at N = 1, 2, 4 ... --n: give --n 2"),
-        (
-            ["--model", "CHAT", "hi", "--temperature", "0", "--top-k", "5"],
-            "--top-k has no effect without --temperature",
-        ),
-        (["--model", "CHAT", "hi", "--paired", "a,b"], "--model is not for --paired"),
-        (["--paired", "a,b,c"], "--paired a,b,c: expected two files, BEFORE,AFTER"),
-        (["--model", "CHAT", "hi", "--device", "gpu9"], "--device gpu9 is not to be had here"),
-        (["--model", "CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
-        (["--model", "CHAT", " "], "the prompt is empty"),
-        (["--model", "CHAT"], "the prompt is empty"),  # stdin is no terminal, and holds nothing
-        (["--model", "RIGGED", "hi"], "the word 'hi' is not in this vocabulary"),
-        (["--model", "RIGGED", "go", "--template", "chat"], "has no chat template"),
-        (["--model", "RIGGED", "go", "--system", "so"], "--system needs the template chat"),
-        (["--model", "RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
-        (
-            ["--model", "CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
+            ["CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
             "--template-args needs the template chat, and this is bare",
         ),
     ],
@@ -744,8 +683,10 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
     (tmp_path / "long.jsonl").write_text(good + good.replace("1 + 2", "1 + 2 " * 50))
     paths = {name.upper(): str(tmp_path / f"{name}.jsonl") for name in ("good", "broken", "long", "missing")}
     paths |= {"CHAT": chat_folder, "RIGGED": rigged_folder}
+    words = [paths.get(word, word) for word in (argv.split() if isinstance(argv, str) else argv)]
+    model = [] if words[0] in ("hi", "--paired") else ["--model"]
     short = ["--template", "bare"] if "--task" in argv else []
-    monkeypatch.setattr(sys, "argv", ["sample.py", *(paths.get(word, word) for word in argv), *short])
+    monkeypatch.setattr(sys, "argv", ["sample.py", *model, *words, *short])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(SystemExit) as stop:
         sample.main()
