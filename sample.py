@@ -35,7 +35,7 @@ import torch
 from nanor1.chat import INTERRUPTED, answer, converse, say, write_messages
 from nanor1.evaluation import methods
 from nanor1.evaluation.measure import batch_size, measure
-from nanor1.evaluation.methods import METHODS, SINGLE, Run, compare, obstacle, powers_of_two, report, runs_of
+from nanor1.evaluation.methods import METHODS, SINGLE, Run, figures, looks_of, obstacle, powers_of_two, report, runs_of
 from nanor1.evaluation.paired import compare_files
 from nanor1.judge import make_rules
 from nanor1.miniature import find_miniature, find_model, own_miniature
@@ -298,7 +298,9 @@ def evaluate(asker: Asker, config: Config) -> None:
         what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
         print(f"{what}, template {asker.prompter.template}, {how}; part: {split}")
         if names:
-            show_methods(config, names, compare(names, config.ns, rows, problems, config.keep_share))
+            looks = [look for look in looks_of(names, config.ns) if rows[look[-1]]]
+            found = [figures(*look, rows[look[-1]], problems, config.keep_share) for look in looks]
+            show_methods(config, names, found)
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:
