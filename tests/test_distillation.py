@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from running import randomize
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -374,12 +375,8 @@ TEACHER = ModelConfig("llama", 13, 32, 48, 2, 4, 2, 8, 64)  # wider, and not pad
 ALL_IN_ONE = 10**6
 
 
-def random_model(config, seed, scale=0.3):
-    model, generator = Transformer(config), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * scale
-        p.data.copy_(noise if p.dim() == 2 else 1 + noise)
-    return model
+def random_model(config, seed):
+    return randomize(Transformer(config), seed)
 
 
 @pytest.fixture(scope="module")

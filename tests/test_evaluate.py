@@ -200,11 +200,8 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     done = completion(tokenizer, f"{text} <end>")
     rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, RULES)
-    assert (rollout.text, rollout.reward, rollout.parts) == (
-        text,
-        1.0,
-        {"accuracy": 1.0, "format": 1.0, "language": 1.0},
-    )
+    assert (rollout.text, rollout.reward) == (text, 1.0)
+    assert rollout.parts == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
     assert rollout.prompt_ids == [6, 4, 7]
     assert rollout.completion.ids[-1] == tokenizer.eos_id  # kept, for it is trained
 
@@ -212,11 +209,8 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
 def test_an_answer_that_is_cut_off_is_not_right_but_its_format_is_judged(tokenizer):
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
-    assert (rollout.text, rollout.reward, rollout.parts) == (
-        text,
-        0.0,
-        {"accuracy": 0.0, "format": 1.0, "language": 1.0},
-    )
+    assert (rollout.text, rollout.reward) == (text, 0.0)
+    assert rollout.parts == {"accuracy": 0.0, "format": 1.0, "language": 1.0}
     no_gold = Problem("2 + 3 =", "", "arithmetic")
     rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
     assert rollout.reward is None and rollout.parts["accuracy"] is None

@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from running import Killed, call_main, die_saving, read_lines, write_lines
+from running import Killed, call_main, die_saving, randomize, read_lines, rig, write_lines
 
 from nanor1.evaluation import measure
 from nanor1.evaluation.methods import METHODS
@@ -36,18 +35,6 @@ GENERATE = Sampler.generate  # tests put a wrapper in its place
 ALL = [name for name in METHODS if name != "dvts"]  # at N up to 4
 
 
-def rig(model, tokenizer):
-    """A next token that depends on the last one alone: the blocks add nothing."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
-    model.model.embed_tokens.weight.copy_(torch.eye(tokenizer.vocab_size))
-    for token, following in FOLLOWING.items():
-        for i, character in enumerate(following):
-            weight = 2.0 - i / 16  # greedy takes the first
-            model.lm_head.weight[ord(character), tokenizer.encode(token, allow_special=True)[0]] = weight
-    model.lm_head.weight[tokenizer.eos_id, ord("}")] = 2.0
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The files of this module: a model, a reward model, problems."""
@@ -56,14 +43,13 @@ def folder(tmp_path_factory):
     tokenizer = Tokenizer.from_bytes(specials=specials, eos="<end>", chat_template=TEMPLATE)
     V = tokenizer.vocab_size
     config = ModelConfig("llama", V, V, 8, 1, 1, 1, 8, 1024)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model, scorer = Transformer(config), RewardModel(config)
-        rig(model, tokenizer)
-        for parameter in scorer.parameters():
-            parameter.normal_(std=0.3)
-    model.save_pretrained(folder / "model")
-    scorer.save_pretrained(folder / "reward")
+    logits = {
+        (tokenizer.encode(token, allow_special=True)[0], ord(character)): 2.0 - i / 16  # greedy takes the first
+        for token, following in FOLLOWING.items()
+        for i, character in enumerate(following)
+    }
+    rig(Transformer(config), logits | {(ord("}"), tokenizer.eos_id): 2.0}).save_pretrained(folder / "model")
+    randomize(RewardModel(config)).save_pretrained(folder / "reward")
     for name in ("model", "reward"):
         tokenizer.save_pretrained(folder / name)
     write_lines(folder / "problems.jsonl", PROBLEMS)

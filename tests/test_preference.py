@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import randomize, write_lines
 from safetensors.torch import load_file
 
 from nanor1.gradient import Workers
@@ -45,15 +46,6 @@ WORDS = "a b c d e f g h please user bot : <think> </think>".split()
 TOKENIZER = Tokenizer.from_words(WORDS, chat_template=TEMPLATE)
 STOP = TOKENIZER.eos_id
 ALL_IN_ONE, ONE_EACH = 10**6, 1  # tokens_per_batch
-
-
-def randomize(model, seed=0):
-    """Weights far from any initialisation, so that each of them matters to the score; biases too."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * 0.3
-        p.data.copy_(1 + noise if p.dim() == 1 and bool((p == 1).all()) else noise)
-    return model
 
 
 def random_scorer(seed=0, config=CONFIG):
@@ -348,20 +340,17 @@ def test_bf16_weights_give_fp32_scores_close_to_those_of_fp32():
 # ---- pairs from a file
 
 
-def write_lines(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_both_forms_of_a_pair_are_read_as_prompt_answer_and_stop_token(tmp_path):
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": " e f ", "margin": 2},
-        {
-            "prompt": [{"role": "user", "content": "a b"}],
-            "chosen": [{"role": "assistant", "content": "d"}],
-            "rejected": [{"role": "assistant", "content": "<think> e f"}],
-        },
+        [
+            {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": " e f ", "margin": 2},
+            {
+                "prompt": [{"role": "user", "content": "a b"}],
+                "chosen": [{"role": "assistant", "content": "d"}],
+                "rejected": [{"role": "assistant", "content": "<think> e f"}],
+            },
+        ],
     )
     text, chat = read_pairs(path, TOKENIZER, 100).examples
     assert text == Pair(ids("a b"), [*ids("d"), STOP], [*ids("e f"), STOP], 2.0)
@@ -371,7 +360,7 @@ def test_both_forms_of_a_pair_are_read_as_prompt_answer_and_stop_token(tmp_path)
 def test_a_chat_templates_special_tokens_are_tokens_and_a_texts_are_text(tmp_path):
     tokenizer = Tokenizer.from_bytes(specials=["<|bot|>"], chat_template="{{ messages[0].content }}<|bot|>")
     row = {"prompt": [{"role": "user", "content": "x"}], "chosen": "y", "rejected": "z"}
-    path = write_lines(tmp_path / "pairs.jsonl", row, row | {"prompt": "x<|bot|>"})
+    path = write_lines(tmp_path / "pairs.jsonl", [row, row | {"prompt": "x<|bot|>"}])
     chat, text = read_pairs(path, tokenizer, 100).examples
     assert chat.prompt_ids == [ord("x"), tokenizer.token_id("<|bot|>")]
     assert text.prompt_ids == list(b"x<|bot|>")
@@ -379,7 +368,7 @@ def test_a_chat_templates_special_tokens_are_tokens_and_a_texts_are_text(tmp_pat
 
 def test_a_pair_is_scored_in_use_as_it_was_in_training(tmp_path):
     model, thought = random_scorer(), "<think> a </think> d e"
-    path = write_lines(tmp_path / "pairs.jsonl", {"prompt": "a b", "chosen": thought, "rejected": "h"})
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "a b", "chosen": thought, "rejected": "h"}])
     (item,) = read_pairs(path, TOKENIZER, 100).examples
     chosen, rejected = score(model, TOKENIZER, [ids("a b")] * 2, [thought, "h"], ALL_IN_ONE)
     assert chosen - rejected == pytest.approx(
@@ -400,39 +389,41 @@ def test_the_prompt_of_a_pair_takes_variables_a_system_message_and_earlier_think
         {"role": "bot", "content": "b", "reasoning_content": "c"},
         {"role": "user", "content": "d"},
     ]
-    path = write_lines(tmp_path / "pairs.jsonl", {"prompt": prompt, "chosen": "e", "rejected": "f", "split": "all"})
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": "e", "rejected": "f", "split": "all"}])
     read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
     wanted = "system : g h user : a bot : c b user : d bot : please"
     assert tokenizer.decode(read.examples[0].prompt_ids) == wanted
     assert read.examples[0].question == "a" and read.n_not_train == 1
     own = [{"role": "system", "content": "h"}, *prompt]
-    write_lines(path, {"prompt": own, "chosen": "e", "rejected": "f"})
+    write_lines(path, [{"prompt": own, "chosen": "e", "rejected": "f"}])
     read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
     assert tokenizer.decode(read.examples[0].prompt_ids).startswith("system : h user : a") and read.n_not_train == 0
 
 
 def test_a_system_message_has_no_place_before_a_plain_prompt_and_thinking_is_one_text(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD)
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD])
     with pytest.raises(ValueError, match="line 1: expected messages, before which a system message can stand"):
         read_pairs(path, TOKENIZER, 100, system="a")
     said = {"role": "assistant", "content": "b", "reasoning": "c", "thinking": "d"}
-    write_lines(path, GOOD | {"prompt": [{"role": "user", "content": "a"}, said]})
+    write_lines(path, [GOOD | {"prompt": [{"role": "user", "content": "a"}, said]}])
     with pytest.raises(ValueError, match="line 1: .*different ones in reasoning and thinking"):
         read_pairs(path, TOKENIZER, 100)
 
 
 def test_the_questions_of_pairs_are_those_of_examples(tmp_path):
     message = {"role": "user", "content": " a b "}
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD | {"prompt": "a b\n"}, GOOD | {"prompt": [message]})
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": "a b\n"}, GOOD | {"prompt": [message]}])
     assert [pair.question for pair in read_pairs(path, TOKENIZER, 100).examples] == ["a b", "a b"]
 
 
 def test_pairs_that_are_too_long_or_equal_in_the_final_answer_are_left_out_and_counted(tmp_path):
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        {"prompt": "a b", "chosen": "c d", "rejected": "e"},  # 2 + 2 + the stop token
-        {"prompt": "a b", "chosen": "c", "rejected": "e f g"},
-        {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": "<think> e </think> d"},
+        [
+            {"prompt": "a b", "chosen": "c d", "rejected": "e"},  # 2 + 2 + the stop token
+            {"prompt": "a b", "chosen": "c", "rejected": "e f g"},
+            {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": "<think> e </think> d"},
+        ],
     )
     read = read_pairs(path, TOKENIZER, 5)
     assert (len(read.examples), read.n_too_long, read.n_equal) == (1, 1, 1)
@@ -460,13 +451,13 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_pair_is_refused_with_file_line_and_fault(tmp_path, name):
     row, fault = MALFORMED[name]
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD, row)
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD, row])
     with pytest.raises(ValueError, match=f"pairs.jsonl, line 2: .*{fault}"):
         read_pairs(path, TOKENIZER, 100)
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD | {"prompt": [{"role": "user", "content": "a"}]})
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": [{"role": "user", "content": "a"}]}])
     with pytest.raises(ValueError, match="line 1: .*no chat template"):
         read_pairs(path, Tokenizer.from_words(WORDS), 100)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import read_lines, write_lines
+from running import read_lines, rig, write_lines
 
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
@@ -67,13 +67,8 @@ def chat_folder(tmp_path_factory):
 def save_rigged(folder, tokenizer, following, context=256):
     """A model whose next word depends on the last one alone, as `following` says: the blocks add nothing."""
     model = new_model(tokenizer.vocab_size, tokenizer.vocab_size, context)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
-        model.model.embed_tokens.weight.copy_(torch.eye(tokenizer.vocab_size))
-        for word, next_word in following.items():
-            model.lm_head.weight[tokenizer.token_id(next_word), tokenizer.token_id(word)] = 30.0
-    return save(folder, model, tokenizer)
+    logits = {tuple(map(tokenizer.token_id, words)): 30.0 for words in following.items()}
+    return save(folder, rig(model, logits), tokenizer)
 
 
 @pytest.fixture(scope="module")

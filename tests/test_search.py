@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import randomize
 
 from nanor1.model import KVCache, ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
@@ -30,14 +31,7 @@ SEEDS = [11, 12, 13, 14]
 
 
 def random_model(config=LLAMA, seed=0, kind=Transformer):
-    """Weights far from any initialisation, so that every part of the model matters to the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    model = kind(config)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * 0.3
-        is_scale = parameter.dim() == 1 and bool((parameter == 1).all())
-        parameter.data.copy_(1 + noise if is_scale else noise)
-    return model
+    return randomize(kind(config), seed)
 
 
 def bigram_model(logp_VV, context=64):

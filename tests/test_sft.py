@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from running import randomize
 
 from nanor1.gradient import Example, Workers, add_gradient, mean_loss, pack_examples
 from nanor1.model import ModelConfig, Transformer
@@ -468,12 +469,7 @@ CONFIG = ModelConfig("llama", 16, 24, 40, 2, 4, 2, 6, 64)
 
 
 def random_model(seed=0):
-    """Weights far from any initialisation, so that each of them matters."""
-    model, generator = Transformer(CONFIG), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * 0.3
-        p.data.copy_(noise if p.dim() == 2 else 1 + noise)
-    return model.double()
+    return randomize(Transformer(CONFIG), seed).double()
 
 
 def random_examples(n=7, seed=0):
