@@ -234,13 +234,6 @@ def test_a_conversation_shows_the_model_what_was_said_before(talk, chat_folder):
     assert code == 0 and out == f"{first}\n{second}\n"
 
 
-def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigged_folder, monkeypatch):
-    monkeypatch.setattr(Sampler, "generate", interrupted_after(2))
-    code, out, err = talk("--model", rigged_folder, lines=["1 + 2 =", "Ctrl-C", "unknown", "go", "", "go"])
-    assert code == 0 and out.count("go go\n") == 1 and err.count("stopped by Ctrl-C") == 2
-    assert "error: the word 'unknown' is not in this vocabulary" in err
-
-
 class Terminal:
     """A program on a terminal of its own: type at it, wait for what it shows."""
 
@@ -466,22 +459,6 @@ def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_proble
 
     code, _, err = run("--model", folder, "--task", "countdown")
     assert code == 2 and "give --task arithmetic" in err
-
-
-def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, problem_file, monkeypatch):
-    n_calls = iter([True])
-
-    def interrupted(*arguments, **options):
-        if next(n_calls, None):
-            return GENERATE(*arguments, **options)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Sampler, "generate", interrupted)
-    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--max-rows", "1", "--n", "2"]
-    code, out, err = run("--model", rigged_folder, *options)
-    assert code == 130 and err.splitlines()[-1] == "stopped by Ctrl-C after 2 of 3 problems (1 under way lost)"
-    assert out.startswith("gsm8k: 3 problems (of samples-2 2) x 2,")
-    assert re.search(r"^accuracy +0.500 .*\(n=2\)", out, re.MULTILINE)  # the third would have been right
 
 
 def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run, rigged_folder, problem_file):

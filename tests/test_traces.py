@@ -277,34 +277,6 @@ def test_killed_sampling_goes_on_without_duplicates_to_the_bytes_of_an_uninterru
     assert said == [f"{killed} goes on after 2 of 6 problems"]
 
 
-def test_ctrl_c_keeps_the_batches_done_and_says_how_to_go_on(tmp_path, monkeypatch):
-    path, whole, said, generate, calls = tmp_path / "a.jsonl", tmp_path / "b.jsonl", [], Sampler.generate, iter("ab")
-
-    def interrupted(*arguments, **options):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(Sampler, "generate", interrupted)
-    ledger = sample(path, say=said.append)
-    monkeypatch.undo()
-    assert not ledger.is_whole and ledger.n_done == 4 and {row["problem"] for row in read_lines(path)} <= {0, 1, 2, 3}
-    so_far = "after 4 of 6 problems (2 under way lost)"
-    assert said == [f"stopped by Ctrl-C {so_far}, kept in {path}; the same command goes on from there"]
-    assert sample(path).counts == sample(whole).counts and path.read_bytes() == whole.read_bytes()
-
-
-def test_a_finished_file_is_left_as_it_is(tmp_path, monkeypatch):
-    path, said = tmp_path / "traces.jsonl", []
-    first = sample(path)
-    before = path.read_bytes(), ledger_path(path).read_bytes()
-    monkeypatch.setattr(Sampler, "generate", None)  # it would be called in vain
-    assert sample(path, say=said.append) == first and said == [f"{path} is finished"]
-    assert (path.read_bytes(), ledger_path(path).read_bytes()) == before
-    path.write_bytes(before[0] + b"a line of the user's own")
-    assert sample(path) == first and path.read_bytes().endswith(b"own")
-
-
 def test_other_problems_do_not_continue_a_file(tmp_path):
     path = tmp_path / "traces.jsonl"
     sample(path)
