@@ -591,8 +591,7 @@ def test_a_model_without_tags_thinks_until_it_stops_or_is_stopped():
 
 # Letters at random, in which the end "ca" comes every few tokens; after "W" and "!" too.
 RANDOM_LETTERS = chain(
-    STRADDLING,
-    **{letter: "aabc" if letter in "pW" else "abcE" if letter in "ba" else "aabb" for letter in "pabcW!"},
+    STRADDLING, **{letter: "aabc" if letter in "pW" else "abcE" if letter in "ba" else "aabb" for letter in "pabcW!"}
 )
 
 

@@ -733,11 +733,7 @@ def test_a_chat_example_is_the_very_ids_that_generation_saw_and_made(name, tmp_p
     prompt_ids = tokenizer.encode(prompt, allow_special=True)
     sampler = Sampler(Transformer.from_pretrained(MODELS / name, torch.float32))
     ((completion,),) = sampler.generate(
-        [prompt_ids],
-        max_new_tokens=60,
-        temperature=0.0,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
+        [prompt_ids], max_new_tokens=60, temperature=0.0, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size
     )
     assert completion.finish == "stop" and len(completion.ids) > 5
     answer = {"role": "assistant", "content": tokenizer.decode(completion.ids[:-1])}

@@ -171,11 +171,7 @@ def to_item(prompt_ids: list[int], answer_ids: list[int]) -> Item:
 
 @torch.no_grad()
 def score(
-    model: RewardModel,
-    tokenizer: Tokenizer,
-    prompt_ids_B: list[list[int]],
-    answers_B: list[str],
-    tokens_per_batch: int,
+    model: RewardModel, tokenizer: Tokenizer, prompt_ids_B: list[list[int]], answers_B: list[str], tokens_per_batch: int
 ) -> list[float]:
     """The score of each response behind its prompt; of the response only what follows its thinking counts.
 
