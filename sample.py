@@ -58,6 +58,7 @@ from nanor1.search.step_beams import mean_logprob, reward_scorer
 from nanor1.search.think_longer import Budget
 from nanor1.stages.rejection_sampling import SEED_STRIDE, Question, Selection, ask, collect, summary
 from nanor1.stages.reward_model import load_reward_model, to_preference
+from nanor1.stages.sft import is_chat
 from nanor1.tasks.problems import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
 from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.tokenizer import Tokenizer
@@ -424,9 +425,7 @@ def read_prompts(asker: Asker, config: Config) -> list[Question]:
 
     def to_question(row: dict) -> Question:
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-        is_chat = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
-        texts = [message.get(name) for message in messages for name in ("role", "content")] if is_chat else [None]
-        if not all(isinstance(text, str) for text in texts) or messages[-1]["role"] != "user":
+        if not is_chat(messages) or messages[-1]["role"] != "user":
             raise ValueError(
                 "expected a text 'prompt', or 'messages' with texts 'role' and 'content', the last a user's"
             )

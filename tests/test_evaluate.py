@@ -245,16 +245,6 @@ def test_a_bare_prompt_is_the_question_with_the_models_first_token_where_it_has_
     assert Prompter(bytes_tokenizer, "bare").write(SUM) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
 
 
-def test_a_chat_prompt_is_the_template_with_its_special_tokens():
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    )
-    tokenizer = Tokenizer.from_bytes(specials=["<|im_start|>"], chat_template=template)
-    text, ids = Prompter(tokenizer, "chat").write(SUM)
-    assert text.startswith("<|im_start|>2 + 3 =") and text.endswith("!")
-    assert ids == [tokenizer.token_id("<|im_start|>"), *text.removeprefix("<|im_start|>").encode()]
-
-
 # ---- a model
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import read_lines, rig, write_lines
+from running import call_main, read_lines, rig, write_lines
 
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
 from nanor1.model import Transformer
@@ -95,27 +95,6 @@ def run(monkeypatch, capsys):
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
-
-    return run_main
-
-
-@pytest.fixture
-def talk(run, monkeypatch):
-    """Run main() as a conversation on a terminal: `lines` are typed one by one, then Ctrl-D."""
-
-    def run_main(*argv, lines):
-        typed = iter(lines)
-
-        def type_line(prompt):
-            line = next(typed, None)
-            if line is None:
-                raise EOFError
-            if line == "Ctrl-C":
-                raise KeyboardInterrupt
-            return line
-
-        monkeypatch.setattr("builtins.input", type_line)
-        return run(*argv, is_terminal=True)
 
     return run_main
 
@@ -224,9 +203,11 @@ def interrupted_after(n_tokens):
 # ---- a conversation
 
 
-def test_a_conversation_shows_the_model_what_was_said_before(talk, chat_folder):
+def test_a_conversation_shows_the_model_what_was_said_before(run, chat_folder, monkeypatch):
+    typed = iter(["Hi", "More", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
     options = ["--model", chat_folder, "--temperature", "0", "--max-new-tokens", "12"]
-    code, out, _ = talk(*options, lines=["Hi", "More"])
+    code, out, _ = run(*options, is_terminal=True)
     tokenizer = Tokenizer.from_pretrained(chat_folder)
     first = greedy(chat_folder, tokenizer.encode("<|user|>Hi<|assistant|>", allow_special=True), 12)
     history = f"<|user|>Hi<|assistant|>{first}<|user|>More<|assistant|>"
@@ -647,7 +628,7 @@ THERE = "good.jsonl is there already, without good.jsonl.progress.json to contin
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
-    monkeypatch, capsys, tmp_path, chat_folder, rigged_folder, argv, message
+    monkeypatch, tmp_path, chat_folder, rigged_folder, argv, message
 ):
     good = '{"question": "1 + 2", "answer": "#### 3"}\n'
     (tmp_path / "good.jsonl").write_text(good)
@@ -658,13 +639,10 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
     words = [paths.get(word, word) for word in (argv.split() if isinstance(argv, str) else argv)]
     model = [] if words[0] in ("hi", "--paired") else ["--model"]
     short = ["--template", "bare"] if "--task" in argv else []
-    monkeypatch.setattr(sys, "argv", ["sample.py", *model, *words, *short])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    with pytest.raises(SystemExit) as stop:
-        sample.main()
-    out, err = capsys.readouterr()
+    code, out, err = call_main(sample, [*model, *words, *short])
     last = err.splitlines()[-1]
-    assert stop.value.code == 2 and out == "" and "Traceback" not in err
+    assert code == 2 and out == "" and "Traceback" not in err
     assert last.startswith("error: ") and re.search(message, last), err
 
 

@@ -194,7 +194,7 @@ def choose(name: str, problem: Problem, answers: list[dict], keep_share: float) 
     method = METHODS[name]
     if not (method.weight or method.value):
         return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
-    candidates = [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
+    candidates = [Candidate(answer["answer"], answer["logprob"]) for answer in answers]
     if method.value:
         return best_of(candidates, [*map(method.value, answers)])
     weights = [*map(method.weight, answers)]

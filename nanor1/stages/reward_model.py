@@ -27,6 +27,7 @@ from nanor1.stages.sft import (
     NO_PLACE_FOR_SYSTEM,
     Examples,
     first_question,
+    is_chat,
     is_message,
     text_end,
     thought_in,
@@ -135,7 +136,7 @@ def _prompt(
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
         return render(prompt, tokenizer, {})[1], prompt.strip()
-    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
+    if is_chat(prompt):
         for message in prompt:
             thought_in(message)  # refuses what cannot be one text; the template does with it what it does
         return render(with_system(prompt, system), tokenizer, template_arguments)[1], first_question(prompt)

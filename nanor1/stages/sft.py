@@ -168,6 +168,10 @@ def is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
+def is_chat(messages: object) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
+
+
 def thought_in(message: dict) -> str:
     """What the assistant thought, from the one of the fields THINKING that has a text; "" if none has."""
     found = {name: message[name] for name in THINKING if message.get(name) is not None}
