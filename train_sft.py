@@ -132,7 +132,7 @@ def measure(run: Run, items: list) -> dict:
         terms = reward_model.add_gradient(run.workers, items, run.tokens_per_batch, learns=False)
         low, high = wilson_interval(terms.n_right, terms.n)
         return pair_metrics(terms) | {"accuracy_low": low, "accuracy_high": high, "n": terms.n}
-    loss = gradient.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
+    loss = gradient.add_gradient(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size, learns=False)
     return {"loss": loss, "n": len(items)}
 
 

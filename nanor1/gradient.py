@@ -125,6 +125,3 @@ def add_gradient(
     batches = pack_examples(examples, tokens_per_batch, loss_scale)
     losses = workers.accumulate(batches, partial(batch_loss, vocab_size=vocab_size), learns)
     return torch.stack(losses).sum().item() / loss_scale
-
-
-mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples

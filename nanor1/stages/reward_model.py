@@ -23,16 +23,7 @@ from nanor1.model import Transformer
 from nanor1.packing import Batch, Item, attended_pairs, pack, to_device
 from nanor1.rewards import after_thinking
 from nanor1.run.checkpoint import model_folder
-from nanor1.stages.sft import (
-    NO_PLACE_FOR_SYSTEM,
-    Examples,
-    first_question,
-    is_chat,
-    is_message,
-    text_end,
-    thought_in,
-    with_system,
-)
+from nanor1.stages.sft import NO_PLACE_FOR_SYSTEM, Examples, first_question, is_chat, text_end, thought_in, with_system
 from nanor1.tasks.problems import read_json_lines
 from nanor1.tasks.prompts import render
 from nanor1.tokenizer import Tokenizer, check_same_vocabulary
@@ -147,7 +138,7 @@ def _prompt(
 
 def _answer(row: dict, name: str) -> str:
     answer = row.get(name)
-    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]) and answer[0]["role"] == "assistant":
+    if is_chat(answer) and len(answer) == 1 and answer[0]["role"] == "assistant":
         return answer[0]["content"]
     if not isinstance(answer, str):
         raise ValueError(f"expected {name!r}: a text or a list of one assistant message, found {answer!r:.60}")
