@@ -338,20 +338,6 @@ def test_training_text_is_continued_with_the_same_template_arguments_however_the
     assert code == 2 and "was begun with --template-args {'loud': True, 'tone': 'é'}, this is {'loud': True}" in err
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{'loud': true}", "are no JSON object"),
-        ("[1]", r"--template-args '\[1\]' are no JSON object"),
-        ('{"lout": true}', "has no variable 'lout'; it has loud, tone"),
-        ('{"messages": []}', "has no variable 'messages'; it has loud, tone"),
-    ],
-)
-def test_template_arguments_that_the_template_does_not_read_are_refused(told, text, message):
-    (code, out, err), seen = told("Hi", "--template-args", text)
-    assert code == 2 and out == "" and not seen and re.search(message, err.splitlines()[-1])
-
-
 # ---- evaluation
 
 
@@ -620,6 +606,7 @@ THERE = "good.jsonl is there already, without good.jsonl.progress.json to contin
         ("RIGGED hi", "the word 'hi' is not in this vocabulary"),
         ("RIGGED go --template chat", "has no chat template"),
         ("RIGGED go --system so", "--system needs the template chat"),
+        (["CHAT", "hi", "--template-args", "{'loud': true}"], "--template-args .* are no JSON object"),
         (["RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
         (
             ["CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
