@@ -228,8 +228,7 @@ def compare_pair(paths: str, given: frozenset[str]) -> None:
 class Console:
     """What making a miniature reports to."""
 
-    def say(self, text: str) -> None:
-        say(text)
+    say = staticmethod(say)
 
     def progress(self, done: int, total: int, label: str) -> None:
         if sys.stderr.isatty():

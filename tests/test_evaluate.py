@@ -167,11 +167,6 @@ def test_a_summary_by_hand():
     assert 0 < evaluation.accuracy_low < 0.75 < evaluation.accuracy_high <= 1
 
 
-def test_the_accuracy_is_the_mean_of_the_problems_means():
-    groups = [[answered(5, 1.0)] * 4, [answered(4, 0.0), answered(5, None)]]
-    assert summarize(groups).accuracy == 0.5
-
-
 def test_what_could_not_be_judged_is_left_out_of_its_problem_and_a_problem_without_judgement_out_of_the_set():
     unjudged = answered(5, None, n_tokens=100)
     evaluation = summarize([[answered(5, 1.0), unjudged], [unjudged, unjudged], [answered(4, 0.0)] * 2])

@@ -459,10 +459,8 @@ def test_a_stop_text_ends_samples(asked, tmp_path):
     [
         ("--method majorty --n 4", "there is no such method; choose of greedy, direct"),
         ("--method majority", "--method majority: of one answer there is nothing to choose; give --n 2 or more"),
-        ("--method refine --n 2 --raw", "template; this is bare"),
         ("--method direct --template r1-zero", "template; this is r1-zero"),
         ("--method best-reward --n 2", "needs --reward-model FOLDER"),
-        ("--method beam --n 6", "keeps N / 4 beams; give --n as a multiple"),
         ("--method greedy,beam --stop-text x --n 4", "--stop-text ends samples, and not what --method"),
         ("--method majority --n 4 --temperature 0", "gives the same answer 4 times"),
         ("--method greedy --keep all --out x", "--method is for an evaluation"),
@@ -478,12 +476,10 @@ def test_a_stop_text_ends_samples(asked, tmp_path):
         ("--examples FOLDER/none.jsonl", "none.jsonl cannot be read (No such file or directory)"),
         ("--examples FOLDER/examples.jsonl", "examples.jsonl, line 2: expected a non-empty text 'completion'"),
         ("--examples FOLDER/good.jsonl --template r1-zero", "the template r1-zero takes no examples"),
-        ("--data FOLDER/none.jsonl", "none.jsonl cannot be read (No such file or directory)"),
         ("--data FOLDER/empty.jsonl", "empty.jsonl is empty; expected JSON lines"),
         ("--data FOLDER/no_answer.jsonl", "no_answer.jsonl, line 3: expected a non-empty text 'answer', found None"),
         ("--data FOLDER/no_mark.jsonl", "no_mark.jsonl, line 1: expected an 'answer' that ends in '#### NUMBER'"),
         ("--out FOLDER/none/out.jsonl", "cannot be written (No such file or directory)"),
-        ("--out FOLDER/good.jsonl", "is there already, without good.jsonl.progress.json to continue it"),
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(run, folder, options, said):
@@ -495,9 +491,3 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(run, folder, options, 
     code, out, err = run(*options.replace("FOLDER", str(folder)).split())
     *_, last = err.splitlines()
     assert code == 2 and out == "" and "Traceback" not in err and last.startswith("error: ") and said in last, err
-
-
-def test_programs_are_not_voted_on(run, folder):
-    data = write_lines(folder / "code.jsonl", [{"text": "Two.", "test_list": ["assert f() == 2"], "code": "f = 1"}])
-    code, _, err = run("--task", "code", "--method", "majority", "--n", "2", data=data)
-    assert code == 2 and "programs cannot be voted on" in err

@@ -279,9 +279,5 @@ def pass_rate(k: int, rows: Sequence[dict]) -> float:
 
 
 def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4 ... up to n, and n itself.
-
-    >>> powers_of_two(6)
-    [1, 2, 4, 6]
-    """
+    """1, 2, 4 ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
