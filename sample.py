@@ -35,7 +35,7 @@ import torch
 from nanor1.chat import INTERRUPTED, answer, converse, say, write_messages
 from nanor1.evaluation import methods
 from nanor1.evaluation.measure import batch_size, measure
-from nanor1.evaluation.methods import METHODS, SINGLE, Run, compare, obstacle, powers_of_two, report, runs_of
+from nanor1.evaluation.methods import METHODS, SINGLE, Run, figures, looks_of, obstacle, powers_of_two, report, runs_of
 from nanor1.evaluation.paired import compare_files
 from nanor1.judge import make_rules
 from nanor1.miniature import find_miniature, find_model, own_miniature
@@ -53,10 +53,12 @@ from nanor1.run.checkpoint import digest
 from nanor1.run.config import MANY, Rule, apply_preset, option, option_name, parse_args, refuse_idle, user_errors
 from nanor1.run.machine import choose_device
 from nanor1.run.resumable import touch
-from nanor1.search.asking import Asker, Settings, check_room
+from nanor1.search.asking import Asker, check_room
 from nanor1.search.step_beams import mean_logprob, reward_scorer
+from nanor1.search.think_longer import Budget
 from nanor1.stages.rejection_sampling import SEED_STRIDE, Question, Selection, ask, collect, summary
 from nanor1.stages.reward_model import load_reward_model, to_preference
+from nanor1.stages.sft import is_chat
 from nanor1.tasks.problems import BOXED_TASKS, SPLITS, TASKS, Problem, parse_object, read_json_lines
 from nanor1.tasks.prompts import PromptOptions, choose_template, make_prompter, to_system
 from nanor1.tokenizer import Tokenizer
@@ -285,7 +287,9 @@ def evaluate(asker: Asker, config: Config) -> None:
         what = f"{config.task}: {len(problems)} problems{begun} x {config.n}"
         print(f"{what}, template {asker.prompter.template}, {how}; part: {split}")
         if names:
-            show_methods(config, names, compare(names, config.ns, rows, problems, asker.settings.keep_share))
+            looks = [look for look in looks_of(names, config.ns) if rows[look[-1]]]
+            found = [figures(*look, rows[look[-1]], problems, config.keep_share) for look in looks]
+            show_methods(config, names, found)
         else:
             print(report(runs[0], rows[runs[0]], problems))
     if not is_whole:
@@ -333,16 +337,13 @@ def with_methods(asker: Asker, config: Config) -> Asker:
     is_tagged = asker.prompter.template == "r1-zero" or config.style == "think"
     max_answer = config.max_answer or max(1, config.max_new_tokens // 4)
     opening = "\nThe final answer is \\boxed{" if config.task in BOXED_TASKS else " <answer>"
-    settings = Settings(
-        step_text=config.step_text or "\n",
+    budget = Budget(
         wait_text=config.wait_text or ("Wait" if is_tagged else "\nWait,"),
         end_text="</think>" if is_tagged else "",
         answer_text="\n```python\n" if config.task == "code" else opening,
         min_thinking=math.inf if config.min_thinking is None else config.min_thinking,
         max_thinking=config.max_thinking or max(1, config.max_new_tokens - max_answer),
         max_answer=max_answer,
-        window=config.window,
-        keep_share=config.keep_share,
     )
     rules, scorer = asker.rules, mean_logprob
     if config.reward_model:
@@ -355,7 +356,8 @@ def with_methods(asker: Asker, config: Config) -> Asker:
         raise ValueError(
             "--step-score reward: a reward model judges answers, not thinking; use a chat prompt of --style cot"
         )
-    return replace(asker, settings=settings, rules=rules, scorer=scorer)
+    step_text = config.step_text or "\n"
+    return replace(asker, rules=rules, scorer=scorer, step_text=step_text, budget=budget, window=config.window)
 
 
 def load_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[Problem], str]:
@@ -411,9 +413,7 @@ def read_prompts(asker: Asker, config: Config) -> list[Question]:
 
     def to_question(row: dict) -> Question:
         messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-        is_chat = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
-        texts = [message.get(name) for message in messages for name in ("role", "content")] if is_chat else [None]
-        if not all(isinstance(text, str) for text in texts) or messages[-1]["role"] != "user":
+        if not is_chat(messages) or messages[-1]["role"] != "user":
             raise ValueError(
                 "expected a text 'prompt', or 'messages' with texts 'role' and 'content', the last a user's"
             )

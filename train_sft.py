@@ -130,10 +130,10 @@ def learn(run: Run, items: list) -> dict:
 def measure(run: Run, items: list) -> dict:
     """The same figures of held-out examples or pairs, without a gradient."""
     if run.config.objective == "preference":
-        terms = reward_model.evaluate_pairs(run.workers, items, run.tokens_per_batch)
+        terms = reward_model.add_gradient(run.workers, items, run.tokens_per_batch, learns=False)
         low, high = wilson_interval(terms.n_right, terms.n)
         return pair_metrics(terms) | {"accuracy_low": low, "accuracy_high": high, "n": terms.n}
-    loss = gradient.mean_loss(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size)
+    loss = gradient.add_gradient(run.workers, items, run.tokens_per_batch, run.tokenizer.vocab_size, learns=False)
     return {"loss": loss, "n": len(items)}
 
 

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -118,6 +117,3 @@ def add_gradient(
 
     losses = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_of, learns)
     return torch.stack(losses).sum().item() / loss_scale
-
-
-mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples

@@ -1,4 +1,5 @@
-"""For tests of the scripts: run a main() in this process, let something happen to it, and compare what runs wrote."""
+"""For tests: run a script's main() in this process, let something happen to it, compare what runs wrote; and models
+of which it is known what they do."""
 
 import contextlib
 import io
@@ -122,3 +123,23 @@ def assert_same_run(folder, whole):
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def randomize(model, seed=0, scale=0.3):
+    """Weights far from any initialisation, so that each of them matters; biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator) * scale
+        p.data.copy_(1 + noise if p.dim() == 1 and bool((p == 1).all()) else noise)
+    return model
+
+
+@torch.no_grad()
+def rig(model, weights):
+    """A next token that depends on the last one alone, by {(last, next): its logit}: the blocks add nothing."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
+    model.model.embed_tokens.weight.copy_(torch.eye(len(model.lm_head.weight)))
+    for (last, following), weight in weights.items():
+        model.lm_head.weight[following, last] = weight
+    return model

@@ -18,7 +18,7 @@ import train_zero
 from nanor1.miniature import MINIATURES
 from nanor1.model import Transformer
 from nanor1.run.checkpoint import model_folder
-from nanor1.stages.reward_model import load_scorer
+from nanor1.stages.reward_model import RewardModel
 from nanor1.stages.sft import read_examples
 from nanor1.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def test_a_shrunken_version_of_readmes_chain_runs_from_nothing_to_a_student(tmp_
     folders = [model_folder(f"runs/{name}") for name in ("zero", "cold-start", "reasoner", "sft", "r1", "student")]
     models = [Transformer.from_pretrained(folder) for folder in folders]
     assert len({model.head_weight_VC.sum().item() for model in models}) == len(models)
-    assert load_scorer(model_folder("runs/reward")).score.weight.any()
+    assert RewardModel.from_pretrained(model_folder("runs/reward")).score.weight.any()
     tokenizer = Tokenizer.from_pretrained(folders[0])
     for name in ("cold-start", "reasoning", "general"):
         assert read_examples(f"runs/{name}.jsonl", tokenizer, 256).examples

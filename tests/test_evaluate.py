@@ -168,11 +168,6 @@ def test_a_summary_by_hand():
     assert 0 < evaluation.accuracy_low < 0.75 < evaluation.accuracy_high <= 1
 
 
-def test_the_accuracy_is_the_mean_of_the_problems_means():
-    groups = [[answered(5, 1.0)] * 4, [answered(4, 0.0), answered(5, None)]]
-    assert summarize(groups).accuracy == 0.5
-
-
 def test_what_could_not_be_judged_is_left_out_of_its_problem_and_a_problem_without_judgement_out_of_the_set():
     unjudged = answered(5, None, n_tokens=100)
     evaluation = summarize([[answered(5, 1.0), unjudged], [unjudged, unjudged], [answered(4, 0.0)] * 2])
@@ -201,11 +196,8 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     done = completion(tokenizer, f"{text} <end>")
     rollout = judge(SUM, ("2 + 3 =", [6, 4, 7]), done, tokenizer, RULES)
-    assert (rollout.text, rollout.reward, rollout.parts) == (
-        text,
-        1.0,
-        {"accuracy": 1.0, "format": 1.0, "language": 1.0},
-    )
+    assert (rollout.text, rollout.reward) == (text, 1.0)
+    assert rollout.parts == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
     assert rollout.prompt_ids == [6, 4, 7]
     assert rollout.completion.ids[-1] == tokenizer.eos_id  # kept, for it is trained
 
@@ -213,11 +205,8 @@ def test_a_right_answer_is_rewarded_and_its_stop_token_is_no_part_of_the_text(to
 def test_an_answer_that_is_cut_off_is_not_right_but_its_format_is_judged(tokenizer):
     text = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
     rollout = judge(SUM, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
-    assert (rollout.text, rollout.reward, rollout.parts) == (
-        text,
-        0.0,
-        {"accuracy": 0.0, "format": 1.0, "language": 1.0},
-    )
+    assert (rollout.text, rollout.reward) == (text, 0.0)
+    assert rollout.parts == {"accuracy": 0.0, "format": 1.0, "language": 1.0}
     no_gold = Problem("2 + 3 =", "", "arithmetic")
     rollout = judge(no_gold, ("", []), completion(tokenizer, text, "length"), tokenizer, RULES)
     assert rollout.reward is None and rollout.parts["accuracy"] is None
@@ -250,16 +239,6 @@ def test_a_bare_prompt_is_the_question_with_the_models_first_token_where_it_has_
     bytes_tokenizer = of_bytes(specials=["<s>"])
     bytes_tokenizer.adds_bos, bytes_tokenizer.bos_id = True, bytes_tokenizer.token_id("<s>")
     assert Prompter(bytes_tokenizer, "bare").write(SUM) == ("2 + 3 =", [bytes_tokenizer.bos_id, *b"2 + 3 ="])
-
-
-def test_a_chat_prompt_is_the_template_with_its_special_tokens():
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    )
-    tokenizer = of_bytes(specials=["<|im_start|>"], chat_template=template)
-    text, ids = Prompter(tokenizer, "chat").write(SUM)
-    assert text.startswith("<|im_start|>2 + 3 =") and text.endswith("!")
-    assert ids == [tokenizer.token_id("<|im_start|>"), *text.removeprefix("<|im_start|>").encode()]
 
 
 # ---- a model

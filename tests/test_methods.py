@@ -13,8 +13,8 @@ from nanor1.evaluation.methods import (
     AMONG_SAMPLES,
     METHODS,
     Run,
-    compare,
     figures,
+    looks_of,
     obstacle,
     pass_rate,
     picture,
@@ -75,16 +75,6 @@ def test_the_majority_of_n_is_the_mean_over_disjoint_subsets_of_n():
     assert accuracy("majority", 4, *answers) == 0.5  # 5 by three of four, 4 by three of four
     assert accuracy("majority", 8, *answers) == 1.0  # four against four
     assert accuracy("majority", 3, *answers) == 1.0  # the last two, both wrong, are in no subset
-
-
-def test_equal_answers_vote_together_however_they_are_spelled():
-    assert accuracy("majority", 5, WRONG, WRONG, RIGHT, answer("5.0"), answer("5.0")) == 1.0
-    assert accuracy("majority", 3, WRONG, WRONG, RIGHT) == 0.0
-
-
-def test_a_tie_goes_to_the_larger_summed_log_probability():
-    assert accuracy("majority", 2, WRONG, answer("5", logprob=-0.5)) == 1.0
-    assert accuracy("majority", 2, answer("4", logprob=-0.5), RIGHT) == 0.0
 
 
 def test_a_format_that_could_not_be_judged_is_not_kept_and_ends_nothing():
@@ -300,7 +290,7 @@ def comparison():
         for run in runs_of(list(METHODS), ns)
     }
     rows[Run("dvts", 8)] = [of_trees([right, right], [right, right]), of_trees([right, wrong], [wrong, right])]
-    return compare(list(METHODS), ns, rows, [SUM, SUM])
+    return [figures(*look, rows[look[-1]], [SUM, SUM]) for look in looks_of(list(METHODS), ns)]
 
 
 def test_a_comparison_has_each_method_at_each_n_at_which_it_is_no_other(comparison):
@@ -318,11 +308,6 @@ def test_a_comparison_has_each_method_at_each_n_at_which_it_is_no_other(comparis
     by_method = {(f.method, f.n): f for f in comparison}
     assert by_method["sample", 1].accuracy == 0.75 and by_method["best-rule", 2].accuracy == 1.0
     assert by_method["majority", 4].tokens == 40 and by_method["beam", 4].tokens == 40
-
-
-def test_runs_that_have_no_rows_are_left_out():
-    rows = {Run("greedy", 1): [row(RIGHT)], Run("samples", 4): []}
-    assert [f.method for f in compare(["greedy", "majority"], [4], rows, [SUM])] == ["greedy"]
 
 
 def test_the_table_has_a_line_for_each_method_and_n(comparison):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import randomize, write_lines
 from safetensors.torch import load_file
 from vocabularies import of_bytes, of_words
 
@@ -16,9 +17,7 @@ from nanor1.stages.reward_model import (
     Pair,
     RewardModel,
     add_gradient,
-    evaluate_pairs,
-    final_part,
-    load_scorer,
+    load_reward_model,
     pair_loss,
     preference,
     read_pairs,
@@ -48,15 +47,6 @@ WORDS = "a b c d e f g h please user bot : <think> </think>".split()
 TOKENIZER = of_words(WORDS, chat_template=TEMPLATE)
 STOP = TOKENIZER.eos_id
 ALL_IN_ONE, ONE_EACH = 10**6, 1  # tokens_per_batch
-
-
-def randomize(model, seed=0):
-    """Weights far from any initialisation, so that each of them matters to the score; biases too."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * 0.3
-        p.data.copy_(1 + noise if p.dim() == 1 and bool((p == 1).all()) else noise)
-    return model
 
 
 def random_scorer(seed=0, config=CONFIG):
@@ -196,7 +186,7 @@ def test_the_terms_of_an_update_and_of_an_evaluation_are_means_of_lone_scores():
     model = random_scorer()
     scores = [[lone_score(model, p.prompt_ids, x) for x in (p.chosen_ids, p.rejected_ids)] for p in PAIRS]
     _, terms = gradient(model, PAIRS)
-    held_out = evaluate_pairs(Workers(model), PAIRS, 20)
+    held_out = add_gradient(Workers(model), PAIRS, 20, learns=False)
     for each in (terms, held_out):
         assert each.n == 5 and each.flops > 0
         assert each.n_right == sum(chosen > rejected for chosen, rejected in scores)
@@ -234,17 +224,17 @@ def test_the_work_of_an_update_counts_blocks_and_attended_pairs_and_no_output_ma
 
 def test_evaluating_leaves_no_gradient_in_any_worker():
     workers = Workers(random_scorer(), 2)
-    evaluate_pairs(workers, PAIRS, ONE_EACH)
+    add_gradient(workers, PAIRS, ONE_EACH, learns=False)
     assert all(p.grad is None for model in workers.models for p in model.parameters())
 
 
 def test_ties_count_half():
     model = random_scorer()
     model.score.weight.data.zero_()
-    terms = evaluate_pairs(Workers(model), PAIRS, ALL_IN_ONE)
+    terms = add_gradient(Workers(model), PAIRS, ALL_IN_ONE, learns=False)
     assert (terms.n_right, terms.accuracy, terms.difference) == (2.5, 0.5, 0.0)
     unmargined = [Pair(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in PAIRS]
-    assert evaluate_pairs(Workers(model), unmargined, ALL_IN_ONE).loss == pytest.approx(math.log(2))
+    assert add_gradient(Workers(model), unmargined, ALL_IN_ONE, learns=False).loss == pytest.approx(math.log(2))
 
 
 # ---- learning
@@ -274,7 +264,7 @@ def test_a_planted_preference_is_learned_and_a_random_one_is_not(is_random):
         at = step * 32 % len(train)
         add_gradient(workers, train[at : at + 32], ALL_IN_ONE, center_coef=0.01)
         optimizer.step(3e-3, 1.0)
-    terms = evaluate_pairs(workers, held_out, ALL_IN_ONE)
+    terms = add_gradient(workers, held_out, ALL_IN_ONE, learns=False)
     if is_random:
         assert 0.42 < terms.accuracy < 0.58  # the deviation of chance is 0.03
         return
@@ -306,10 +296,9 @@ def test_completions_of_a_prompt_share_it_within_the_limit():
 
 def test_only_the_final_answer_counts():
     model, prompt = random_scorer(), ids("a b <think>")
-    texts = ["<think> a b c </think> d e", "<think> please please </think>  d e ", "d e", "<think> a </think> e d"]
+    texts = ["<think> a b c </think>\n\nd e\n", "<think> please please </think>  d e ", "d e", "<think> a </think> e d"]
     one, two, bare, other = score(model, TOKENIZER, [prompt] * 4, texts, ALL_IN_ONE)
     assert one == two == bare
-    assert final_part("<think> a </think>\n\nd e\n") == final_part(" d e") == "d e"
     assert abs(other - one) > 1e-3
 
 
@@ -317,7 +306,6 @@ def test_a_response_that_is_still_thinking_is_scored_as_the_empty_answer():
     model, prompt = random_scorer(), ids("a b")
     thinking, empty = score(model, TOKENIZER, [prompt] * 2, ["<think> a please", "<think> c </think>"], ONE_EACH)
     assert thinking == empty == pytest.approx(lone_score(model, prompt, [STOP]), abs=1e-5)
-    assert final_part("<think> a please") == ""
 
 
 def test_what_does_not_fit_the_context_scores_nan_and_the_others_their_own():
@@ -353,22 +341,19 @@ def test_bf16_weights_give_fp32_scores_close_to_those_of_fp32():
 # ---- pairs from a file
 
 
-def write_lines(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_both_forms_of_a_pair_are_read_as_prompt_answer_and_stop_token(tmp_path):
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": " e f ", "margin": 2},
-        {
-            "prompt": [{"role": "user", "content": "a b"}],
-            "chosen": [{"role": "assistant", "content": "d"}],
-            "rejected": [{"role": "assistant", "content": "<think> e f"}],
-        },
+        [
+            {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": " e f ", "margin": 2},
+            {
+                "prompt": [{"role": "user", "content": "a b"}],
+                "chosen": [{"role": "assistant", "content": "d"}],
+                "rejected": [{"role": "assistant", "content": "<think> e f"}],
+            },
+        ],
     )
-    text, chat = read_pairs(path, TOKENIZER, 100).pairs
+    text, chat = read_pairs(path, TOKENIZER, 100).examples
     assert text == Pair(ids("a b"), [*ids("d"), STOP], [*ids("e f"), STOP], 2.0)
     assert chat == Pair(ids("user : a b bot :"), [*ids("d"), STOP], [STOP], 0.0)
 
@@ -376,18 +361,20 @@ def test_both_forms_of_a_pair_are_read_as_prompt_answer_and_stop_token(tmp_path)
 def test_a_chat_templates_special_tokens_are_tokens_and_a_texts_are_text(tmp_path):
     tokenizer = of_bytes(specials=["<|bot|>"], chat_template="{{ messages[0].content }}<|bot|>")
     row = {"prompt": [{"role": "user", "content": "x"}], "chosen": "y", "rejected": "z"}
-    path = write_lines(tmp_path / "pairs.jsonl", row, row | {"prompt": "x<|bot|>"})
-    chat, text = read_pairs(path, tokenizer, 100).pairs
+    path = write_lines(tmp_path / "pairs.jsonl", [row, row | {"prompt": "x<|bot|>"}])
+    chat, text = read_pairs(path, tokenizer, 100).examples
     assert chat.prompt_ids == [ord("x"), tokenizer.token_id("<|bot|>")]
     assert text.prompt_ids == list(b"x<|bot|>")
 
 
 def test_a_pair_is_scored_in_use_as_it_was_in_training(tmp_path):
     model, thought = random_scorer(), "<think> a </think> d e"
-    path = write_lines(tmp_path / "pairs.jsonl", {"prompt": "a b", "chosen": thought, "rejected": "h"})
-    (item,) = read_pairs(path, TOKENIZER, 100).pairs
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "a b", "chosen": thought, "rejected": "h"}])
+    (item,) = read_pairs(path, TOKENIZER, 100).examples
     chosen, rejected = score(model, TOKENIZER, [ids("a b")] * 2, [thought, "h"], ALL_IN_ONE)
-    assert chosen - rejected == pytest.approx(evaluate_pairs(Workers(model), [item], ONE_EACH).difference, abs=1e-5)
+    assert chosen - rejected == pytest.approx(
+        add_gradient(Workers(model), [item], ONE_EACH, learns=False).difference, abs=1e-5
+    )
 
 
 SYSTEM_TEMPLATE = (
@@ -403,42 +390,44 @@ def test_the_prompt_of_a_pair_takes_variables_a_system_message_and_earlier_think
         {"role": "bot", "content": "b", "reasoning_content": "c"},
         {"role": "user", "content": "d"},
     ]
-    path = write_lines(tmp_path / "pairs.jsonl", {"prompt": prompt, "chosen": "e", "rejected": "f", "split": "all"})
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": "e", "rejected": "f", "split": "all"}])
     read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
     wanted = "system : g h user : a bot : c b user : d bot : please"
-    assert tokenizer.decode(read.pairs[0].prompt_ids) == wanted
-    assert read.pairs[0].question == "a" and read.n_not_train == 1
+    assert tokenizer.decode(read.examples[0].prompt_ids) == wanted
+    assert read.examples[0].question == "a" and read.n_not_train == 1
     own = [{"role": "system", "content": "h"}, *prompt]
-    write_lines(path, {"prompt": own, "chosen": "e", "rejected": "f"})
+    write_lines(path, [{"prompt": own, "chosen": "e", "rejected": "f"}])
     read = read_pairs(path, tokenizer, 100, {"mood": "please"}, system="g h")
-    assert tokenizer.decode(read.pairs[0].prompt_ids).startswith("system : h user : a") and read.n_not_train == 0
+    assert tokenizer.decode(read.examples[0].prompt_ids).startswith("system : h user : a") and read.n_not_train == 0
 
 
 def test_a_system_message_has_no_place_before_a_plain_prompt_and_thinking_is_one_text(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD)
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD])
     with pytest.raises(ValueError, match="line 1: expected messages, before which a system message can stand"):
         read_pairs(path, TOKENIZER, 100, system="a")
     said = {"role": "assistant", "content": "b", "reasoning": "c", "thinking": "d"}
-    write_lines(path, GOOD | {"prompt": [{"role": "user", "content": "a"}, said]})
+    write_lines(path, [GOOD | {"prompt": [{"role": "user", "content": "a"}, said]}])
     with pytest.raises(ValueError, match="line 1: .*different ones in reasoning and thinking"):
         read_pairs(path, TOKENIZER, 100)
 
 
 def test_the_questions_of_pairs_are_those_of_examples(tmp_path):
     message = {"role": "user", "content": " a b "}
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD | {"prompt": "a b\n"}, GOOD | {"prompt": [message]})
-    assert [pair.question for pair in read_pairs(path, TOKENIZER, 100).pairs] == ["a b", "a b"]
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": "a b\n"}, GOOD | {"prompt": [message]}])
+    assert [pair.question for pair in read_pairs(path, TOKENIZER, 100).examples] == ["a b", "a b"]
 
 
 def test_pairs_that_are_too_long_or_equal_in_the_final_answer_are_left_out_and_counted(tmp_path):
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        {"prompt": "a b", "chosen": "c d", "rejected": "e"},  # 2 + 2 + the stop token
-        {"prompt": "a b", "chosen": "c", "rejected": "e f g"},
-        {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": "<think> e </think> d"},
+        [
+            {"prompt": "a b", "chosen": "c d", "rejected": "e"},  # 2 + 2 + the stop token
+            {"prompt": "a b", "chosen": "c", "rejected": "e f g"},
+            {"prompt": "a b", "chosen": "<think> c </think> d", "rejected": "<think> e </think> d"},
+        ],
     )
     read = read_pairs(path, TOKENIZER, 5)
-    assert (len(read.pairs), read.n_too_long, read.n_equal) == (1, 1, 1)
+    assert (len(read.examples), read.n_too_long, read.n_equal) == (1, 1, 1)
     with pytest.raises(ValueError, match=r"none of its 3 pairs.*2 are longer than 4 tokens, 1 have the same"):
         read_pairs(path, TOKENIZER, 4)
 
@@ -463,13 +452,13 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_pair_is_refused_with_file_line_and_fault(tmp_path, name):
     row, fault = MALFORMED[name]
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD, row)
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD, row])
     with pytest.raises(ValueError, match=f"pairs.jsonl, line 2: .*{fault}"):
         read_pairs(path, TOKENIZER, 100)
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD | {"prompt": [{"role": "user", "content": "a"}]})
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD | {"prompt": [{"role": "user", "content": "a"}]}])
     with pytest.raises(ValueError, match="line 1: .*no chat template"):
         read_pairs(path, Tokenizer.from_words(WORDS), 100)
 
@@ -480,7 +469,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path):
 def test_saving_and_loading_changes_no_bit(tmp_path):
     model = random_scorer().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    again = load_scorer(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     mine, theirs = model.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -511,8 +500,9 @@ def test_each_kind_of_folder_is_refused_where_the_other_is_needed(tmp_path):
     for is_tied in (False, True):
         config = ModelConfig("llama", 40, 24, 40, 2, 4, 2, 6, 64, tie_word_embeddings=is_tied)
         Transformer(config).save_pretrained(tmp_path / "base")
+        TOKENIZER.save_pretrained(tmp_path / "base")
         with pytest.raises(ValueError, match="base holds a language model, which has no score"):
-            load_scorer(tmp_path / "base")
+            load_reward_model(tmp_path / "base", TOKENIZER, None, None)
     with pytest.raises(ValueError, match="scorer holds a reward model.*give a language model"):
         Transformer.from_pretrained(tmp_path / "scorer")
 
@@ -589,7 +579,7 @@ def hf_folder(transformers, folder, hf_config, n_labels):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_reward_model_of_transformers_scores_the_same_here_and_is_saved_as_it_was(transformers, tmp_path, name):
     theirs = hf_folder(transformers, tmp_path, FAMILIES[name], 1)
-    ours = load_scorer(tmp_path)
+    ours = RewardModel.from_pretrained(tmp_path)
     assert our_scores(ours) == pytest.approx(hf_scores(theirs, is_batched=True), abs=1e-4)
     ours.save_pretrained(tmp_path / "ours")
     mine, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", tmp_path))
@@ -600,4 +590,4 @@ def test_a_reward_model_of_transformers_scores_the_same_here_and_is_saved_as_it_
 def test_a_classifier_of_several_labels_is_refused(transformers, tmp_path, n_labels):
     hf_folder(transformers, tmp_path, LLAMA, n_labels)
     with pytest.raises(ValueError, match=f"a classifier of {n_labels} labels; a reward model has one"):
-        load_scorer(tmp_path)
+        RewardModel.from_pretrained(tmp_path)

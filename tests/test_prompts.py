@@ -77,6 +77,8 @@ def test_a_prompt_has_system_message_examples_style_and_arguments(tmp_path):
         (dict(template_args='{"loud": 1}'), "r1-zero", "--template-args needs the template chat"),
         (dict(template_args='{"shy": 1}'), "chat", "no variable 'shy'; it has loud"),
         (dict(template_args="loud"), "chat", "--template-args"),
+        (dict(template_args="[1]"), "chat", r"--template-args '\[1\]' are no JSON object"),
+        (dict(template_args='{"messages": []}'), "chat", "no variable 'messages'; it has loud"),
         (dict(system="Hi"), "bare", "--system needs the template chat"),
         (dict(style="cot"), "r1-zero", "style 'cot'"),
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import call_main, read_lines, rig, write_lines
 from vocabularies import of_bytes, of_words
 
 from nanor1.miniature import MINIATURES, make_tokenizer, miniature_task
@@ -44,20 +45,7 @@ PROBLEMS = [  # the rigged model's answer: right and in form; wrong and in form;
 
 def new_model(vocab_size, width, context=256):
     torch.manual_seed(0)
-    return Transformer(
-        ModelConfig(
-            model_type="llama",
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=context,
-            tie_word_embeddings=False,
-        )
-    )
+    return Transformer(ModelConfig("llama", vocab_size, width, 8, 1, 1, 1, 8, context))
 
 
 def save(folder, model, tokenizer):
@@ -80,13 +68,8 @@ def chat_folder(tmp_path_factory):
 def save_rigged(folder, tokenizer, following, context=256):
     """A model whose next word depends on the last one alone, as `following` says: the blocks add nothing."""
     model = new_model(tokenizer.vocab_size, tokenizer.vocab_size, context)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
-        model.model.embed_tokens.weight.copy_(torch.eye(tokenizer.vocab_size))
-        for word, next_word in following.items():
-            model.lm_head.weight[tokenizer.token_id(next_word), tokenizer.token_id(word)] = 30.0
-    return save(folder, model, tokenizer)
+    logits = {tuple(map(tokenizer.token_id, words)): 30.0 for words in following.items()}
+    return save(folder, rig(model, logits), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +79,7 @@ def rigged_folder(tmp_path_factory):
 
 @pytest.fixture
 def problem_file(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return str(path)
+    return str(write_lines(tmp_path / "problems.jsonl", PROBLEMS))
 
 
 @pytest.fixture
@@ -115,27 +96,6 @@ def run(monkeypatch, capsys):
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
-
-    return run_main
-
-
-@pytest.fixture
-def talk(run, monkeypatch):
-    """Run main() as a conversation on a terminal: `lines` are typed one by one, then Ctrl-D."""
-
-    def run_main(*argv, lines):
-        typed = iter(lines)
-
-        def type_line(prompt):
-            line = next(typed, None)
-            if line is None:
-                raise EOFError
-            if line == "Ctrl-C":
-                raise KeyboardInterrupt
-            return line
-
-        monkeypatch.setattr("builtins.input", type_line)
-        return run(*argv, is_terminal=True)
 
     return run_main
 
@@ -244,21 +204,16 @@ def interrupted_after(n_tokens):
 # ---- a conversation
 
 
-def test_a_conversation_shows_the_model_what_was_said_before(talk, chat_folder):
+def test_a_conversation_shows_the_model_what_was_said_before(run, chat_folder, monkeypatch):
+    typed = iter(["Hi", "More", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
     options = ["--model", chat_folder, "--temperature", "0", "--max-new-tokens", "12"]
-    code, out, _ = talk(*options, lines=["Hi", "More"])
+    code, out, _ = run(*options, is_terminal=True)
     tokenizer = Tokenizer.from_pretrained(chat_folder)
     first = greedy(chat_folder, tokenizer.encode("<|user|>Hi<|assistant|>", allow_special=True), 12)
     history = f"<|user|>Hi<|assistant|>{first}<|user|>More<|assistant|>"
     second = greedy(chat_folder, tokenizer.encode(history, allow_special=True), 12)
     assert code == 0 and out == f"{first}\n{second}\n"
-
-
-def test_ctrl_c_in_a_conversation_ends_the_answer_and_not_the_program(talk, rigged_folder, monkeypatch):
-    monkeypatch.setattr(Sampler, "generate", interrupted_after(2))
-    code, out, err = talk("--model", rigged_folder, lines=["1 + 2 =", "Ctrl-C", "unknown", "go", "", "go"])
-    assert code == 0 and out.count("go go\n") == 1 and err.count("stopped by Ctrl-C") == 2
-    assert "error: the word 'unknown' is not in this vocabulary" in err
 
 
 class Terminal:
@@ -384,27 +339,12 @@ def test_training_text_is_continued_with_the_same_template_arguments_however_the
     assert code == 2 and "was begun with --template-args {'loud': True, 'tone': 'é'}, this is {'loud': True}" in err
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{'loud': true}", "are no JSON object"),
-        ("[1]", r"--template-args '\[1\]' are no JSON object"),
-        ('{"lout": true}', "has no variable 'lout'; it has loud, tone"),
-        ('{"messages": []}', "has no variable 'messages'; it has loud, tone"),
-    ],
-)
-def test_template_arguments_that_the_template_does_not_read_are_refused(told, text, message):
-    (code, out, err), seen = told("Hi", "--template-args", text)
-    assert code == 2 and out == "" and not seen and re.search(message, err.splitlines()[-1])
-
-
 # ---- evaluation
 
 
 def test_an_evaluation_counts_what_the_rigged_model_must_score(run, rigged_folder, problem_file):
-    code, out, err = run(
-        "--model", rigged_folder, "--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"
-    )
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare"]
+    code, out, _ = run("--model", rigged_folder, *options)
     assert code == 0
     for line in [
         "gsm8k: 3 problems x 1, template bare, greedy",
@@ -438,21 +378,9 @@ def test_an_answer_cut_off_by_the_limit_is_counted_and_is_wrong(run, rigged_fold
 
 def test_out_holds_a_line_a_problem_in_the_order_of_the_file(run, rigged_folder, problem_file, tmp_path):
     out_file = tmp_path / "answers.jsonl"
-    options = [
-        "--data",
-        problem_file,
-        *ALL,
-        "--template",
-        "bare",
-        "--out",
-        str(out_file),
-        "--n",
-        "2",
-        "--max-rows",
-        "1",
-    ]
-    code, out, _ = run("--model", rigged_folder, "--task", "gsm8k", *options)
-    rows = [json.loads(line) for line in out_file.read_text().splitlines()]
+    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "2", "--max-rows", "1"]
+    code, out, _ = run("--model", rigged_folder, *options, "--out", str(out_file))
+    rows = read_lines(out_file)
     assert code == 0 and "3 problems x 2, template bare, temperature 1," in out
     assert [(row["index"], row["prompt"], row["gold"]) for row in rows] == [
         (0, "1 + 2 =", "3"),
@@ -476,22 +404,11 @@ def test_the_seed_decides_sampled_evaluations_and_batches_draw_different_numbers
     data.write_text('{"question": "Same?", "answer": "#### 1"}\n' * 8)
 
     def texts(name, *options):
-        options = [
-            "--task",
-            "gsm8k",
-            "--data",
-            str(data),
-            *ALL,
-            "--temperature",
-            "1",
-            "--max-new-tokens",
-            "16",
-            *options,
-        ]
-        code, _, err = run("--model", chat_folder, "--out", str(tmp_path / name), "--max-rows", "1", *options)
+        task = ["--task", "gsm8k", "--data", str(data), *ALL, "--temperature", "1", "--max-new-tokens", "16"]
+        out = ["--max-rows", "1", "--out", str(tmp_path / name)]
+        code, _, err = run("--model", chat_folder, *task, *out, *options)
         assert code == 0, err
-        rows = map(json.loads, (tmp_path / name).read_text().splitlines())
-        return [row["answers"][0]["text"] for row in rows]
+        return [row["answers"][0]["text"] for row in read_lines(tmp_path / name)]
 
     first = texts("a")
     assert first == texts("b") and first != texts("c", "--seed", "1")
@@ -502,7 +419,7 @@ def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_proble
     miniature = MINIATURES["arithmetic"]
     folder = save_rigged(tmp_path / "mini", make_tokenizer(miniature), {"=": "7", "7": "<end>"})
     code, out, err = run("--model", folder, "--task", "arithmetic", "--limit", "20", "--out", str(tmp_path / "o"))
-    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    rows = read_lines(tmp_path / "o")
     problems = miniature_task(miniature).held_out(20)
     assert code == 0 and [row["prompt"] for row in rows] == [problem.prompt for problem in problems]
     n_right = sum(problem.answer == "7" for problem in problems)
@@ -510,22 +427,6 @@ def test_a_miniature_is_known_by_its_vocabulary_and_gets_its_own_held_out_proble
 
     code, _, err = run("--model", folder, "--task", "countdown")
     assert code == 2 and "give --task arithmetic" in err
-
-
-def test_ctrl_c_in_an_evaluation_reports_the_batches_done(run, rigged_folder, problem_file, monkeypatch):
-    n_calls = iter([True])
-
-    def interrupted(*arguments, **options):
-        if next(n_calls, None):
-            return GENERATE(*arguments, **options)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Sampler, "generate", interrupted)
-    options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--max-rows", "1", "--n", "2"]
-    code, out, err = run("--model", rigged_folder, *options)
-    assert code == 130 and err.splitlines()[-1] == "stopped by Ctrl-C after 2 of 3 problems (1 under way lost)"
-    assert out.startswith("gsm8k: 3 problems (of samples-2 2) x 2,")
-    assert re.search(r"^accuracy +0.500 .*\(n=2\)", out, re.MULTILINE)  # the third would have been right
 
 
 def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run, rigged_folder, problem_file):
@@ -540,17 +441,13 @@ def test_several_samples_are_reported_by_pass_and_majority_of_1_2_4_and_all(run,
 # ---- training text
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped(
     run, rigged_folder, problem_file, tmp_path
 ):
     out_file = str(tmp_path / "traces.jsonl")
     options = ["--task", "gsm8k", "--data", problem_file, *ALL, "--template", "bare", "--n", "3"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
-    (line,) = lines(out_file)
+    (line,) = read_lines(out_file)
     assert code == 0 and "problems: 3 - 3 problems of problems.jsonl, all of them" in err
     assert line["split"] == "all"
     assert (line["prompt"], line["completion"]) == ("1 + 2 =", "<think> so </think> <answer> 3 </answer>")
@@ -567,11 +464,11 @@ def test_rejection_sampling_keeps_right_answers_in_form_and_says_what_it_dropped
     ]
 
     code, again, err = run("--model", rigged_folder, *options, "--keep", "correct", "--out", out_file)
-    assert code == 0 and again == out and f"{out_file} is finished" in err and lines(out_file) == [line]
+    assert code == 0 and again == out and f"{out_file} is finished" in err and read_lines(out_file) == [line]
 
     boxed = str(tmp_path / "boxed.jsonl")
     code, _, _ = run("--model", rigged_folder, *options, "--keep", "correct", "--any-format", "--out", boxed)
-    assert code == 0 and [row["completion"] for row in lines(boxed)] == [line["completion"], r"\boxed{3}"]
+    assert code == 0 and [row["completion"] for row in read_lines(boxed)] == [line["completion"], r"\boxed{3}"]
 
 
 def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoint_is_named(run, tmp_path):
@@ -588,7 +485,7 @@ def test_generated_problems_of_training_text_are_never_held_out_and_the_checkpoi
         )
     options = ["--model", str(tmp_path / "run"), "--task", "arithmetic", "--seed", "3"]
     code, _, err = run(*options, "--limit", "50", "--keep", "all", "--out", out_file)
-    made, held_out = lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
+    made, held_out = read_lines(out_file), {problem.prompt for problem in miniature_task(miniature).held_out(2000)}
     assert (
         code == 0 and f"model: {folder};" in err and "problems: 50 - generated, none of the held-out instances" in err
     )
@@ -607,13 +504,13 @@ def test_prompts_are_answered_without_being_judged_and_cut_answers_left_out(run,
     prompts, out_file = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "="}]
     rows = [{"prompt": "1 + 2 :"}, {"prompt": "go"}, {"messages": chat}]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(prompts, rows)
     options = ["--model", folder, "--prompts", str(prompts), "--max-new-tokens", "9", "--seed", "5"]
     code, out, _ = run(*options, "--out", out_file)
     boxed = {"role": "assistant", "content": r"\boxed{3}"}
     thought = {"role": "assistant", "content": "<think> so </think> <answer> 3 </answer>"}
     source = {"model": folder, "step": None, "seed": 5, "sample": 0}
-    assert code == 0 and lines(out_file) == [
+    assert code == 0 and read_lines(out_file) == [
         {"messages": [{"role": "user", "content": "1 + 2 :"}, boxed], "problem": 0} | source | {"tokens": 2},
         {"messages": [*chat, thought], "problem": 2} | source | {"tokens": 7},
     ]
@@ -630,8 +527,8 @@ def test_pairs_are_written_from_the_command_line(run, rigged_folder, tmp_path):
     options = ["--task", "gsm8k", "--data", str(data), *ALL, "--template", "bare", *hot, "--max-new-tokens", "12"]
     code, out, err = run("--model", rigged_folder, *options, "--keep", "pairs", "--out", out_file)
     assert code == 0, err
-    assert len(lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
-    for row in lines(out_file):
+    assert len(read_lines(out_file)) == 2 and re.search("^pairs +2 +of 1 problems$", out, re.MULTILINE)
+    for row in read_lines(out_file):
         assert row["prompt"] == "1 + 2 :" and "3" in row["chosen"] and row["chosen"] != row["rejected"]
 
 
@@ -653,91 +550,73 @@ def test_ctrl_c_in_rejection_sampling_ends_with_130_and_the_same_command_goes_on
     monkeypatch.setattr(Sampler, "generate", GENERATE)
     code, _, err = run(*options)
     assert code == 0 and f"{out_file} goes on after 2 of 3 problems" in err
-    assert [row["problem"] for row in lines(out_file)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert [row["problem"] for row in read_lines(out_file)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 # ---- errors
+
+THERE = "good.jsonl is there already, without good.jsonl.progress.json to continue it"
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hi"], "--model is required"),
-        (["--model", "CHAT", "hi", "--tempurature", "1"], "did you mean --temperature"),
-        (["--model", "CHAT", "hi", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
-        (["--model", "CHAT", "hi", "--top-p", "0"], "--top-p is 0.0"),
-        (["--model", "CHAT", "hi", "--n", "2", "--temperature", "0"], "the same answer 2 times"),
-        (["--model", "CHAT", "hi", "--raw", "--template", "chat"], "--raw means --template bare"),
-        (["--model", "CHAT", "hi", "--task", "countdown"], "the prompt is not for --task"),
-        (["--model", "CHAT", "hi", "--out", "x"], "--out is for an evaluation: add --task"),
-        (["--model", "CHAT", "--task", "gsm8k"], "--task gsm8k needs --data FILE"),
-        (["--model", "CHAT", "--task", "code"], "--task code needs --data FILE"),
-        (["--model", "CHAT", "--task", "arithmetic", "--data", "x"], "task is generated; leave data and eval_data out"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "MISSING"], "cannot be read"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "BROKEN"], "broken.jsonl, line 2: expected one JSON object"),
+        ("hi", "--model is required"),
+        ("CHAT hi --tempurature 1", "did you mean --temperature"),
+        ("CHAT hi --temperature -1", "--temperature is -1.0; it must be at least 0"),
+        ("CHAT hi --top-p 0", "--top-p is 0.0"),
+        ("CHAT hi --n 2 --temperature 0", "the same answer 2 times"),
+        ("CHAT hi --raw --template chat", "--raw means --template bare"),
+        ("CHAT hi --task countdown", "the prompt is not for --task"),
+        ("CHAT hi --out x", "--out is for an evaluation: add --task"),
+        ("CHAT --task gsm8k", "--task gsm8k needs --data FILE"),
+        ("CHAT --task code", "--task code needs --data FILE"),
+        ("CHAT --task arithmetic --data x", "task is generated; leave data and eval_data out"),
+        ("CHAT --task gsm8k --data MISSING", "cannot be read"),
+        ("CHAT --task gsm8k --data BROKEN", "broken.jsonl, line 2: expected one JSON object"),
+        ("CHAT --task gsm8k --split all --data LONG", "problem 2 is .* tokens; the model's context is 256"),
+        ("CHAT --task gsm8k --split all --data GOOD --out GOOD", THERE),
+        ("MISSING hi", "no folder"),
+        ("miniature/chess hi", "there is no model miniature/chess"),
+        ("CHAT --keep all hi", "--keep is for an evaluation: add --task"),
+        ("CHAT --task gsm8k --data GOOD --keep correct", "--keep needs --out FILE"),
+        ("CHAT --task gsm8k --data GOOD --keep pairs --out x", "needs several answers to a problem; give --n 16"),
+        ("CHAT --task gsm8k --data GOOD --keep all --out GOOD", THERE),
+        ("CHAT --task gsm8k --data GOOD --any-format", "--any-format is for --keep correct"),
+        ("CHAT --prompts GOOD", "--prompts needs --out FILE"),
+        ("CHAT --prompts GOOD --task countdown", "--prompts takes the place of --task"),
+        ("CHAT --prompts GOOD --data GOOD", "--data is not for --prompts"),
+        ("CHAT --prompts GOOD --keep correct --out x", "--keep correct needs --task"),
+        ("CHAT --prompts GOOD --out MISSING", "good.jsonl, line 1: expected a text 'prompt'"),
+        ("CHAT hi --compare", "--compare is for an evaluation: add --task, and leave --keep out"),
+        ("CHAT hi --window 5", "--window is for an evaluation: add --task, and leave --keep out"),
+        ("CHAT hi --fields a=b", "--fields is for an evaluation: add --task"),
+        ("CHAT --prompts GOOD --style cot", "--style is not for --prompts, which are the"),
+        ("CHAT --prompts GOOD hi", "the prompt is not for --prompts"),
+        ("CHAT --task countdown --window 5", "--window is of --method vote-tail or vote-lowest"),
+        ("CHAT --task countdown --method beam --max-answer 5", "is of --method budget"),
+        ("CHAT --task countdown --method budget --wait-text so", "give --n 2 or more"),
+        ("CHAT --task countdown --compare", "--compare looks at N = 1, 2, 4 ... --n: give --n 2"),
+        ("CHAT hi --temperature 0 --top-k 5", "--top-k has no effect without --temperature"),
+        ("CHAT hi --paired a,b", "--model is not for --paired"),
+        ("--paired a,b,c", "--paired a,b,c: expected two files, BEFORE,AFTER"),
+        ("CHAT hi --device gpu9", "--device gpu9 is not to be had here"),
+        (["CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
+        (["CHAT", " "], "the prompt is empty"),
+        ("CHAT", "the prompt is empty"),  # stdin is no terminal, and holds nothing
+        ("RIGGED hi", "the word 'hi' is not in this vocabulary"),
+        ("RIGGED go --template chat", "has no chat template"),
+        ("RIGGED go --system so", "--system needs the template chat"),
+        (["CHAT", "hi", "--template-args", "{'loud': true}"], "--template-args .* are no JSON object"),
+        (["RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
         (
-            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "LONG"],
-            "problem 2 is .* tokens; the model's context is 256",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", *ALL, "--data", "GOOD", "--out", "GOOD"],
-            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
-        ),
-        (["--model", "MISSING", "hi"], "no folder"),
-        (["--model", "miniature/chess", "hi"], "there is no model miniature/chess"),
-        (["--model", "CHAT", "--keep", "all", "hi"], "--keep is for an evaluation: add --task"),
-        (["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "correct"], "--keep needs --out FILE"),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "pairs", "--out", "MISSING"],
-            "--keep pairs needs several answers to a problem; give --n 16",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--keep", "all", "--out", "GOOD"],
-            "good.jsonl is there already, without good.jsonl.progress.json to continue it",
-        ),
-        (
-            ["--model", "CHAT", "--task", "gsm8k", "--data", "GOOD", "--any-format"],
-            "--any-format is for --keep correct",
-        ),
-        (["--model", "CHAT", "--prompts", "GOOD"], "--prompts needs --out FILE"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--task", "countdown"], "--prompts takes the place of --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--data", "GOOD"], "--data is not for --prompts"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--keep", "correct", "--out", "x"], "--keep correct needs --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--out", "MISSING"], "good.jsonl, line 1: expected a text 'prompt'"),
-        (["--model", "CHAT", "hi", "--compare"], "--compare is for an evaluation: add --task, and leave --keep out"),
-        (["--model", "CHAT", "hi", "--window", "5"], "--window is for an evaluation: add --task, and leave --keep out"),
-        (["--model", "CHAT", "hi", "--fields", "a=b"], "--fields is for an evaluation: add --task"),
-        (["--model", "CHAT", "--prompts", "GOOD", "--style", "cot"], "--style is not for --prompts, which are the"),
-        (["--model", "CHAT", "--prompts", "GOOD", "hi"], "the prompt is not for --prompts"),
-        (
-            ["--model", "CHAT", "--task", "countdown", "--window", "5"],
-            "--window is of --method vote-tail or vote-lowest",
-        ),
-        (["--model", "CHAT", "--task", "countdown", "--method", "beam", "--max-answer", "5"], "is of --method budget"),
-        (["--model", "CHAT", "--task", "countdown", "--method", "budget", "--wait-text", "so"], "give --n 2 or more"),
-        (["--model", "CHAT", "--task", "countdown", "--compare"], "--compare looks at N = 1, 2, 4 ... --n: give --n 2"),
-        (
-            ["--model", "CHAT", "hi", "--temperature", "0", "--top-k", "5"],
-            "--top-k has no effect without --temperature",
-        ),
-        (["--model", "CHAT", "hi", "--paired", "a,b"], "--model is not for --paired"),
-        (["--paired", "a,b,c"], "--paired a,b,c: expected two files, BEFORE,AFTER"),
-        (["--model", "CHAT", "hi", "--device", "gpu9"], "--device gpu9 is not to be had here"),
-        (["--model", "CHAT", "x" * 300], "the prompt is .* tokens; the model's context is 256: shorten it"),
-        (["--model", "CHAT", " "], "the prompt is empty"),
-        (["--model", "CHAT"], "the prompt is empty"),  # stdin is no terminal, and holds nothing
-        (["--model", "RIGGED", "hi"], "the word 'hi' is not in this vocabulary"),
-        (["--model", "RIGGED", "go", "--template", "chat"], "has no chat template"),
-        (["--model", "RIGGED", "go", "--system", "so"], "--system needs the template chat"),
-        (["--model", "RIGGED", "go", "--template-args", '{"loud": 1}'], "--template-args needs the template chat"),
-        (
-            ["--model", "CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
+            ["CHAT", "hi", "--raw", "--template-args", '{"loud": 1}'],
             "--template-args needs the template chat, and this is bare",
         ),
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
-    monkeypatch, capsys, tmp_path, chat_folder, rigged_folder, argv, message
+    monkeypatch, tmp_path, chat_folder, rigged_folder, argv, message
 ):
     good = '{"question": "1 + 2", "answer": "#### 3"}\n'
     (tmp_path / "good.jsonl").write_text(good)
@@ -745,14 +624,13 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
     (tmp_path / "long.jsonl").write_text(good + good.replace("1 + 2", "1 + 2 " * 50))
     paths = {name.upper(): str(tmp_path / f"{name}.jsonl") for name in ("good", "broken", "long", "missing")}
     paths |= {"CHAT": chat_folder, "RIGGED": rigged_folder}
+    words = [paths.get(word, word) for word in (argv.split() if isinstance(argv, str) else argv)]
+    model = [] if words[0] in ("hi", "--paired") else ["--model"]
     short = ["--template", "bare"] if "--task" in argv else []
-    monkeypatch.setattr(sys, "argv", ["sample.py", *(paths.get(word, word) for word in argv), *short])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    with pytest.raises(SystemExit) as stop:
-        sample.main()
-    out, err = capsys.readouterr()
+    code, out, err = call_main(sample, [*model, *words, *short])
     last = err.splitlines()[-1]
-    assert stop.value.code == 2 and out == "" and "Traceback" not in err
+    assert code == 2 and out == "" and "Traceback" not in err
     assert last.startswith("error: ") and re.search(message, last), err
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import randomize
 from vocabularies import of_bytes
 
 from nanor1.model import KVCache, ModelConfig, Transformer
 from nanor1.sampler import Completion, Sampler
+from nanor1.search import think_longer
 from nanor1.search.step_beams import beam_search, mean_logprob, reward_scorer
-from nanor1.search.think_longer import REQUEST, force_budget, refine
+from nanor1.search.think_longer import REQUEST, Budget, force_budget, refine
 from nanor1.search.token_beams import token_beam_search
 from nanor1.stages import reward_model
 from nanor1.tokenizer import Tokenizer
@@ -30,14 +32,7 @@ SEEDS = [11, 12, 13, 14]
 
 
 def random_model(config=LLAMA, seed=0, kind=Transformer):
-    """Weights far from any initialisation, so that every part of the model matters to the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    model = kind(config)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * 0.3
-        is_scale = parameter.dim() == 1 and bool((parameter == 1).all())
-        parameter.data.copy_(1 + noise if is_scale else noise)
-    return model
+    return randomize(kind(config), seed)
 
 
 def bigram_model(logp_VV, context=64):
@@ -497,10 +492,10 @@ def chain(tokenizer, **follows):
 
 def force(model, tokenizer, prompts=("p",), seeds=None, sampler=None, **arguments):
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    defaults = dict(max_thinking=40, max_answer=8, answer_text="!", wait_text="W", temperature=1.0)
-    return force_budget(
-        sampler or Sampler(model), tokenizer, ids, seeds=seeds or list(range(len(ids))), **defaults | arguments
-    )
+    arguments = dict(max_thinking=40, max_answer=8, min_thinking=0, answer_text="!", wait_text="W") | arguments
+    how = dict(max_waits=arguments.pop("max_waits", 0), temperature=arguments.pop("temperature", 1.0))
+    seeds = seeds or list(range(len(ids)))
+    return force_budget(sampler or Sampler(model), tokenizer, ids, Budget(**arguments), seeds=seeds, **how)
 
 
 def text_of(found, tokenizer):
@@ -586,8 +581,7 @@ def test_a_model_without_tags_thinks_until_it_stops_or_is_stopped():
 
 # Letters at random, in which the end "ca" comes every few tokens; after "W" and "!" too.
 RANDOM_LETTERS = chain(
-    STRADDLING,
-    **{letter: "aabc" if letter in "pW" else "abcE" if letter in "ba" else "aabb" for letter in "pabcW!"},
+    STRADDLING, **{letter: "aabc" if letter in "pW" else "abcE" if letter in "ba" else "aabb" for letter in "pabcW!"}
 )
 
 
@@ -674,8 +668,10 @@ CHAT = of_bytes(chat_template=TEMPLATE)
 
 def refined(model, questions=("a?", "bcd?"), sampler=None, **arguments):
     messages_P = [[{"role": "user", "content": question}] for question in questions]
-    defaults = dict(rounds=2, max_new_tokens=6, request="Sure?", seeds=list(range(len(questions))))
-    return refine(sampler or Sampler(model), CHAT, messages_P, **defaults | arguments)
+    defaults = dict(rounds=2, max_new_tokens=6, seeds=list(range(len(questions))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(think_longer, "REQUEST", "Sure?")  # the contexts here are short
+        return refine(sampler or Sampler(model), CHAT, messages_P, **defaults | arguments)
 
 
 def test_each_review_shows_the_question_and_the_last_answer_alone():
@@ -745,10 +741,8 @@ def test_each_method_answers_a_real_prompt():
     (found,) = token_beam_search(model, prompts, width=4, max_new_tokens=30, **ends)
     assert len(found.completions) == 4
 
-    (found,) = force_budget(
-        sampler, tokenizer, prompts, end_text="", answer_text="\n\nThe final answer is", min_thinking=math.inf,
-        max_waits=1, max_thinking=25, max_answer=5, seeds=[0], temperature=0.0,
-    )  # fmt: skip
+    budget = Budget(25, 5, end_text="", answer_text="\n\nThe final answer is")
+    (found,) = force_budget(sampler, tokenizer, prompts, budget, max_waits=1, seeds=[0], temperature=0.0)
     text = tokenizer.decode(found.completions[0].ids)
     assert "The final answer is" in text and found.completions[0].ids[:10] == greedy[:10]
 

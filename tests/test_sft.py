@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from running import randomize
 from vocabularies import of_bytes, of_words
 
-from nanor1.gradient import Example, Workers, add_gradient, mean_loss, pack_examples
+from nanor1.gradient import Example, Workers, add_gradient, pack_examples
 from nanor1.model import ModelConfig, Transformer
 from nanor1.sampler import Sampler
 from nanor1.stages.sft import (
@@ -211,7 +212,8 @@ def test_a_padding_token_beyond_the_embedding_is_harmless_to_sampling_and_to_the
     )
     assert sampled.ids == wanted.ids
     example = read_one(tmp_path, tokenizer, {"prompt": "1+1=", "completion": "2"})
-    assert mean_loss(Workers(model), [example], 99, 259) == mean_loss(Workers(model), [example], 99, 257)
+    of_259, of_257 = (add_gradient(Workers(model), [example], 99, n, learns=False) for n in (259, 257))
+    assert of_259 == of_257
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="NANOR1_SHARED (folder with conformance/) is not set")
@@ -469,12 +471,7 @@ CONFIG = ModelConfig("llama", 16, 24, 40, 2, 4, 2, 6, 64)
 
 
 def random_model(seed=0):
-    """Weights far from any initialisation, so that each of them matters."""
-    model, generator = Transformer(CONFIG), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * 0.3
-        p.data.copy_(noise if p.dim() == 2 else 1 + noise)
-    return model.double()
+    return randomize(Transformer(CONFIG), seed).double()
 
 
 def random_examples(n=7, seed=0):
@@ -538,7 +535,7 @@ def test_the_mean_loss_is_that_of_an_update_and_leaves_no_gradient(n_workers):
     gradients(model)
     keeps_graph: list[bool] = []
     model.register_forward_pre_hook(lambda *_: keeps_graph.append(torch.is_grad_enabled()))
-    assert mean_loss(Workers(model, n_workers), examples, 9) == pytest.approx(wanted, abs=1e-6)
+    assert add_gradient(Workers(model, n_workers), examples, 9, learns=False) == pytest.approx(wanted, abs=1e-6)
     assert gradients(model) == [None] * len(list(model.parameters()))
     assert len(keeps_graph) > 2 and not any(keeps_graph)  # in every thread
 
@@ -570,8 +567,8 @@ def test_only_the_places_that_predict_a_target_learn_each_its_own_token_the_stop
 
 def test_ids_at_or_above_the_vocabulary_have_no_probability():
     examples = [Example([1, 2], [False, True])]
-    assert mean_loss(Workers(BareLogits(1, 8)), examples, 10, vocab_size=4) == pytest.approx(math.log(4))
-    assert mean_loss(Workers(BareLogits(1, 8)), examples, 10) == pytest.approx(math.log(8))
+    for vocab_size, n in ((4, 4), (None, 8)):
+        assert add_gradient(Workers(BareLogits(1, 8)), examples, 10, vocab_size) == pytest.approx(math.log(n))
 
 
 def test_each_target_stands_behind_its_predictor_and_all_weights_sum_to_one():
@@ -738,11 +735,7 @@ def test_a_chat_example_is_the_very_ids_that_generation_saw_and_made(name, tmp_p
     prompt_ids = tokenizer.encode(prompt, allow_special=True)
     sampler = Sampler(Transformer.from_pretrained(MODELS / name, torch.float32))
     ((completion,),) = sampler.generate(
-        [prompt_ids],
-        max_new_tokens=60,
-        temperature=0.0,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
+        [prompt_ids], max_new_tokens=60, temperature=0.0, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size
     )
     assert completion.finish == "stop" and len(completion.ids) > 5
     answer = {"role": "assistant", "content": tokenizer.decode(completion.ids[:-1])}

@@ -5,10 +5,9 @@ import re
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import Killed, die_saving
+from running import Killed, die_saving, read_lines, rig
 from vocabularies import of_bytes
 
 from nanor1.grpo import Rollout
@@ -43,17 +42,9 @@ def tiny_model():
     """Says `<think> so ... so </think> <answer> 3 </answer>`, or 4, or does not answer; a coin decides each."""
     tokenizer = Tokenizer.from_words(WORDS, eos="<end>")
     size = tokenizer.vocab_size
-    config = dict(model_type="llama", vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1)
-    config |= dict(num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
-    model = Transformer(ModelConfig(**config, tie_word_embeddings=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter))
-        model.model.embed_tokens.weight.copy_(torch.eye(size))
-        for word, following in NEXT.items():
-            for next_word in following:
-                model.lm_head.weight[tokenizer.token_id(next_word), tokenizer.token_id(word)] = 9.0
-    return Sampler(model, 8), tokenizer
+    model = Transformer(ModelConfig("llama", size, size, 8, 1, 1, 1, 8, 64))
+    pairs = [(word, next_word) for word, following in NEXT.items() for next_word in following]
+    return Sampler(rig(model, {tuple(map(tokenizer.token_id, pair)): 9.0 for pair in pairs}), 8), tokenizer
 
 
 def sample(path, problems=PROBLEMS, selection=Selection(), say=print, **options):  # noqa: B008
@@ -61,10 +52,6 @@ def sample(path, problems=PROBLEMS, selection=Selection(), say=print, **options)
     prompter = Prompter(tokenizer, "bare")
     questions = [ask(problem, prompter) for problem in problems]
     return collect(sampler, prompter, questions, Rules(), selection, path, say=say, **DEFAULTS | options)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---- what is kept
@@ -242,9 +229,9 @@ def test_pairs_are_read_as_preferences(tmp_path):
     path = tmp_path / "pairs.jsonl"
     ledger = sample(path, selection=Selection("pairs"), samples=12)
     pairs = preference.read_pairs(path, tiny_model()[1], 64)
-    assert len(pairs.pairs) == ledger.counts["kept"] > 3
-    assert {row["prompt"] for row in rows(path)} <= {problem.prompt for problem in PROBLEMS}
-    for row in rows(path):
+    assert len(pairs.examples) == ledger.counts["kept"] > 3
+    assert {row["prompt"] for row in read_lines(path)} <= {problem.prompt for problem in PROBLEMS}
+    for row in read_lines(path):
         assert [parts["accuracy"] for parts in row["parts"]] == [1.0, 0.0] and len(set(row["sample"])) == 2
 
 
@@ -254,7 +241,7 @@ def test_pairs_are_read_as_preferences(tmp_path):
 def test_what_is_counted_adds_up_and_the_kept_answers_are_right(tmp_path):
     path = tmp_path / "traces.jsonl"
     ledger = sample(path, samples=12)
-    counts, kept = Counter(ledger.counts), rows(path)
+    counts, kept = Counter(ledger.counts), read_lines(path)
     assert ledger.is_whole and counts["sampled"] == 72 and counts["kept"] == len(kept)
     assert counts["sampled"] == counts["kept"] + sum(counts[name] for name in DROPPED)
     assert counts["wrong"] and counts["duplicate"] and counts["cut off"]
@@ -271,7 +258,7 @@ def test_a_problem_that_comes_twice_gives_no_line_twice(tmp_path):
     path, other = tmp_path / "traces.jsonl", tmp_path / "once.jsonl"
     once = sample(other, problems=PROBLEMS[:1], samples=20)
     twice = sample(path, problems=PROBLEMS[:1] * 3, samples=20, batch_size=1)
-    texts = [(row["prompt"], row["completion"]) for row in rows(path)]
+    texts = [(row["prompt"], row["completion"]) for row in read_lines(path)]
     assert len(set(texts)) == len(texts)
     assert twice.counts["duplicate"] > 3 * once.counts["duplicate"] / 2
     assert twice.counts["sampled"] == twice.counts["kept"] + sum(twice.counts.get(name, 0) for name in DROPPED)
@@ -289,34 +276,6 @@ def test_killed_sampling_goes_on_without_duplicates_to_the_bytes_of_an_uninterru
     assert killed.read_bytes() == whole.read_bytes()
     assert ledger_path(killed).read_text() == ledger_path(whole).read_text()
     assert said == [f"{killed} goes on after 2 of 6 problems"]
-
-
-def test_ctrl_c_keeps_the_batches_done_and_says_how_to_go_on(tmp_path, monkeypatch):
-    path, whole, said, generate, calls = tmp_path / "a.jsonl", tmp_path / "b.jsonl", [], Sampler.generate, iter("ab")
-
-    def interrupted(*arguments, **options):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(Sampler, "generate", interrupted)
-    ledger = sample(path, say=said.append)
-    monkeypatch.undo()
-    assert not ledger.is_whole and ledger.n_done == 4 and {row["problem"] for row in rows(path)} <= {0, 1, 2, 3}
-    so_far = "after 4 of 6 problems (2 under way lost)"
-    assert said == [f"stopped by Ctrl-C {so_far}, kept in {path}; the same command goes on from there"]
-    assert sample(path).counts == sample(whole).counts and path.read_bytes() == whole.read_bytes()
-
-
-def test_a_finished_file_is_left_as_it_is(tmp_path, monkeypatch):
-    path, said = tmp_path / "traces.jsonl", []
-    first = sample(path)
-    before = path.read_bytes(), ledger_path(path).read_bytes()
-    monkeypatch.setattr(Sampler, "generate", None)  # it would be called in vain
-    assert sample(path, say=said.append) == first and said == [f"{path} is finished"]
-    assert (path.read_bytes(), ledger_path(path).read_bytes()) == before
-    path.write_bytes(before[0] + b"a line of the user's own")
-    assert sample(path) == first and path.read_bytes().endswith(b"own")
 
 
 def test_other_problems_do_not_continue_a_file(tmp_path):

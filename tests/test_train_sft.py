@@ -451,9 +451,9 @@ def poison(patch, steps):
     """Make the gradient nan in these steps (from 0)."""
     learn, count = train_sft.gradient.add_gradient, iter(range(1000))
 
-    def learn_poison(workers, *arguments):
-        loss = learn(workers, *arguments)
-        if next(count) in steps:
+    def learn_poison(workers, *arguments, learns=True):
+        loss = learn(workers, *arguments, learns=learns)
+        if learns and next(count) in steps:
             next(workers.model.parameters()).grad.fill_(float("nan"))
             return float("nan")
         return loss

@@ -118,7 +118,7 @@ def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
 def to_candidate(rollout: Rollout) -> Candidate:
     made = rollout.completion
     final = final_answer(rollout.problem, rollout.text) if made.finish == "stop" else None
-    return Candidate(final, len(made.ids), sum(made.logprobs))
+    return Candidate(final, sum(made.logprobs))
 
 
 def accuracy_interval(means_P: Sequence[float]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from nanor1.run.resumable import Progress, digest, open_ledger, read_lines, work
 from nanor1.sampler import Sampler
 from nanor1.search.asking import Asker, check_room
 from nanor1.search.step_beams import Found, beam_search, mean_logprob
-from nanor1.search.think_longer import force_budget, least_room, refine
+from nanor1.search.think_longer import force_budget, refine
 from nanor1.search.token_beams import token_beam_search
 from nanor1.search.votes import window_confidences
 from nanor1.stages.rejection_sampling import SEED_STRIDE, WAVES
@@ -36,7 +36,7 @@ CONFIDENCE_K = 20  # likeliest tokens of which a token's confidence is made, as 
 
 def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Problem], seeds: list[int], on_progress):
     """The answers to some problems by a run: one Found a problem."""
-    tokenizer, settings, sampling = asker.tokenizer, asker.settings, dict(asker.sampling, on_progress=on_progress)
+    tokenizer, sampling = asker.tokenizer, dict(asker.sampling, on_progress=on_progress)
     stops = dict(stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, decode=tokenizer.decode)
     if run.kind in ("samples", "greedy", "direct"):
         if run.kind != "samples":
@@ -46,7 +46,7 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         branching = min(MAX_BRANCHING, run.n)
         n_beams = run.n // branching
         sizes = dict(width=n_beams) if run.kind == "beam" else dict(width=1, trees=n_beams)
-        sizes |= dict(branching=branching, step_texts=[settings.step_text])
+        sizes |= dict(branching=branching, step_texts=[asker.step_text])
         return beam_search(asker.sampler, prompts, scorer=asker.scorer, seeds=seeds, **sizes, **stops, **sampling)
     if run.kind == "token-beam":
         sizes = dict(width=run.n, max_new_tokens=sampling["max_new_tokens"], stop_ids=tokenizer.stop_ids)
@@ -55,13 +55,12 @@ def produce(asker: Asker, run: Run, prompts: list[list[int]], problems: list[Pro
         )
     if run.kind == "budget":
         del sampling["max_new_tokens"]
-        names = ("min_thinking", "max_thinking", "max_answer", "end_text", "wait_text", "answer_text")
-        arguments = {name: getattr(settings, name) for name in names} | dict(max_waits=run.n - 1, seeds=seeds)
-        return force_budget(asker.sampler, tokenizer, prompts, **arguments, **sampling)
+        waits = dict(max_waits=run.n - 1, seeds=seeds)
+        return force_budget(asker.sampler, tokenizer, prompts, asker.budget, **waits, **sampling)
     assert run.kind == "refine", run
     messages_P = [asker.prompter.show(problem) for problem in problems]
-    arguments = dict(request=settings.request, template_arguments=asker.prompter.arguments)
-    return refine(asker.sampler, tokenizer, messages_P, rounds=run.n - 1, seeds=seeds, **arguments, **sampling)
+    rounds = dict(rounds=run.n - 1, seeds=seeds, template_arguments=asker.prompter.arguments)
+    return refine(asker.sampler, tokenizer, messages_P, **rounds, **sampling)
 
 
 def _sample(sampler: Sampler, prompts: list[list[int]], n: int, **sampling) -> list[Found]:
@@ -109,10 +108,12 @@ def measure(
 
 def _check_room(asker: Asker, runs: Sequence[Run], prompts: Sequence[list[int]]) -> None:
     """ValueError for a prompt behind which the model's context has no room for an answer by one of the runs."""
-    settings, least, remedy = asker.settings, 1, "shorten it"
+    least, remedy = 1, "shorten it"
     if any(run.kind == "budget" for run in runs):
-        least = least_room(asker.tokenizer, settings.end_text + settings.answer_text, settings.max_answer)
-        remedy = f"an answer with --max-answer {settings.max_answer} takes at least {least}; lower that, or shorten it"
+        least = asker.budget.least_room(asker.tokenizer)
+        remedy = (
+            f"an answer with --max-answer {asker.budget.max_answer} takes at least {least}; lower that, or shorten it"
+        )
     for number, ids in enumerate(prompts, 1):
         check_room(f"problem {number}", ids, asker.sampler, remedy, least)
 
@@ -183,7 +184,7 @@ def to_answer(asker: Asker, rollout: Rollout, score: float) -> dict:
     """One answer, judged; what a method chooses by stands with it."""
     made, parts = rollout.completion, rollout.parts
     candidate = to_candidate(rollout)
-    confidences = window_confidences(made.confidences, asker.settings.window) if made.confidences else ()
+    confidences = window_confidences(made.confidences, asker.window) if made.confidences else ()
     return {
         "text": rollout.text,
         "answer": candidate.answer,

@@ -73,7 +73,6 @@ METHODS = {
     "refine": Method("refine", "N - 1 reviews of the last answer, then a vote", lambda a: 1.0),
 }
 AMONG_SAMPLES = [name for name, method in METHODS.items() if method.run == "samples" and name != "sample"]
-PREFIXES = ("refine",)  # runs whose first N answers are what the run of N would have given
 WHOLE = ("beam", "token-beam", "budget")  # runs that are another one for each N
 SINGLE = ("greedy", "direct")  # there is only N = 1
 CONFIDENT = ("vote-tail", "vote-lowest")
@@ -195,7 +194,7 @@ def choose(name: str, problem: Problem, answers: list[dict], keep_share: float) 
     method = METHODS[name]
     if not (method.weight or method.value):
         return next((i for i, answer in enumerate(answers) if answer.get("finish") == "stop"), 0)
-    candidates = [Candidate(answer["answer"], answer["tokens"], answer["logprob"]) for answer in answers]
+    candidates = [Candidate(answer["answer"], answer["logprob"]) for answer in answers]
     if method.value:
         return best_of(candidates, [*map(method.value, answers)])
     weights = [*map(method.weight, answers)]
@@ -211,21 +210,10 @@ def _parts(n: int, run: Run, row: dict) -> list[tuple[list[dict], int]]:
         trees = row["sampled_by_tree"]
         parts = subsets(len(trees), max(1, n // MAX_BRANCHING))
         return [([a for a in answers if a["tree"] in part], sum(trees[t] for t in part)) for part in parts]
-    parts = [range(n)] if run.kind in PREFIXES else subsets(len(answers), n)
+    # The first N answers of refinement are what the run of N would have given.
+    parts = [range(n)] if run.kind == "refine" else subsets(len(answers), n)
     groups = [answers[part.start : part.stop] for part in parts]
     return [(group, sum(answer.get("tokens", 0) for answer in group)) for group in groups]
-
-
-def compare(
-    methods: Sequence[str],
-    ns: Sequence[int],
-    rows: dict[Run, list[dict]],
-    problems: Sequence[Problem],
-    keep_share: float = 1.0,
-) -> list[Figures]:
-    """The figures of each method at each N, of those runs that have rows."""
-    looks = looks_of(methods, ns)
-    return [figures(name, n, run, rows[run], problems, keep_share) for name, n, run in looks if rows[run]]
 
 
 LEGEND = """\
@@ -291,9 +279,5 @@ def pass_rate(k: int, rows: Sequence[dict]) -> float:
 
 
 def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4 ... up to n, and n itself.
-
-    >>> powers_of_two(6)
-    [1, 2, 4, 6]
-    """
+    """1, 2, 4 ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})

@@ -1,6 +1,5 @@
 """Who is asked: a model that is read when it is first needed, how it is prompted, judged, and told to think longer."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,25 +10,9 @@ from nanor1.judge import Rules
 from nanor1.model import Transformer
 from nanor1.sampler import Sampler
 from nanor1.search.step_beams import Scorer, mean_logprob
-from nanor1.search.think_longer import REQUEST
+from nanor1.search.think_longer import Budget
 from nanor1.tasks.prompts import Prompter
 from nanor1.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the methods are told."""
-
-    step_text: str = "\n"  # ends a step of beam search
-    wait_text: str = "Wait"  # budget forcing: put in the place of the end of thinking
-    end_text: str = "</think>"  # that end; "" where a model thinks without tags, and the stop token is the end
-    answer_text: str = ""  # put in after an end by force
-    min_thinking: float = math.inf  # tokens from which on thinking may end
-    max_thinking: int = 768  # tokens
-    max_answer: int = 256  # tokens behind the thinking
-    window: int = 32  # tokens over which a confidence is taken
-    keep_share: float = 1.0  # of the answers, the most confident ones, vote by confidence
-    request: str = REQUEST  # for a review of the last answer
 
 
 @dataclass(frozen=True)
@@ -44,9 +27,11 @@ class Asker:
     max_rows: int = 64
     n: int = 1  # answers to a prompt
     seed: int = 0
-    settings: Settings = Settings()  # of methods
     rules: Rules = Rules()  # by which answers are judged
     scorer: Scorer = mean_logprob  # of steps
+    step_text: str = "\n"  # ends a step of beam search
+    budget: Budget | None = None  # of budget forcing
+    window: int = 32  # tokens over which a confidence is taken
 
     @cached_property
     def sampler(self) -> Sampler:

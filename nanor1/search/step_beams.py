@@ -8,8 +8,6 @@ each tree is a whole beam search, where DVTS keeps the one best step in each (wi
 Left out: lookahead, Monte Carlo tree search, a model that scores steps (a reward model of ours scores final answers).
 Choosing among finished answers is votes.py; methods that lengthen one answer are think_longer.py; beams of tokens are
 token_beams.py.
-
-Letters: P prompts, B live beams, G completions of a beam.
 """
 
 import math
@@ -32,9 +30,7 @@ class Found:
     """What a method made of one prompt, and what it took."""
 
     completions: list[Completion] = field(default_factory=list)  # all that stands behind the prompt, put in or sampled
-    scores: list[float] = field(
-        default_factory=list
-    )  # by which it ranked them; else `mean_logprob` of what was sampled
+    scores: list[float] = field(default_factory=list)  # it ranked them by; else `mean_logprob`, of what was sampled
     n_sampled: int = 0  # tokens really sampled, those of dropped branches and of what was cut off included
     n_inserted: int = 0  # tokens put in by the method, not sampled; their log-probability in a completion is 0
     n_prompt: int = 0  # tokens read before sampling in all calls, put-in ones included; not what a cache still held

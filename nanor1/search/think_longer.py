@@ -6,12 +6,11 @@ Budget forcing is s1 (Muennighoff et al. 2501.19393, section 3.1): thinking that
 last answer is shown, not all before it. When to stop, and which answer to take, is left to the caller (votes.py).
 
 Left out: what thinking would have led to had it ended at each "Wait", which costs an answer each.
-
-Letters: P prompts.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
@@ -44,65 +43,59 @@ def in_turn(seed: int, found: Found) -> Callable[[list[int], int], Session[Compl
 # ---- budget forcing
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How long is thought, and what is put in to have it so."""
+
+    max_thinking: int  # tokens, put-in ones counted
+    max_answer: int  # tokens behind the thinking
+    min_thinking: float = math.inf  # tokens from which on thinking may end; inf: not before all waits
+    wait_text: str = "Wait"  # takes the place of an end that came too early
+    end_text: str = "</think>"  # ends thinking; "": the model thinks without tags, and a stop token ends all
+    answer_text: str = ""  # stands behind an end by force, such as "\nFinal Answer:"
+
+    def least_room(self, tokenizer: Tokenizer) -> int:
+        """Tokens that must be left behind a prompt: for the end of thinking put in, the answer, and a thought."""
+        return len(self.forced_end(tokenizer)) + self.max_answer + 1
+
+    def forced_end(self, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode(self.end_text + self.answer_text, allow_special=True)
+
+
 def force_budget(
     sampler: Sampler,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
+    budget: Budget,
     *,
-    max_thinking: int,
-    max_answer: int,
+    max_waits: int,
     seeds: Sequence[int],
-    min_thinking: float = 0,
-    max_waits: int = 0,
-    end_text: str = "</think>",
-    wait_text: str = "Wait",
-    answer_text: str = "\nFinal Answer:",
     **sampling,
 ) -> list[Found]:
-    r"""Have each prompt thought about for so many tokens, then answered; one completion a prompt.
+    """Have each prompt thought about for so many tokens, then answered; one completion a prompt.
 
     Thinking ends with `end_text` or a stop token. If it has fewer than `min_thinking` tokens by then, its end is cut
-    off and `wait_text` put in its place, at most `max_waits` times (min_thinking math.inf: always). At `max_thinking`
-    tokens, put-in ones counted and the end not, `end_text` and `answer_text` are put in. Then the answer is sampled, at
-    most `max_answer` tokens: finish "length" if that cuts it off. No wait is put in where it would exceed
-    `max_thinking`, which is less where the context leaves less; an end of several tokens that meets `max_thinking`
-    halfway stays there as it is, before the forced one.
-
-    A model that thinks without tags has end_text "": all is thinking, and a stop token ends it and the answer; the
-    forced end is answer_text alone, such as "\n\nThe final answer is \boxed{".
+    off and `wait_text` put in its place, at most `max_waits` times. At `max_thinking` tokens, the end not counted,
+    `end_text` and `answer_text` are put in. Then the answer is sampled: finish "length" if `max_answer` cuts it off. No
+    wait is put in where it would exceed `max_thinking`, which is less where the context leaves less; an end of several
+    tokens that meets `max_thinking` halfway stays there as it is, before the forced one.
 
     Ids are never decoded and encoded again, but for the characters before the end in a token that holds both: they are
     encoded with the text put in. `seeds` has one number a prompt, with which the result does not depend on the others;
     `sampling` (temperature, top_k, top_p) goes to Sampler.run. The context must have `least_room` behind each prompt.
     """
-    forced_ids = tokenizer.encode(end_text + answer_text, allow_special=True)
-    room = sampler.model.config.max_position_embeddings - least_room(tokenizer, end_text + answer_text, max_answer) + 1
-    limits = [min(max_thinking, room - len(ids)) for ids in prompts]
-    assert max_answer >= 1 and all(limit >= 1 for limit in limits)
-    how = dict(min_thinking=min_thinking, max_waits=max_waits, max_answer=max_answer, forced_ids=forced_ids)
-    think = partial(_think, tokenizer=tokenizer, end_text=end_text, wait_text=wait_text, **how)
+    room = sampler.model.config.max_position_embeddings - budget.least_room(tokenizer) + 1
+    limits = [min(budget.max_thinking, room - len(ids)) for ids in prompts]
+    assert budget.max_answer >= 1 and all(limit >= 1 for limit in limits)
+    think = partial(_think, tokenizer=tokenizer, budget=budget, max_waits=max_waits)
     sessions = [think(list(ids), seed, limit) for ids, seed, limit in zip(prompts, seeds, limits, strict=True)]
-    stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=[end_text] if end_text else [], decode=tokenizer.decode)
+    stop_texts = list(filter(None, [budget.end_text]))
+    stops = dict(stop_ids=tokenizer.stop_ids, stop_texts=stop_texts, decode=tokenizer.decode)
     return sampler.run(sessions, vocab_size=tokenizer.vocab_size, **stops, **sampling)
 
 
-def least_room(tokenizer: Tokenizer, forced_text: str, max_answer: int) -> int:
-    """Tokens that must be left behind a prompt: for the end of thinking that is put in, the answer, and a thought."""
-    return len(tokenizer.encode(forced_text, allow_special=True)) + max_answer + 1
-
-
 def _think(
-    prompt_ids: list[int],
-    seed: int,
-    max_thinking: int,
-    *,
-    tokenizer: Tokenizer,
-    end_text: str,
-    wait_text: str,
-    forced_ids: list[int],
-    min_thinking: float,
-    max_waits: int,
-    max_answer: int,
+    prompt_ids: list[int], seed: int, max_thinking: int, tokenizer: Tokenizer, budget: Budget, max_waits: int
 ) -> Session[Found]:
     """Think about one prompt, then answer; what is sampled goes on behind what was put in."""
     ids, logprobs, found = [], [], Found()
@@ -123,18 +116,18 @@ def _think(
         if made.finish == "length":
             take(made)
             break
-        n_before, lost = _before_end(made.ids, tokenizer, end_text)
-        wait_ids = tokenizer.encode(lost + wait_text, allow_special=True)
+        n_before, lost = _before_end(made.ids, tokenizer, budget.end_text)
+        wait_ids = tokenizer.encode(lost + budget.wait_text, allow_special=True)
         n_thinking = len(ids) + n_before
-        is_long = n_thinking >= min_thinking or n_thinking + len(wait_ids) > max_thinking
+        is_long = n_thinking >= budget.min_thinking or n_thinking + len(wait_ids) > max_thinking
         is_ended = is_long or n_waits == max_waits
         take(made, None if is_ended else n_before)
         if not is_ended:
             put_in(wait_ids)
             n_waits += 1
     if not is_ended:
-        put_in(forced_ids)
-    n_left, is_stopped = max_answer, is_ended and ids[-1] in tokenizer.stop_ids
+        put_in(budget.forced_end(tokenizer))
+    n_left, is_stopped = budget.max_answer, is_ended and ids[-1] in tokenizer.stop_ids
     while n_left and not is_stopped:  # end_text written once more ends nothing here
         made = yield from sample(prompt_ids + ids, n_left)
         take(made)
@@ -164,13 +157,12 @@ def refine(
     rounds: int,
     max_new_tokens: int,
     seeds: Sequence[int],
-    request: str = REQUEST,
     template_arguments: dict | None = None,
     **sampling,
 ) -> list[Found]:
     """Answer, then review and answer again `rounds` times; all answers of a prompt, the first one first.
 
-    Each review sees the question, the last answer without its thinking, and `request`; each answer is what stands
+    Each review sees the question, the last answer without its thinking, and REQUEST; each answer is what stands
     behind its own prompt. Where the next prompt would fill the context, the rounds of its question end. The answer is
     decoded and encoded again, as a chat template wants it. `template_arguments` go to the template, `sampling`
     (temperature, top_k, top_p) to Sampler.run.
@@ -188,7 +180,7 @@ def refine(
             found.completions.append(made)
             text = tokenizer.decode(made.ids, skip_special=True)
             last = after_thinking(text).strip() or text.strip()  # all of it if it was cut off while thinking
-            shown = [*messages, {"role": "assistant", "content": last}, {"role": "user", "content": request}]
+            shown = [*messages, {"role": "assistant", "content": last}, {"role": "user", "content": REQUEST}]
         found.scores = mean_logprob([], found.completions)
         return found
 

@@ -25,7 +25,6 @@ class Candidate:
     """One answer to a problem, among which a method chooses."""
 
     answer: str | None  # what rewards.final_answer finds; None: no answer, or cut off (no vote)
-    n_tokens: int  # sampled
     logprob: float  # sum of its tokens' log-probabilities
 
 
@@ -93,7 +92,7 @@ def majority(problem: Problem, candidates: Sequence[Candidate]) -> int | None:
     Ties go to the answer with the larger summed log-probability, then to the one given first. Of equal answers the
     one of the highest log-probability is chosen. Not for code.
 
-    >>> votes = [Candidate("3", 9, -1.0), Candidate("5", 9, -4.0), Candidate("5.0", 9, -2.0)]
+    >>> votes = [Candidate("3", -1.0), Candidate("5", -4.0), Candidate("5.0", -2.0)]
     >>> majority(Problem("2 + 3 =", "5", "arithmetic"), votes)
     2
     """
@@ -128,7 +127,7 @@ def best_of(candidates: Sequence[Candidate], values: Sequence[float | None]) -> 
 
     A value that is None or nan is passed over. Works for code too, where the answer is the program.
 
-    >>> best_of([Candidate("5", 9, -4.0), Candidate(None, 9, -1.0), Candidate("3", 9, -2.0)], [0.2, 0.9, 0.3])
+    >>> best_of([Candidate("5", -4.0), Candidate(None, -1.0), Candidate("3", -2.0)], [0.2, 0.9, 0.3])
     2
     """
     known = [

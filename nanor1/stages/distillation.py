@@ -38,7 +38,6 @@ Left out: teachers of another vocabulary, stored or truncated teacher distributi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,12 +151,11 @@ def add_gradient(
     tokens_per_batch: int,
     settings: DivergenceSettings,
     loss_scale: float = 1.0,
-    learns: bool = True,
 ) -> dict[str, float]:
     """Add the gradient of one update to the parameters; returns `loss`, `divergence` and `nll`, means a target token.
 
-    The gradient is multiplied by `loss_scale` (see nanor1/optim.py); without `learns` there is none. All workers read
-    the one teacher, which sees the very batches of the student.
+    The gradient is multiplied by `loss_scale` (see nanor1/optim.py). All workers read the one teacher, which sees the
+    very batches of the student.
     """
 
     def loss_and_means(model, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -169,12 +167,9 @@ def add_gradient(
         )
         return loss, torch.stack([loss.detach(), weight_M @ divergence_M, weight_M @ nll_M])
 
-    means = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_and_means, learns)
+    means = workers.accumulate(pack_examples(examples, tokens_per_batch, loss_scale), loss_and_means)
     loss, divergence, nll = (torch.stack(means).sum(0) / loss_scale).tolist()
     return {"loss": loss, "divergence": divergence, "nll": nll}
-
-
-mean_loss = partial(add_gradient, learns=False)  # the same of held-out examples
 
 
 # ---- on the student's own samples

@@ -208,22 +208,14 @@ def collect(
 
     def make(batch: range) -> tuple[list[dict], Counter[str]]:
         asked, seeds = questions[batch.start : batch.stop], [seed * SEED_STRIDE + i for i in batch]
-        how = dict(n=samples, seed=seeds, on_progress=progress.hear) | sampling
-        groups = answer(sampler, prompter, asked, rules, **how)
+        prompts, how = [question.prompt for question in asked], prompter.stops | sampling
+        made_PG = sampler.generate([ids for _, ids in prompts], n=samples, seed=seeds, on_progress=progress.hear, **how)
+        groups = judge_all([question.problem for question in asked], prompts, made_PG, prompter.tokenizer, rules)
         return keep_batch(asked, batch.start, groups, selection, source, seen)
 
     batches = [(range(first, min(first + batch_size, P)),) for first in range(ledger.n_done, P, batch_size)]
     work_through(ledger, path, batches, make, say)
     return ledger
-
-
-def answer(
-    sampler: Sampler, prompter: Prompter, questions: Sequence[Question], rules: Rules, **sampling
-) -> list[list[Rollout]]:
-    """The answers to each question, judged if the questions are problems."""
-    prompts = [question.prompt for question in questions]
-    completions_PG = sampler.generate([ids for _, ids in prompts], **prompter.stops, **sampling)
-    return judge_all([question.problem for question in questions], prompts, completions_PG, prompter.tokenizer, rules)
 
 
 def keep_batch(

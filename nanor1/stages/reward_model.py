@@ -11,7 +11,6 @@ Left out: ensembles, several labels, scores of single steps, human-written scale
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from nanor1.model import Transformer
 from nanor1.packing import Batch, Item, attended_pairs, pack, to_device
 from nanor1.rewards import after_thinking
 from nanor1.run.checkpoint import model_folder
-from nanor1.stages.sft import NO_PLACE_FOR_SYSTEM, first_question, is_message, text_end, thought_in, with_system
+from nanor1.stages.sft import NO_PLACE_FOR_SYSTEM, Examples, first_question, is_chat, text_end, thought_in, with_system
 from nanor1.tasks.problems import read_json_lines
 from nanor1.tasks.prompts import render
 from nanor1.tokenizer import Tokenizer, check_same_vocabulary
@@ -70,18 +69,6 @@ class RewardModel(Transformer):
         return F.linear(state_MC.float(), self.score.weight.float()).squeeze(1)
 
 
-def load_scorer(
-    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> RewardModel:
-    """Load a reward model to score with; ValueError for a language model, which has learned no score."""
-    if not is_reward_model(folder):
-        raise ValueError(
-            f"{folder} holds a language model, which has no score; make a reward model of it first: "
-            "python train_sft.py --objective preference"
-        )
-    return RewardModel.from_pretrained(folder, dtype, device)
-
-
 # ---- pairs from JSON lines
 
 
@@ -96,23 +83,13 @@ class Pair:
     question: str = field(default="", compare=False)  # its bare text: decides what is held out
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a file that can be learned from, and how many others there are."""
-
-    pairs: list[Pair]
-    n_too_long: int
-    n_equal: int  # the two final answers are the same: they say nothing about a preference
-    n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
-
-
 def read_pairs(
     path: str | Path,
     tokenizer: Tokenizer,
     max_tokens: int,
     template_arguments: dict[str, object] | None = None,
     system: str = "",
-) -> Pairs:
+) -> Examples:
     """Read JSON lines of `prompt`, `chosen`, `rejected` and, if there is one, a number `margin`.
 
     `prompt` is a text, used as it is, or messages, dressed by the chat template; `chosen` and `rejected` are texts or
@@ -139,7 +116,7 @@ def read_pairs(
             f"{path}: none of its {len(found)} pairs can be used: {n_too_long} are longer than {max_tokens} tokens, "
             f"{n_equal} have the same final answer twice"
         )
-    return Pairs(pairs, n_too_long, n_equal, sum(is_not_train for _, is_not_train in found))
+    return Examples(pairs, n_too_long, n_equal=n_equal, n_not_train=sum(is_not_train for _, is_not_train in found))
 
 
 def _prompt(
@@ -150,7 +127,7 @@ def _prompt(
         if system:
             raise ValueError(NO_PLACE_FOR_SYSTEM)
         return render(prompt, tokenizer, {})[1], prompt.strip()
-    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
+    if is_chat(prompt):
         for message in prompt:
             thought_in(message)  # refuses what cannot be one text; the template does with it what it does
         return render(with_system(prompt, system), tokenizer, template_arguments)[1], first_question(prompt)
@@ -161,25 +138,19 @@ def _prompt(
 
 def _answer(row: dict, name: str) -> str:
     answer = row.get(name)
-    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]) and answer[0]["role"] == "assistant":
+    if is_chat(answer) and len(answer) == 1 and answer[0]["role"] == "assistant":
         return answer[0]["content"]
     if not isinstance(answer, str):
         raise ValueError(f"expected {name!r}: a text or a list of one assistant message, found {answer!r:.60}")
     return answer
 
 
-def final_part(text: str) -> str:
-    """What of a response is scored; of one that is still thinking nothing, and it is scored as the empty answer.
-
-    >>> final_part("<think> 2 + 2? </think> It is 4. ")
-    'It is 4.'
-    """
-    return after_thinking(text).strip()
-
-
 def _answer_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The final answer and the stop token. A special token that is spelled out in the answer stays mere text."""
-    return [*tokenizer.encode(final_part(text)), text_end(tokenizer)]
+    """The final answer and the stop token; of a response that is still thinking the empty answer.
+
+    A special token that is spelled out in the answer stays mere text.
+    """
+    return [*tokenizer.encode(after_thinking(text).strip()), text_end(tokenizer)]
 
 
 # ---- scores
@@ -192,13 +163,9 @@ def to_item(prompt_ids: list[int], answer_ids: list[int]) -> Item:
 
 @torch.no_grad()
 def score(
-    model: RewardModel,
-    tokenizer: Tokenizer,
-    prompt_ids_B: list[list[int]],
-    answers_B: list[str],
-    tokens_per_batch: int,
+    model: RewardModel, tokenizer: Tokenizer, prompt_ids_B: list[list[int]], answers_B: list[str], tokens_per_batch: int
 ) -> list[float]:
-    """The score of each response behind its prompt; of the response only the final part counts (see `final_part`).
+    """The score of each response behind its prompt; of the response only what follows its thinking counts.
 
     `tokenizer` is the reward model's and the one of the prompts' ids. A sequence that is longer than the model's
     context scores nan. Give the completions of a prompt as neighbours: they then share it.
@@ -289,16 +256,21 @@ def add_gradient(
     return PairTerms(n, n_right, loss / n, difference / n, score / n, n_tokens, flops)
 
 
-evaluate_pairs = partial(add_gradient, learns=False)  # of held-out pairs, without centring
-
-
 def load_reward_model(
     folder: str | Path, tokenizer: Tokenizer, dtype: torch.dtype | None, device: torch.device
 ) -> RewardModel:
-    """The reward model in a model or run folder, without gradients; ValueError unless it reads the tokenizer's ids."""
+    """The reward model in a model or run folder, without gradients.
+
+    ValueError unless it reads the tokenizer's ids, and for a language model, which has learned no score.
+    """
     folder = model_folder(folder)
     check_same_vocabulary(tokenizer, Tokenizer.from_pretrained(folder), "--reward-model reads the ids that are sampled")
-    return load_scorer(folder, dtype, device).requires_grad_(False)
+    if not is_reward_model(folder):
+        raise ValueError(
+            f"{folder} holds a language model, which has no score; make a reward model of it first: "
+            "python train_sft.py --objective preference"
+        )
+    return RewardModel.from_pretrained(folder, dtype, device).requires_grad_(False)
 
 
 def to_preference(model: RewardModel, tokenizer: Tokenizer, n_tokens: int) -> Preference:

@@ -43,10 +43,11 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 class Examples:
     """What can be learned from a file, and what was left out of it."""
 
-    examples: list[Example]
+    examples: list  # of Example, or of reward_model.Pair
     n_too_long: int = 0  # examples not there
     n_rewritten: int = 0  # earlier assistant turns without a loss: in the prompt the template shows them otherwise
     n_cut: int = 0  # documents that are several examples
+    n_equal: int = 0  # pairs not there: their two final answers are the same, which says nothing about a preference
     n_beside: int = 0  # lines with thinking beside their messages, which may be no more than a label: not learned
     n_not_train: int = 0  # lines that say of themselves that their problem is not of the `split` "train"
 
@@ -165,6 +166,10 @@ def _check_messages(messages: object) -> None:
 
 def is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def is_chat(messages: object) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
 
 
 def thought_in(message: dict) -> str:
@@ -356,6 +361,3 @@ def split(
     for item in items:
         sides[is_in_share(str(key(item)), share)].append(item)
     return sides
-
-
-# ---- the loss

@@ -49,7 +49,7 @@ def read(config, path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
     chats = dict(template_arguments=read_arguments(config, tokenizer), system=config.system)
     if config.objective == "preference":
         found = reward_model.read_pairs(path, tokenizer, max_tokens, **chats)
-        items, counts = found.pairs, [f"{len(found.pairs):,} pairs"]
+        items, counts = found.examples, [f"{len(found.examples):,} pairs"]
     elif config.objective == "text":
         found = sft.read_text(path, tokenizer, max_tokens)
         items, n_tokens = found.examples, sum(len(example.ids) for example in found.examples)
@@ -58,7 +58,7 @@ def read(config, path: str, tokenizer: Tokenizer, max_tokens: int) -> tuple[list
         found = sft.read_examples(path, tokenizer, max_tokens, **chats)
         items, n_tokens = found.examples, sum(sum(example.is_target) for example in found.examples)
         counts = [f"{len(items):,} examples", f"{n_tokens:,} tokens to learn"]
-    left_out = {text.format(max_tokens=max_tokens): getattr(found, name, 0) for name, text in LEFT_OUT.items()}
+    left_out = {text.format(max_tokens=max_tokens): getattr(found, name) for name, text in LEFT_OUT.items()}
     return items, ", ".join(counts + [f"{n:,} {text}" for text, n in left_out.items() if n])
 
 
