@@ -1050,7 +1050,7 @@ def test_evaluations_of_the_same_weights_are_the_same(train):
 
 def commands(text):
     """(script, arguments) of each command line `python SCRIPT.py ...` in a text."""
-    found = re.findall(r"python ((?:train_zero|sample)\.py)((?: +[^`\n]*)?)", text)
+    found = re.findall(r"python ((?:train_zero|train_sft|distill|sample)\.py)((?: +[^`\n]*)?)", text)
     return [(script, shlex.split(re.split(r" {3,}| < ", rest)[0])) for script, rest in found]
 
 
@@ -1063,18 +1063,20 @@ def test_readme_opens_with_the_two_commands_that_start_and_check_everything():
 @pytest.mark.parametrize(
     ("source", "least"),
     [
-        ((ROOT / "README.md").read_text(), 5),
+        ((ROOT / "README.md").read_text(), 25),
         (train_zero.__doc__, 2),
+        (train_sft.__doc__, 4),
+        (distill.__doc__, 4),
         (sample.__doc__, 4),
         (train_zero.MINIATURE_NEXT.format(folder="runs/x", step=40, other="countdown", prompt="1 + 2 ="), 4),
     ],
-    ids=["README", "train_zero", "sample", "what to try next"],
+    ids=["README", "train_zero", "train_sft", "distill", "sample", "what to try next"],
 )
 def test_every_command_that_is_shown_parses(source, least, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shown_rewards = re.findall(r"^    (def \w+\(problem, text\):.*\n)    (    .*\n)", source, re.MULTILINE)
     (tmp_path / "my_rewards.py").write_text("".join(line for lines in shown_rewards for line in lines))
-    scripts = {"train_zero.py": train_zero, "sample.py": sample}
+    scripts = {"train_zero.py": train_zero, "train_sft.py": train_sft, "distill.py": distill, "sample.py": sample}
     shown = commands(source)
     assert len(shown) >= least
     for script, argv in shown:
@@ -1084,6 +1086,16 @@ def test_every_command_that_is_shown_parses(source, least, capsys, monkeypatch, 
             assert stop.value.code == 0 and "--steps" in capsys.readouterr().out
         else:
             parse_args(scripts[script].Config, argv)
+
+
+def test_every_file_on_readmes_map_is_there():
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("## The code, in reading order")[1].split("\n## ")[0]
+    paths = [
+        path for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for path in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(paths) > 20 and "nanor1/grpo.py" in paths
+    assert [path for path in paths if not (ROOT / path).exists() and not (ROOT / "nanor1" / path).exists()] == []
 
 
 def test_what_to_try_next_asks_the_model_that_was_trained_something_it_can_read(uninterrupted):
