@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: advantages, packing, loss.
+"""Group-relative policy optimization: advantages, token weights, loss.
 
 For each problem G completions are sampled; the advantage of a completion is its reward minus the mean of its group, so
 that no value network is needed (GRPO: DeepSeekMath, 2402.03300; DeepSeek-R1, 2501.12948). Defaults depart from the

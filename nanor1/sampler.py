@@ -69,7 +69,7 @@ class Completion:
     ids: list[int]  # the stop token included
     logprobs: list[float]  # at the sampling temperature, before top-k and top-p; those of temperature 1 when greedy
     finish: str  # "stop" or "length"
-    confidences: list[float] | None = None  # of its tokens, where they were asked for (see draw.token_confidence)
+    confidences: list[float] | None = None  # of its tokens, where they were asked for (see next_token.token_confidence)
     kept: Kept | None = field(default=None, repr=False, compare=False)  # the cache of its prompt and it, if asked for
 
 

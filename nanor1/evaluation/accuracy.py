@@ -104,7 +104,7 @@ def problem_accuracies(rollouts_PG: Sequence[Sequence[Rollout]]) -> list[float |
 
 
 def majority_accuracy(rollouts_PG: Sequence[Sequence[Rollout]]) -> float | None:
-    """Share of problems whose most frequent answer is right (see voting.majority); None for programs.
+    """Share of problems whose most frequent answer is right (see votes.majority); None for programs.
 
     A rollout that was cut off, or gives no answer, has no vote (self-consistency: Wang et al. 2023, 2203.11171).
     """

@@ -2,7 +2,7 @@
 
 A method is a run, which makes rows (measure.py), and a choice among a row's answers. Methods that choose among
 independent samples share one run: a method at N of n samples is the mean over the n/N disjoint subsets of N
-(voting.subsets), so the same tokens tell of N = 1, 2, 4 ... n; independent trees are shared like this, too. All figures
+(votes.subsets), so the same tokens tell of N = 1, 2, 4 ... n; independent trees are shared like this, too. All figures
 are reckoned from rows; nothing is sampled here.
 
 What N is: samples; beams times branching, which is at most 4; times thought, N - 1 of them after a "Wait"; answers

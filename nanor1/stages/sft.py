@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: files become token sequences with a loss mask, and these the loss of an update.
+"""Supervised fine-tuning: files become token sequences with a loss mask (their loss: gradient.py).
 
 A model learns what it would have had to sample. The prompt of a chat's answer is rendered and encoded as it is for
 sampling, the answer is encoded apart from it, as sampled ids begin anew there, and the stop token that ends a turn is

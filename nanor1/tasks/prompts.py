@@ -42,7 +42,7 @@ class Prompter:
     """All that decides how problems are put to a model, and what ends its answers."""
 
     tokenizer: Tokenizer
-    template: str  # "chat": the model's own; else as in tasks.format_prompt
+    template: str  # "chat": the model's own; else as in problems.format_prompt
     arguments: Mapping[str, object] = field(default_factory=dict)  # of the model's own
     system: str = ""
     style: Style = "think"
