@@ -475,7 +475,7 @@ def byte_model(tmp_path):
         ("--compile on --workers 2", ["--compile on", "--workers 1"]),
         ("--preset openai", ["--preset", "deepseek"]),
         ("arithmetic", ["arithmetic"]),
-        ("--model /nowhere/at/all", ["/nowhere/at/all"]),
+        ("--model /nowhere/at/all", ["no folder /nowhere/at/all"]),
         ("--resume /nowhere/at/all", ["/nowhere/at/all"]),
         ("--config /nowhere/at/all.json", ["/nowhere/at/all.json"]),
     ],
