@@ -114,8 +114,8 @@ class Run:
             torch.set_num_threads(config.threads)
         self.folder = checkpoint or find_model(config.model, config.seed, log.say)
         log.say(f"model: {self.folder}")
+        hf_config, model_config = read_config(self.folder)  # first: it says so where there is no such folder
         self.tokenizer = Tokenizer.from_pretrained(self.folder)
-        hf_config, model_config = read_config(self.folder)
         self.context = model_config.max_position_embeddings
         # a resumed run keeps its dtype, so that it is the same run
         dtype = hf_config["torch_dtype"] if checkpoint and config.dtype == "auto" else config.dtype

@@ -627,9 +627,9 @@ def test_asking_for_more_than_there_is_says_how_many_there_are(tmp_path):
     tiny = make_task("countdown", n_numbers=3, max_number=4, max_result=9, min_target=0, held_out_share=0.3)
     with pytest.raises(ValueError, match=r"only \d+ of 5000"):
         tiny.held_out(5000)
-    impossible = make_task("countdown", max_number=2, min_target=90)
-    with pytest.raises(ValueError, match="widen the ranges"):
-        impossible.sample(1, 0, 0)
+    for impossible in (dict(max_number=2, min_target=90), dict(max_number=0)):
+        with pytest.raises(ValueError, match="widen the ranges"):
+            make_task("countdown", **impossible).sample(1, 0, 0)
 
 
 def test_a_file_too_small_to_split_is_refused(tmp_path):

@@ -315,12 +315,13 @@ def test_the_best_checkpoint_is_kept_when_evaluations_and_saves_fall_on_differen
     assert (state["best_step"], state["best_accuracy"]) == (4, 0.5)
 
 
-def test_a_finished_run_is_not_evaluated_again_and_says_so(train, run):
-    folder = train("--steps 1 --save-every 1")
+@pytest.mark.parametrize("n_steps", [0, 1])
+def test_a_finished_run_is_not_evaluated_again_and_says_so(train, run, n_steps):
+    folder = train(f"--steps {n_steps} --save-every 1")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, out, err = run("--resume", str(folder))
     assert (code, err) == (0, "")
-    assert f"{folder} is finished" in out and "summary.json" in out and "--steps 1" in out
+    assert f"{folder} is finished" in out and "summary.json" in out and f"give more than --steps {n_steps}" in out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -474,7 +475,7 @@ def byte_model(tmp_path):
         ("--compile on --workers 2", ["--compile on", "--workers 1"]),
         ("--preset openai", ["--preset", "deepseek"]),
         ("arithmetic", ["arithmetic"]),
-        ("--model /nowhere/at/all", ["/nowhere/at/all"]),
+        ("--model /nowhere/at/all", ["no folder /nowhere/at/all"]),
         ("--resume /nowhere/at/all", ["/nowhere/at/all"]),
         ("--config /nowhere/at/all.json", ["/nowhere/at/all.json"]),
     ],

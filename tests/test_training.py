@@ -27,6 +27,7 @@ class Config(training.RunConfig):
     model: str | None = None
     preset: str | None = None
     steps: int = 5
+    epochs: float = 1.0
     lr: float = 0.1
     warmup: int = 2
     decay: str = "linear"

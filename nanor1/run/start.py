@@ -46,9 +46,14 @@ def resumed(config: C, given: Iterable[str]) -> tuple[C, Path | None]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None and checkpoint_folders(folder / "checkpoints"):
         raise ValueError(f"{folder} has no whole checkpoint to resume from; start a new run")
-    if config.steps:
+    if is_counted_in_steps(config):
         end_if_finished(config, checkpoint, config.steps, print)
     return config, checkpoint
+
+
+def is_counted_in_steps(config) -> bool:
+    """Whether --steps says how long the run is, and not the epochs of data that is yet to be read."""
+    return bool(config.steps) or not hasattr(config, "epochs")
 
 
 def end_if_finished(config, checkpoint: Path | None, n_steps: int, say: Callable[[str], None]) -> None:
@@ -57,7 +62,7 @@ def end_if_finished(config, checkpoint: Path | None, n_steps: int, say: Callable
     if checkpoint is None or step_of(checkpoint) < n_steps or not summary.exists():
         return
     if json.loads(summary.read_text(encoding="utf-8"))["steps"] == step_of(checkpoint):
-        more = f"more than --steps {n_steps}" if config.steps else "more --epochs or --steps"
+        more = f"more than --steps {n_steps}" if is_counted_in_steps(config) else "more --epochs or --steps"
         done = f"{config.resume} is finished, {step_of(checkpoint)} steps: see summary.json there"
         say(f"{done}; to train on, give {more}")
         raise SystemExit(0)

@@ -162,7 +162,10 @@ class Task:
 
     def _draw(self, rng: random.Random, accept: Callable[[Problem], bool], hint: str) -> Problem:
         for _ in range(MAX_DRAWS):
-            problem = self.draw(rng)
+            try:
+                problem = self.draw(rng)
+            except ValueError as error:  # of random, where a range is empty
+                raise ValueError(f"{error} {hint}") from error
             if problem is not None and accept(problem):
                 return problem
         raise ValueError(f"no further problem in {MAX_DRAWS} draws {hint}")
