@@ -176,7 +176,7 @@ def step_of(folder: Path) -> int:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Oldest first; with those put aside by `publish`, should the process have died between its two renames."""
-    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+", path.name)]
+    folders = [path for path in root.glob("*step_*") if re.fullmatch(r"step_\d+|\.old-step_\d+(-\d+)?", path.name)]
     return sorted(folders, key=lambda path: (step_of(path), path.name))
 
 
