@@ -85,7 +85,7 @@ def user_errors() -> Iterator[None]:
 
     The same errors raised inside another package are a bug of ours, not of the user: they keep their traceback.
     Ctrl-C ends the program with 130, as a shell expects, and without one. Where nobody reads what it prints, as behind
-    `| head`, it ends with 141 and no word, as programs do that SIGPIPE kills; a run goes on (see log.RunLog). What a
+    `| head`, it ends with 141 and no word, as programs do that SIGPIPE kills; a run goes on (see runlog.RunLog). What a
     console's encoding lacks is printed as a question mark; where there is no console from the start, all is dropped.
     """
     for name in ("stdout", "stderr"):
